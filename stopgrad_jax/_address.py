@@ -1,0 +1,146 @@
+"""Addresses: one selector language for arguments, outputs and named points.
+
+An address is an int, a string or one of the small values made here. This file
+parses them, matches them against printed paths and finds the nearest ones that
+exist. What a path *means* in a traced function is `_engine/select.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+RETURN = "return"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """The named values `name`, even where an argument has the same name."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f'sg.point("{self.name}")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """Each outermost call of a function, or equation of a primitive."""
+
+    name: str
+    within: str | None = None
+
+    def __repr__(self) -> str:
+        within = f', within="{self.within}"' if self.within else ""
+        return f'sg.op("{self.name}"{within})'
+
+
+Address = int | str | Point | Op
+
+
+def is_address(x: Any) -> bool:
+    """Tell an address from a container of addresses."""
+    return isinstance(x, Address) and not isinstance(x, bool)
+
+
+def point(name: str) -> Point:
+    """Address the named point `name`, where an argument has the same name.
+
+    Example:
+        >>> import stopgrad_jax as sg
+        >>> sg.gradients(lambda h: 3.0 * sg.name(h**2, "h"), sg.point("h"))(2.0)
+        Array(3., dtype=float32, weak_type=True)
+    """
+    return Point(name)
+
+
+def op(name: str, within: str | None = None) -> Op:
+    """Address every outermost call of the function or primitive called `name`.
+
+    A jitted function (`"silu"`), a function with a custom rule (`"relu"`) or a
+    primitive (`"sin"`) counts; what lies inside a match is not matched again.
+
+    Args:
+      name: the function's or primitive's own name, as `jax.make_jaxpr` prints it.
+      within: only under the function or `jax.named_scope` of this name.
+
+    Example:
+        >>> import jax, stopgrad_jax as sg
+        >>> f = lambda x: jax.nn.relu(x)
+        >>> sg.edit(f, {sg.op("relu"): lambda relu, x: relu(2.0 * x)})(3.0)
+        Array(6., dtype=float32, weak_type=True)
+    """
+    return Op(name, within)
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """Compile a path with wildcards: `*` inside one level, `**` any depth."""
+    out = []
+    for segment in text.split("/"):
+        if segment == "**":
+            out.append("(?:[^/]+/)*")
+        else:
+            parts = [re.escape(part) for part in segment.split("*")]
+            out.append("[^/]*".join(parts) + "/")
+    return re.compile("".join(out))
+
+
+def has_wildcard(text: str) -> bool:
+    """Tell a pattern from a plain path."""
+    return "*" in text
+
+
+def matching(text: str, paths: Iterable[str]) -> list[str]:
+    """Paths that `text` matches, outermost first: none lies below another one.
+
+    `paths` is in depth-first order and holds the inner nodes too.
+    """
+    if not has_wildcard(text):
+        return [text] if text in set(paths) else []
+    regex, found = pattern(text), list[str]()
+    for path in paths:
+        below = found and path.startswith(found[-1] + "/")
+        if not below and regex.fullmatch(path + "/"):
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def prefixes(path: str) -> Iterator[str]:
+    """Yield `a`, `a/b`, `a/b/c` for `a/b/c`."""
+    parts = path.split("/")
+    for end in range(1, len(parts) + 1):
+        yield "/".join(parts[:end])
+
+
+def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Return the known addresses closest in spelling, the best first."""
+    candidates = list(dict.fromkeys(p for path in known for p in prefixes(path)))
+    return difflib.get_close_matches(text, candidates, n=most, cutoff=0.4)
+
+
+def printed(path: Any) -> str:
+    """Print a key path the one way addresses spell it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def joined(*parts: str) -> str:
+    """Join printed paths, skipping empty ones."""
+    return "/".join(part for part in parts if part)
+
+
+def nodes(tree: Any, root: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (printed path, subtree) for a tree and everything below it.
+
+    None is a node without leaves here, as in JAX.
+    """
+    yield root, tree
+    for path, child in jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree
+    )[0]:
+        if path:
+            yield from nodes(child, joined(root, printed(path)))

@@ -1,0 +1,1 @@
+"""Read a traced function, and run it again with something changed inside."""

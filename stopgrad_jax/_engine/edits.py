@@ -1,0 +1,136 @@
+"""Replace values by what the user's functions make of them, type for type."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import _jax
+from .._errors import beats, quoted, type_of
+from .walk import Found, Hit, Leaf, Match
+
+Edits = Mapping[int, Callable[..., Any]]  # position of an address -> its function
+
+
+def assembled(hit: Hit, values: Sequence[Any]) -> Any:
+    """Put the parts of what an address selects together again."""
+    if hit.tree is None:
+        return values[0]
+    part = dict(zip(hit.parts, values, strict=True))
+    return jax.tree.map(lambda x: part[x.name] if isinstance(x, Leaf) else x, hit.tree)
+
+
+def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
+    """Return `new` as an array of exactly the type of `old`, or raise."""
+    if isinstance(new, bool | int | float | complex):
+        new = jnp.asarray(new, old.dtype)
+    got = type_of(new) if hasattr(new, "dtype") else type(new).__name__
+    if got != type_of(old):
+        at = f" ({line})" if line else ""
+        raise TypeError(
+            beats(
+                f'edit of "{called}"{at}',
+                f"the function must return {type_of(old)}, the type it was given",
+                got,
+                f"fun(x).astype({str(old.dtype)!r}) or another value of that shape; "
+                "to change a type, edit where the value is used",
+            )
+        )
+    return _jax.vary(jnp.asarray(new), _jax.varying(old))
+
+
+def operation_edits(match: Match, edits: Edits) -> list[Callable[..., Any]]:
+    """Edits of the operation that an equation is."""
+    if match.eqn.primitive.name == "name":
+        return []
+    targets = [target for found in match.own[:1] for target in found.targets]
+    return [edits[target] for target in targets if target in edits]
+
+
+def operation(eqn: Any) -> Callable[..., Any]:
+    """Return an equation as the function of its operands that it is."""
+
+    def original(*operands: Any) -> Any:
+        avals = [atom.aval for atom in eqn.invars]
+        arrays = [
+            jnp.asarray(x, aval.dtype) if isinstance(x, bool | int | float) else x
+            for x, aval in zip(operands, avals, strict=True)
+        ]
+        out = _jax.bind(eqn, *arrays)
+        return out[0] if len(eqn.outvars) == 1 else tuple(out)
+
+    return original
+
+
+def edited_operation(
+    match: Match, functions: Iterable[Callable[..., Any]], operands: Sequence[Any]
+) -> list[Any]:
+    """Call the user's functions in place of an operation, each given the last."""
+    found, eqn = match.own[0], match.eqn
+    function = operation(eqn)
+    for replacement in functions:
+        function = functools.partial(replacement, function)
+    out = function(*operands)
+    results = [out] if len(eqn.outvars) == 1 else list(out)
+    pairs = zip(results, eqn.outvars, strict=True)
+    return [same_type(x, v.aval, found.name, found.line) for x, v in pairs]
+
+
+class NamedEdits:
+    """Edits of named values; a named tree is edited when its last leaf is there."""
+
+    def __init__(self, edits: Edits) -> None:
+        self._edits = edits
+        self._waiting: dict[tuple[int, str, Sequence[str]], dict[Any, Any]] = {}
+
+    def apply(self, match: Match, value: Any) -> dict[Any, Any]:
+        """Return the new values of variables that this `name` equation completes."""
+        (found,), (var,) = match.own, match.eqn.outvars
+        new = {var: value}
+        for hit in found.hits:
+            if hit.target not in self._edits:
+                continue
+            tree = (hit.target, hit.root, hit.parts)
+            values = self._waiting.setdefault(tree, {})
+            values[var] = new[var]
+            if len(values) == len(hit.parts):
+                self._waiting.pop(tree)
+                new |= self._edited(found, hit, values)
+        return new
+
+    def _edited(self, found: Found, hit: Hit, values: dict[Any, Any]) -> dict[Any, Any]:
+        old = assembled(hit, list(values.values()))
+        out = self._edits[hit.target](old)
+        if hit.tree is None:
+            leaves = [out]
+        elif jax.tree.structure(out) == jax.tree.structure(old):
+            pairs = zip(jax.tree.leaves(hit.tree), jax.tree.leaves(out), strict=True)
+            leaves = [x for leaf, x in pairs if isinstance(leaf, Leaf)]
+        else:
+            raise TypeError(
+                beats(
+                    f'edit of "{hit.root}" ({found.line})',
+                    f"the function must return a tree like {jax.tree.structure(old)}",
+                    str(jax.tree.structure(out)),
+                    "jax.tree.map(function_of_a_leaf, tree)",
+                )
+            )
+        pairs = zip(values, leaves, strict=True)
+        return {v: same_type(x, v.aval, hit.root, found.line) for v, x in pairs}
+
+    def check(self, reads: Iterable[Any]) -> None:
+        """Refuse to hand on a leaf while the rest of its tree is not there."""
+        for (_, root, parts), values in self._waiting.items():
+            if not values.keys().isdisjoint(reads):
+                raise ValueError(
+                    beats(
+                        f'edit of "{root}"',
+                        "all leaves of a named tree must be there before one is used",
+                        "a program that uses one between them",
+                        "edits of the single leaves: " + quoted(parts),
+                    )
+                )

@@ -1,0 +1,63 @@
+"""Requests that no evaluation could answer rightly: they raise, and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .._address import Address
+from .._errors import beats
+from .select import Program
+from .walk import Found
+
+
+def refuse_loops(program: Program, addresses: Iterable[Address], called: str) -> None:
+    """Values in a while loop cannot be stacked, nor differentiated in reverse."""
+    for found in program.found(addresses).values():
+        if found.dynamic:
+            raise ValueError(
+                beats(
+                    _at(called, found),
+                    "the number of steps must be known: values are stacked over them, "
+                    "and reverse mode has to store each",
+                    "a while_loop, or a fori_loop whose bounds are traced",
+                    "jax.lax.scan, or jax.lax.fori_loop with Python integers",
+                )
+            )
+
+
+def refuse_rules(program: Program, addresses: Iterable[Address], called: str) -> None:
+    """What happens in the body of a custom rule is its author's to say."""
+    for found in program.found(addresses).values():
+        if found.rule:
+            raise ValueError(
+                beats(
+                    _at(called, found),
+                    "the value must lie outside custom_jvp and custom_vjp functions: "
+                    "a derivative passes by their bodies",
+                    f'"{found.name}" in the body of one',
+                    "a name for an operand or a result of that function; sg.capture "
+                    "can read the value",
+                )
+            )
+
+
+def refuse_differentiated(
+    program: Program, addresses: Iterable[Address], fun: str, called: str
+) -> None:
+    """An edit here would change a value and not the derivative already taken."""
+    for found in program.found(addresses).values():
+        if found.differentiated:
+            raise ValueError(
+                beats(
+                    _at(called, found),
+                    "the value must lie where no derivative has been taken yet",
+                    f"{fun} calls jax.grad, jvp or linearize on the part with "
+                    f'"{found.name}": an edit would change the value and not its '
+                    "derivative",
+                    "jax.grad(sg.edit(f, ...)): edit the inner function first",
+                )
+            )
+
+
+def _at(called: str, found: Found) -> str:
+    return f"{called} ({found.line})" if found.line else called

@@ -1,0 +1,142 @@
+"""Evaluate a searched program with something done to the values that were found.
+
+Only equations that hold a match are taken apart. All others run untouched, in whole
+runs, so that custom rules, kernels, shardings and policies stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from .. import _jax
+from .edits import Edits, NamedEdits, edited_operation, operation_edits
+from .nested import Slot, rebuild
+from .perturbation import hold, perturb
+from .runs import Runs
+from .walk import Found, Match, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Actions:
+    """What is done to a found value, by the positions of the addresses it matches.
+
+    In this order: `edits` replace it, `holds` makes it a constant of the
+    differentiation that owns the token, a perturbation is added, `captures` hands the
+    value out. `once`: see `perturb`.
+    """
+
+    edits: Edits = dataclasses.field(default_factory=dict)
+    holds: frozenset[int] = frozenset()
+    captures: frozenset[int] = frozenset()
+    once: bool = True
+
+    def slot(self, found: Found) -> Slot:
+        """Tell an equation that is made anew about a value inside it."""
+        return Slot(found.aval, not self.captures.isdisjoint(found.targets))
+
+
+class Rewriter:
+    """Evaluates plans; what occurs many times is traced once."""
+
+    def __init__(self, actions: Actions) -> None:
+        self._actions = actions
+        self._runs = Runs()
+        self._functions: dict[Any, Callable[..., Any]] = {}
+
+    def run(
+        self,
+        plan: Plan,
+        operands: Sequence[Any],
+        perturbations: Sequence[Any],
+        token: Any,
+        eqns: Sequence[Any] | None = None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Evaluate a plan on `operands`.
+
+        `perturbations` holds an array or None for each value found. Returns the
+        results and, for each value found, the captured value or None. If only some
+        `eqns` of the program are evaluated, results that need others are None.
+        """
+        jaxpr = plan.jaxpr
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.consts, strict=True))
+        env |= zip(jaxpr.invars, operands, strict=True)
+        captured: list[Any] = [None] * len(plan.found)
+        slices, end = {}, 0
+        for match in plan.matches:
+            start, end = end, end + len(match.inside) + len(match.own)
+            slices[id(match.eqn)] = match, slice(start, end)
+        edits = NamedEdits(self._actions.edits)
+
+        eqns = jaxpr.eqns if eqns is None else eqns
+        for run in self._runs.cut(eqns, slices, jaxpr.outvars):
+            edits.check(run.reads)
+            values = [env[v] for v in run.reads]
+            if id(run.eqns[0]) not in slices:
+                env |= zip(run.writes, self._runs.evaluate(run, values), strict=True)
+                continue
+            match, mine = slices[id(run.eqns[0])]
+            operands = [_read(env, atom) for atom in match.eqn.invars]
+            given = perturbations[mine]
+            out, captured[mine] = self._match(match, operands, given, token)
+            env |= zip(match.eqn.outvars, out, strict=True)
+            if match.own and match.eqn.primitive.name == "name":
+                env |= edits.apply(match, out[0])
+        return [_read(env, atom) for atom in jaxpr.outvars], captured
+
+    def _match(
+        self, match: Match, operands: list[Any], perturbations: Any, token: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Evaluate an equation with what is done inside it and to its results."""
+        eqn, actions, split = match.eqn, self._actions, len(match.inside)
+        inside, own = perturbations[:split], perturbations[split:]
+        captured: list[Any] = [None] * split
+        functions = operation_edits(match, actions.edits)
+        if functions:
+            out = edited_operation(match, functions, operands)
+        elif any(map(self._is_busy, match.inside, inside)):
+            with _jax.at_source_of(eqn):
+                out, captured = self._rebuilt(match, operands, inside, token)
+        else:
+            out = _jax.bind(eqn, *operands)
+        for k, (found, perturbation) in enumerate(zip(match.own, own, strict=True)):
+            if token is not None and not actions.holds.isdisjoint(found.targets):
+                out[k] = hold(out[k], token)
+            if perturbation is not None:
+                out[k] = perturb(out[k], perturbation, once=actions.once)
+            captured.append(out[k] if actions.slot(found).captured else None)
+        return out, captured
+
+    def _is_busy(self, found: Found, perturbation: Any) -> bool:
+        actions = self._actions
+        busy = {*actions.edits, *actions.holds, *actions.captures}
+        return perturbation is not None or not busy.isdisjoint(found.targets)
+
+    def _rebuilt(self, match: Match, operands: Any, inside: Any, token: Any) -> Any:
+        slots = [[self._actions.slot(f) for f in plan.found] for plan in match.plans]
+        name = _jax.call_name(match.eqn) if match.eqn.primitive.name == "jit" else None
+
+        def call(k: int, operands: Any, perturbations: Any, token: Any) -> Any:
+            function = self._function(match.plans[k], name)
+            return function(list(operands), list(perturbations), token)
+
+        return rebuild(match.eqn, call, slots, operands, inside, token)
+
+    def _function(self, plan: Plan, name: str | None) -> Callable[..., Any]:
+        """Return the plan as a function, jitted under `name` unless that is None."""
+        key = (id(plan), name)
+        if key not in self._functions:
+
+            def function(operands: Any, perturbations: Any, token: Any) -> Any:
+                return self.run(plan, operands, perturbations, token)
+
+            function.__name__ = name or "body"
+            self._functions[key] = jax.jit(function) if name else function
+        return self._functions[key]
+
+
+def _read(env: Mapping[Any, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, _jax.Literal) else env.get(atom)

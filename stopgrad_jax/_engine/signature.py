@@ -1,0 +1,62 @@
+"""When two equations, or two runs of equations, compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import _jax
+
+
+def signature(eqn: Any) -> Any:
+    """Return a hashable key: equal keys mean equal results *and* derivatives.
+
+    An equation that cannot be compared gets a key of its own.
+    """
+    if eqn.effects:
+        return object()
+    operands = tuple(
+        _literal(v) if isinstance(v, _jax.Literal) else v.aval for v in eqn.invars
+    )
+    key = (eqn.primitive, operands, eqn.ctx, _params(eqn))
+    try:
+        hash(key)
+    except TypeError:
+        return object()
+    return key
+
+
+def fingerprint(
+    eqns: Sequence[Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    signature: Callable[[Any], Any] = signature,
+) -> Any:
+    """Return a key for a run of equations that does not depend on variable names."""
+    number = {var: k for k, var in enumerate(inputs)}
+
+    def place(atom: Any) -> Any:
+        if isinstance(atom, _jax.Literal):
+            return None  # its value is part of the signature
+        return number.setdefault(atom, len(number))
+
+    body = tuple(
+        (signature(e), *map(place, e.invars), *map(place, e.outvars)) for e in eqns
+    )
+    return (body, tuple(map(place, outputs)))
+
+
+def _params(eqn: Any) -> Any:
+    if eqn.primitive.name not in _jax.CUSTOM:
+        return tuple(eqn.params.items())
+    # Each call of a custom rule holds new objects: compare what they do instead.
+    rule = _jax.custom_rule(eqn)
+    jaxpr, consts = _jax.opened(eqn.params["call_jaxpr"])
+    same = fingerprint(jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
+    return (rule or object(), tuple(map(id, consts)), same)
+
+
+def _literal(literal: Any) -> Any:
+    value = literal.val
+    # As bytes: nan is nan here, and 0. is not -0.
+    return (literal.aval, getattr(value, "tobytes", lambda: (type(value), value))())

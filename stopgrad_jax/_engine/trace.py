@@ -1,0 +1,121 @@
+"""A function and example arguments -> a jaxpr that knows the user's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import function_name
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Value:
+    """One array-valued place of a traced function, by number."""
+
+    kind: str  # "argument", "output" or "point" (a value found inside)
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A leaf that is not traced: it stays the Python value it is."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function traced at its arguments.
+
+    `arguments` maps each parameter's name to its argument with every leaf replaced
+    by a `Value` or a `Static`; `positional` holds the positional ones in order, and
+    `output` is the result in the same way.
+    """
+
+    name: str
+    jaxpr: Any
+    consts: Sequence[Any]
+    leaves: list[Any]
+    arguments: Mapping[str, Any]
+    positional: Sequence[Any]
+    output: Any
+
+
+def is_traceable(leaf: Any) -> bool:
+    """Arrays and Python floats are traced; every other leaf stays as it is."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind in "biufc" or _is_extension_float(leaf.dtype)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | float | complex)
+
+
+def _is_extension_float(dtype: np.dtype) -> bool:
+    return dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.number)
+
+
+def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Traced:
+    """Trace `fun` as `jax.jit` does, anew at every call."""
+    flat, tree = jax.tree.flatten((args, kwargs))
+    dynamic = [is_traceable(leaf) for leaf in flat]
+    leaves = [_as_array(x) for x, d in zip(flat, dynamic, strict=True) if d]
+    result: list[Any] = []
+
+    # A fresh function each time: JAX caches jaxprs by function object, and an old
+    # one would hold the old values of closed-over arrays and globals.
+    def run(*traced: Any) -> list[Any]:
+        values = iter(traced)
+        filled = [next(values) if d else x for x, d in zip(flat, dynamic, strict=True)]
+        args, kwargs = jax.tree.unflatten(tree, filled)
+        out, out_tree = jax.tree.flatten(fun(*args, **kwargs))
+        arrays = [x for x in out if is_traceable(x)]
+        index = iter(range(len(arrays)))
+        places = [
+            Value("output", next(index)) if is_traceable(x) else Static(x) for x in out
+        ]
+        result.append(jax.tree.unflatten(out_tree, places))
+        return arrays
+
+    closed = jax.make_jaxpr(run)(*leaves)
+    index = iter(range(len(leaves)))
+    places = [
+        Value("argument", next(index)) if d else Static(x)
+        for x, d in zip(flat, dynamic, strict=True)
+    ]
+    args, kwargs = jax.tree.unflatten(tree, places)
+    return Traced(
+        function_name(fun),
+        closed.jaxpr,
+        closed.consts,
+        leaves,
+        _bind(fun, args, kwargs),
+        args,
+        result[0],
+    )
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def _bind(fun: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Name the arguments as `fun` does; only keywords where it cannot be asked."""
+    try:
+        return dict(inspect.signature(fun).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # builtins; decorators with another signature
+        return dict(kwargs)
+
+
+def filled(tree: Any, places: Mapping[str, Sequence[Any]]) -> Any:
+    """Put arrays where a tree holds places: `places[value.kind][value.index]`."""
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, Value):
+            return places[leaf.kind][leaf.index]
+        return leaf.value if isinstance(leaf, Static) else leaf
+
+    return jax.tree.map(fill, tree)

@@ -1,0 +1,277 @@
+"""Find where addresses match in a traced function, reading only.
+
+`search` descends through every nested jaxpr and returns a `Plan`: for each jaxpr
+that holds a match, the equations concerned and the plans of what is inside them. A
+jaxpr that is called many times is searched once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .. import _jax
+from .._address import Op, Point, nodes, pattern, prefixes
+from .nested import Nested, nested
+
+
+class PointName(str):
+    """The name of one leaf of a named tree; it remembers the tree.
+
+    `tree` is the named tree with each traced leaf replaced by its `Leaf`.
+    """
+
+    __slots__ = ("root", "tree")
+    root: str
+    tree: Any
+
+    def __new__(cls, name: str, root: str, tree: Any) -> PointName:
+        """Make the name of one leaf."""
+        self = super().__new__(cls, name)
+        self.root, self.tree = root, tree
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Stands for the traced leaf of this name in a `PointName`'s tree."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A value is part `position` of what an address selects at this place.
+
+    `root` is the full address that matched, `parts` the names of all the parts and
+    `tree` their structure (None: one value by itself).
+    """
+
+    target: int
+    root: str
+    position: int = 0
+    parts: tuple[str, ...] = ("",)
+    tree: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One value that addresses select.
+
+    `aval` is its type outside all the equations that it lies in: with the time axis of
+    a scan and with all the shards. `rule`: it is behind a custom rule. `dynamic`: it
+    is in a while loop. `differentiated`: a derivative of it has already been taken.
+    """
+
+    name: str
+    hits: tuple[Hit, ...]
+    aval: Any
+    line: str
+    rule: bool = False
+    dynamic: bool = False
+    differentiated: bool = False
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Positions of the addresses that select this value."""
+        return tuple(hit.target for hit in self.hits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """An equation that something happens to: to its results, or inside it."""
+
+    index: int
+    eqn: Any
+    own: tuple[Found, ...]  # one for each result, or none
+    plans: tuple[Plan, ...]  # one for each body, or none
+    inside: tuple[Found, ...]  # what the plans found, seen from outside
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A jaxpr and what was found in it, in program order."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    matches: tuple[Match, ...]
+    found: tuple[Found, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    ops: frozenset[int]  # the ops still looked for here
+    scopes: frozenset[str] = frozenset()
+    rule: bool = False
+    dynamic: bool = False
+    differentiated: bool = False
+
+
+class Search:
+    """Look for `targets`, and remember every name on the way for error messages.
+
+    `hidden` maps a target to the line of a match in the body of a custom rule, where
+    operations are not looked for. `opaque` names primitives that cannot be opened.
+    """
+
+    def __init__(self, targets: Sequence[Point | Op]) -> None:
+        self.targets = targets
+        self.names: dict[str, None] = {}
+        self.ops: dict[str, None] = {}
+        self.hidden: dict[int, str] = {}
+        self.opaque: dict[str, str] = {}
+        self._points = [
+            (k, pattern(target.name))
+            for k, target in enumerate(targets)
+            if isinstance(target, Point)
+        ]
+        self._ops = [(k, op) for k, op in enumerate(targets) if isinstance(op, Op)]
+        self._scoped = any(op.within for _, op in self._ops)
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, jaxpr: Any, consts: Sequence[Any]) -> Plan:
+        """Search a whole program."""
+        return self._plan(jaxpr, consts, _Context(frozenset(k for k, _ in self._ops)))
+
+    def _plan(self, jaxpr: Any, consts: Sequence[Any], context: _Context) -> Plan:
+        key = (id(jaxpr), context)
+        if key not in self._plans:
+            matches = tuple(self._matches(jaxpr, context))
+            found = tuple(f for match in matches for f in (*match.inside, *match.own))
+            self._plans[key] = Plan(jaxpr, consts, matches, found)
+        return self._plans[key]
+
+    def _matches(self, jaxpr: Any, context: _Context) -> Iterator[Match]:
+        for index, eqn in enumerate(jaxpr.eqns):
+            own = self._own(eqn, context)
+            inner = nested(eqn)
+            plans, inside = (), ()
+            if inner is not None:
+                matched = {hit.target for found in own for hit in found.hits}
+                below = self._below(eqn, inner, context, frozenset(matched))
+                plans = tuple(self._plan(b.jaxpr, b.consts, below) for b in inner.bodies)
+                inside = tuple(_lifted(f, inner, eqn) for p in plans for f in p.found)
+            elif eqn.primitive.name == "call_hi_primitive":
+                self.opaque[str(eqn.params.get("_prim", ""))] = _jax.line_of(eqn)
+            if own or inside:
+                yield Match(index, eqn, own, plans if inside else (), inside)
+
+    def _own(self, eqn: Any, context: _Context) -> tuple[Found, ...]:
+        primitive = eqn.primitive.name
+        if primitive == "name":
+            self.names[eqn.params["name"]] = None
+            hits = self._named(eqn.params["name"])
+        else:
+            hits = ()
+        if self._ops:
+            hits = (*hits, *self._operation(eqn, primitive, context))
+        if not hits:
+            return ()
+        name = eqn.params["name"] if primitive == "name" else hits[0].root
+        state = (context.rule, context.dynamic, self._differentiated(eqn, context))
+        found = []
+        for position, var in enumerate(eqn.outvars):
+            mine = hits
+            if len(eqn.outvars) > 1:
+                parts = tuple(map(str, range(len(eqn.outvars))))
+                tree = tuple(map(Leaf, parts))
+                mine = tuple(Hit(h.target, h.root, position, parts, tree) for h in hits)
+            found.append(Found(name, mine, var.aval, _jax.line_of(eqn), *state))
+        return tuple(found)
+
+    def _named(self, name: str) -> tuple[Hit, ...]:
+        hits = []
+        for target, regex in self._points:
+            root = next((p for p in prefixes(name) if regex.fullmatch(p + "/")), None)
+            if root is not None:
+                hits.append(_hit(target, root, name))
+        return tuple(hits)
+
+    def _operation(self, eqn: Any, primitive: str, context: _Context) -> Iterator[Hit]:
+        names = (primitive, _jax.call_name(eqn))
+        self.ops.update(dict.fromkeys(name for name in names if name))
+        for target, op in self._ops:
+            if target not in context.ops or op.name not in names:
+                continue
+            if op.within and op.within not in context.scopes | _scopes(eqn):
+                continue
+            if context.rule:
+                self.hidden.setdefault(target, _jax.line_of(eqn))
+            else:
+                yield Hit(target, op.name)
+
+    def _below(
+        self, eqn: Any, inner: Nested, context: _Context, matched: frozenset[int]
+    ) -> _Context:
+        scopes = context.scopes
+        if self._scoped:
+            name = _jax.call_name(eqn)
+            scopes = scopes | _scopes(eqn) | ({name} if name else set())
+        return _Context(
+            context.ops - matched,
+            scopes,
+            context.rule or inner.rule,
+            context.dynamic or inner.dynamic,
+            self._differentiated(eqn, context),
+        )
+
+    @staticmethod
+    def _differentiated(eqn: Any, context: _Context) -> bool:
+        return context.differentiated or "jvp(" in _jax.scopes_of(eqn)
+
+
+def _lifted(found: Found, inner: Nested, eqn: Any) -> Found:
+    line = found.line or _jax.line_of(eqn)
+    return dataclasses.replace(found, aval=inner.lift(found.aval), line=line)
+
+
+def _hit(target: int, root: str, name: str) -> Hit:
+    if not isinstance(name, PointName):
+        return Hit(target, root)
+    below = root[len(name.root) + 1 :]
+    tree = next(tree for path, tree in nodes(name.tree) if path == below)
+    parts = tuple(leaf.name for leaf in leaves(tree))
+    return Hit(target, root, parts.index(str(name)), parts, tree)
+
+
+def leaves(tree: Any) -> list[Leaf]:
+    """Traced leaves of a `PointName`'s tree."""
+    return [node for _, node in nodes(tree) if isinstance(node, Leaf)]
+
+
+def _scopes(eqn: Any) -> frozenset[str]:
+    """Names of the scopes and functions that an equation was traced in."""
+    names = set(re.split(r"[/()]", _jax.scopes_of(eqn)))
+    for caller in _jax.callers_of(eqn):
+        parts = caller.split(".")
+        names |= {caller, parts[-1]}
+        if parts[-1] == "__call__" and len(parts) > 1:
+            names.add(parts[-2])  # a module: by the name of its class
+    return frozenset(names - {""})
+
+
+def live(
+    jaxpr: Any, plan: Plan | None, sinks: Sequence[bool]
+) -> tuple[list[Any], set[Any]]:
+    """Return the equations that the sinks need, and the variables they read.
+
+    `sinks` holds a flag for each result and for each found value. Equations with
+    effects are always needed.
+    """
+    pairs = zip(jaxpr.outvars, sinks, strict=False)
+    used = {v for v, s in pairs if s and not isinstance(v, _jax.Literal)}
+    asked, start = dict[int, bool](), len(jaxpr.outvars)
+    for match in plan.matches if plan else ():
+        end = start + len(match.inside) + len(match.own)
+        asked[match.index] = any(sinks[start:end])
+        start = end
+    eqns = []
+    for index in range(len(jaxpr.eqns) - 1, -1, -1):
+        eqn = jaxpr.eqns[index]
+        needed = asked.get(index) or eqn.effects
+        if needed or any(v in used for v in eqn.outvars):
+            eqns.append(eqn)
+            used.update(v for v in eqn.invars if not isinstance(v, _jax.Literal))
+    return eqns[::-1], used

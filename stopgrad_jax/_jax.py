@@ -1,0 +1,218 @@
+"""The only door to JAX that is version-dependent or not public.
+
+Each function says which fact it rests on; `tests/test_jax.py` checks every one
+of them on the oldest and the newest JAX we support.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core, source_info_util
+
+Jaxpr = core.Jaxpr
+Literal = core.Literal
+Primitive = core.Primitive
+
+# Frames of this package are not "the user's line" in JAX's messages or in ours.
+source_info_util.register_exclusion(os.path.dirname(os.path.abspath(__file__)))
+
+
+# Jaxprs ------------------------------------------------------------------------
+
+
+def opened(jaxpr: Any) -> tuple[Jaxpr, tuple[Any, ...]]:
+    """Split a closed or open jaxpr into the open one and its constants.
+
+    Unwraps once: from JAX 0.11.1 `closed.jaxpr is closed`.
+    """
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def subjaxpr(eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]) -> Any:
+    """Make a jaxpr out of a run of equations of another one."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    return Jaxpr((), list(invars), list(outvars), list(eqns), effects)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Run a jaxpr's equations with their own source lines and name stacks."""
+    return jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+
+def bind(eqn: Any, *operands: Any) -> list[Any]:
+    """Run one equation on other operands, with its own source line and scope."""
+    with at_source_of(eqn):
+        params = eqn.primitive.get_bind_params(eqn.params)
+        out = eqn.primitive.bind(*operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def at_source_of(eqn: Any) -> Iterator[None]:
+    """Trace what follows at this equation's source line and in its scope."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = eqn.source_info.traceback
+    with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Every jaxpr in an equation's parameters, of whatever primitive."""
+    return list(core.jaxprs_in_params(eqn.params))
+
+
+def scan_arity(eqn: Any) -> tuple[int, int]:
+    """Return (number of constants, number of carries) of a scan equation.
+
+    JAX 0.10 writes them down; from 0.11 they are read off the ranks: scanned
+    operands and stacked results have one axis more than the body's.
+    """
+    if "num_carry" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    body, _ = opened(eqn.params["jaxpr"])
+
+    def same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+        pairs = zip(outer, inner, strict=True)
+        return sum(o.aval.ndim == i.aval.ndim for o, i in pairs)
+
+    num_carry = same_rank(eqn.outvars, body.outvars)
+    return same_rank(eqn.invars, body.invars) - num_carry, num_carry
+
+
+def call_name(eqn: Any) -> str | None:
+    """Name of the function a `jit` or custom-rule equation calls."""
+    if eqn.primitive.name == "jit":
+        return eqn.params["name"]
+    if eqn.primitive.name in CUSTOM:
+        debug_info = opened(eqn.params["call_jaxpr"])[0].debug_info
+        return debug_info.func_src_info.split(" at ")[0] if debug_info else None
+    return None
+
+
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+
+
+def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
+    """Return the user's functions behind a custom rule, to tell rules apart.
+
+    JAX wraps a rule anew at every call, so two calls of `relu` hold different
+    objects; the functions in their closures are the same. None: not found, and
+    the caller must take every call for a different rule.
+    """
+    found: list[Any] = []
+    wraps = [v for v in eqn.params.values() if hasattr(v, "call_wrapped")]
+    for _ in range(4):  # the wrappers are three closures deep on 0.10 and 0.12
+        inner = []
+        for wrapped in wraps:
+            function = wrapped.f if hasattr(wrapped, "call_wrapped") else wrapped
+            for transform in getattr(wrapped, "transforms", ()):
+                static = [p for p in transform[1] if not callable(p)]
+                found.append((transform[0], *static))
+            cells = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
+            hidden = [c for c in cells if hasattr(c, "call_wrapped")]
+            hidden += [c for c in cells if _is_jax_closure(c)]
+            if hidden and _is_jax_closure(function):
+                inner += hidden
+            else:
+                found.append(function)
+        wraps = inner
+    return tuple(found) if found and not wraps else None
+
+
+def _is_jax_closure(f: Any) -> bool:
+    module = getattr(f, "__module__", None) or ""
+    return callable(f) and module == "jax._src.interpreters.partial_eval"
+
+
+# Where an equation comes from ---------------------------------------------------
+
+
+def line_of(eqn: Any) -> str:
+    """Return `file:line` of the user's code that made this equation, or ""."""
+    summary = source_info_util.summarize(eqn.source_info)  # "file:line:col (name)"
+    place = summary.split(" ")[0]
+    parts = place.split(":")
+    while len(parts) > 1 and parts[-2].isdigit():
+        parts.pop()  # the column
+    return ":".join(parts) if len(parts) > 1 and parts[-1].isdigit() else ""
+
+
+def scopes_of(eqn: Any) -> str:
+    """Return the equation's `named_scope` path; differentiated parts have `jvp(`."""
+    return str(eqn.source_info.name_stack)
+
+
+def callers_of(eqn: Any) -> tuple[str, ...]:
+    """Names of the functions on the stack when the equation was made."""
+    traceback = eqn.source_info.traceback
+    return tuple(f.function_name for f in traceback.frames) if traceback else ()
+
+
+# Traces -------------------------------------------------------------------------
+
+
+def is_tracing() -> bool:
+    """Tell whether results are being staged into a program, not computed now."""
+    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()
+
+
+# Types --------------------------------------------------------------------------
+
+
+def stacked(length: int, aval: Any) -> Any:
+    """Type of `length` values of this type on a new leading axis."""
+    return core.unmapped_aval(length, 0, aval)
+
+
+def is_differentiable(aval: Any) -> bool:
+    """Real or complex floating point: the dtypes that carry a gradient."""
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """Mesh axes a value differs over, inside `shard_map(check_vma=True)`."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(manual.varying) if manual else frozenset(getattr(aval, "vma", ()))
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of this type: PRNG keys, explicit shardings and varying axes too."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), aval.dtype))
+        raw = jnp.zeros((*aval.shape, *data.shape), data.dtype)
+        return jax.random.wrap_key_data(raw, impl=aval.dtype._impl.name)
+    return vary(filled(aval, 0), varying(aval))
+
+
+def filled(aval: Any, value: Any) -> jax.Array:
+    """Return an array of one value with this type's shape, dtype and sharding."""
+    sharding = getattr(aval, "sharding", None)
+    explicit = sharding is not None and sharding.mesh._any_axis_explicit
+    if getattr(aval, "weak_type", False) and not explicit:
+        weak = jax.lax.full(aval.shape, aval.dtype.type(value).item())
+        if weak.dtype == aval.dtype:
+            return weak
+    array = np.asarray(value).astype(aval.dtype)
+    return jax.lax.full(aval.shape, array, sharding=sharding if explicit else None)
+
+
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Mark a value as different on each device along `axes` (no communication)."""
+    missing = tuple(axes - varying(jax.typeof(x)))
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.pvary(x, missing)
+
+
+def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype alone: no mesh, no varying axes, no tracer."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

@@ -1,0 +1,329 @@
+"""Named values: mark them, read them, change them, add to them.
+
+`name` marks a value; `capture`, `edit` and `perturb` transform a function at the
+values that addresses select, wherever they are in it, without editing its source.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from ._address import Address, op, point, printed
+from ._engine.edits import same_type
+from ._engine.perturbation import perturb as perturb_value
+from ._engine.refuse import refuse_differentiated, refuse_loops, refuse_rules
+from ._engine.rewrite import Actions, Rewriter
+from ._engine.select import Program, listed, look_up
+from ._engine.trace import Value, filled, is_traceable, trace
+from ._engine.walk import Leaf, PointName
+from ._errors import beats, function_name, quoted, type_of
+
+__all__ = ["capture", "edit", "name", "op", "perturb", "point"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def name(tree: T, name: str) -> T:
+    """Give a value a name, so that it can be addressed from outside.
+
+    Leaves of a pytree are named `"h/a"`, `"h/b"`, and so on; `"h"` then addresses the
+    whole tree. It is the primitive of `jax.ad_checkpoint.checkpoint_name`, so remat
+    policies that save names see it too.
+
+    Forward: the value itself.
+    Backward: the cotangent itself.
+
+    Args:
+      tree: a pytree; leaves that are not arrays or floats are passed on unnamed.
+      name: a non-empty string; `/` separates levels, `*` is kept for patterns.
+
+    Returns:
+      The same tree.
+
+    Raises:
+      ValueError: the name is empty, holds `*`, or starts with a number or "return".
+
+    Example:
+        >>> import jax.numpy as jnp, stopgrad_jax as sg
+        >>> f = lambda x: jnp.sum(sg.name(2.0 * x, "h") ** 2)
+        >>> print(sg.gradients(f, "h")(jnp.array([1.0, 2.0])))
+        [4. 8.]
+    """
+    head = name.split("/")[0] if isinstance(name, str) else ""
+    if not head or "*" in name or head.isdigit() or head == "return":
+        raise ValueError(
+            beats(
+                f"name(tree, {name!r})",
+                "a name is a non-empty string without * whose first level is neither "
+                'a number nor "return"',
+                repr(name),
+                'sg.name(tree, "h")',
+            )
+        )
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [printed(path) for path, _ in flat]
+    if paths == [""] and is_traceable(tree):
+        return checkpoint_name(tree, name)
+    names = [f"{name}/{path}" if path else name for path in paths]
+    template = jax.tree.unflatten(
+        structure,
+        [Leaf(n) if is_traceable(x) else x for n, (_, x) in zip(names, flat, strict=True)],
+    )
+    leaves = [
+        checkpoint_name(x, PointName(n, name, template)) if is_traceable(x) else x
+        for n, (_, x) in zip(names, flat, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def capture(
+    fun: Callable[P, Any], names: Address | Iterable[Address]
+) -> Callable[P, tuple[Any, dict[Address, Any]]]:
+    """Return the values at addresses beside the function's own result.
+
+    Forward: `fun`'s, and the values; a value in a scan is stacked over its steps, one
+    in a branch that is not taken is zero, several of one name are a tuple.
+    Backward: `fun`'s; a captured value is an ordinary output.
+
+    Args:
+      fun: any function that JAX can trace.
+      names: an address or several.
+
+    Returns:
+      A function of `fun`'s arguments that returns (fun's result, {address: value}).
+
+    Raises:
+      AddressError: an address matches nothing, or more than one kind of thing.
+      ValueError: a value lies in a `while_loop`, whose steps cannot be stacked.
+
+    Example:
+        >>> import jax.numpy as jnp, stopgrad_jax as sg
+        >>> f = lambda x: jnp.sum(sg.name(2.0 * x, "h") ** 2)
+        >>> out, values = sg.capture(f, ["h"])(jnp.array([1.0, 2.0]))
+        >>> print(out, values["h"])
+        20.0 [2. 4.]
+    """
+    called = f"capture({function_name(fun)}, {names!r:.80})"
+    addresses = listed(names if _single(names) else list(names), called, "names")
+
+    @functools.wraps(fun)
+    def captured(*args: P.args, **kwargs: P.kwargs) -> Any:
+        program = look_up(trace(fun, args, kwargs), addresses, called)
+        refuse_loops(program, addresses, called)
+        actions = Actions(captures=program.targets_of(addresses))
+        none = [None] * len(program.plan.found)
+        traced = program.traced
+        out, values = Rewriter(actions).run(program.plan, traced.leaves, none, None)
+        places = {"argument": traced.leaves, "output": out, "point": values}
+        result = filled(traced.output, places)
+        return result, {a: filled(program.matched[a].tree, places) for a in addresses}
+
+    return captured
+
+
+def edit(
+    fun: Callable[P, T], edits: Mapping[Address, Callable[..., Any]]
+) -> Callable[P, T]:
+    """Apply functions to the values at addresses, wherever they are in `fun`.
+
+    Forward and Backward: as if the source read `h = edits["h"](h)` at that place. For
+    `sg.op(...)`, as if it read `y = edit(relu, x)` where it reads `y = relu(x)`: this
+    is TensorFlow 1's `gradient_override_map`, and more.
+
+    Args:
+      fun: any function that JAX can trace.
+      edits: {address: function}. The function is given the value (a tree where the
+        address selects a tree) and returns one of the same structure, shapes and
+        dtypes; for an operation, it is given the operation and its operands.
+
+    Returns:
+      A function with `fun`'s signature.
+
+    Raises:
+      AddressError: an address matches nothing, or more than one kind of thing.
+      TypeError: a function changes a structure, shape or dtype.
+      ValueError: the value lies in the body of a custom rule, or in a part whose
+        derivative has already been taken.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
+        >>> f = lambda x: sg.name(x**2, "h") * 3.0
+        >>> print(sg.edit(f, {"h": lambda h: h + 1.0})(2.0))
+        15.0
+
+    Reference:
+      Springenberg et al. (2015), "Striving for Simplicity": guided backpropagation is
+      `edit` at `sg.op("relu")`.
+    """
+    called = f"edit({function_name(fun)}, {{{', '.join(map(repr, edits))}}})"
+    addresses = listed(list(edits), called, "addresses")
+
+    @functools.wraps(fun)
+    def edited(*args: P.args, **kwargs: P.kwargs) -> T:
+        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = program.traced
+        refuse_rules(program, addresses, called)
+        refuse_differentiated(program, addresses, function_name(fun), called)
+        functions = {
+            k: edits[address]
+            for address in addresses
+            for k in program.targets_of([address])
+        }
+        leaves = list(traced.leaves)
+        for address in addresses:
+            _edit_places(program, address, "argument", leaves, edits[address])
+        none = [None] * len(program.plan.found)
+        run = Rewriter(Actions(edits=functions)).run
+        out, _ = run(program.plan, leaves, none, None)
+        for address in addresses:
+            _edit_places(program, address, "output", out, edits[address])
+        return filled(traced.output, {"output": out, "argument": leaves})
+
+    return edited
+
+
+def perturb(
+    fun: Callable[..., T], names: Address | Iterable[Address]
+) -> Callable[..., T]:
+    """Add a perturbation to each named value, for any JAX transform to differentiate.
+
+    Forward: `fun`'s, bit for bit: the perturbations count as zero.
+    Backward: to the perturbation goes the cotangent of the value, to every order and
+    in forward mode too.
+
+    Args:
+      fun: any function that JAX can trace.
+      names: an address or several.
+
+    Returns:
+      A function of (perturbations, *args): a dict {address: zeros like the value}, as
+      `capture` returns the values.
+
+    Raises:
+      AddressError: an address matches nothing, or more than one kind of thing.
+      TypeError: a perturbation has another structure, shape or dtype than its value.
+      ValueError: a perturbation is known not to be zero, or its value lies in a
+        `while_loop` or in the body of a custom rule.
+
+    Example:
+        >>> import jax, stopgrad_jax as sg
+        >>> f = lambda x: sg.name(x**2, "h") ** 3
+        >>> print(jax.hessian(sg.perturb(f, "h"))({"h": 0.0}, 1.0)["h"]["h"])
+        6.0
+    """
+    called = f"perturb({function_name(fun)}, {names!r:.80})"
+    addresses = listed(names if _single(names) else list(names), called, "names")
+
+    def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
+        program = look_up(trace(fun, args, kwargs), addresses, called)
+        refuse_loops(program, addresses, called)
+        refuse_rules(program, addresses, called)
+        traced = program.traced
+        given = _given(program, addresses, perturbations, called)
+
+        def perturbed_at(kind: str, values: list[Any]) -> list[Any]:
+            pairs = ((x, given.get(Value(kind, k))) for k, x in enumerate(values))
+            return [x if p is None else perturb_value(x, p, once=False) for x, p in pairs]
+
+        leaves = perturbed_at("argument", traced.leaves)
+        inside = [given.get(Value("point", k)) for k in range(len(program.plan.found))]
+        run = Rewriter(Actions(once=False)).run
+        out = perturbed_at("output", run(program.plan, leaves, inside, None)[0])
+        return filled(traced.output, {"output": out})
+
+    return perturbed
+
+
+def _single(names: Any) -> bool:
+    return isinstance(names, str | int) or not isinstance(names, Iterable)
+
+
+def _edit_places(
+    program: Program, address: Address, kind: str, values: list[Any], function: Any
+) -> None:
+    """Apply an edit to each argument or output that its address selects."""
+    for path, tree in program.matched[address].places.items():
+        places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
+        if not places or places[0].kind != kind:
+            continue
+        old = filled(tree, {kind: values})
+        new = function(old)
+        if jax.tree.structure(new) != jax.tree.structure(old):
+            raise TypeError(
+                beats(
+                    f'edit of "{path}"',
+                    f"the function must return a tree like {jax.tree.structure(old)}",
+                    str(jax.tree.structure(new)),
+                    "jax.tree.map(function_of_a_leaf, tree)",
+                )
+            )
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(new), strict=True)
+        for place, x in pairs:
+            if isinstance(place, Value):
+                values[place.index] = same_type(x, values[place.index], path, "")
+
+
+def _given(
+    program: Program, addresses: list[Address], perturbations: Any, called: str
+) -> dict[Value, Any]:
+    """Perturbations by the place that they perturb, checked."""
+    if set(perturbations) != set(addresses):
+        raise TypeError(
+            beats(
+                called,
+                f"the perturbations must be a dict with keys {quoted(addresses)}",
+                f"keys {quoted(perturbations)}",
+                "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
+                "sg.capture returns",
+            )
+        )
+    types = {
+        "argument": program.traced.leaves,
+        "output": [v.aval for v in program.traced.jaxpr.outvars],
+        "point": [found.aval for found in program.plan.found],
+    }
+    given: dict[Value, Any] = {}
+    for address in addresses:
+        tree, mine = program.matched[address].tree, perturbations[address]
+        if jax.tree.structure(tree) != jax.tree.structure(mine):
+            expected = jax.tree.structure(tree)
+            raise _wrong(called, address, f"a tree like {expected}", mine)
+        for place, p in zip(jax.tree.leaves(tree), jax.tree.leaves(mine), strict=True):
+            if not isinstance(place, Value):
+                continue
+            aval = types[place.kind][place.index]
+            if isinstance(p, bool | int | float | complex):
+                p = jax.numpy.asarray(p, aval.dtype)
+            if type_of(p) != type_of(aval):
+                raise _wrong(called, address, type_of(aval), p)
+            if not isinstance(p, jax.core.Tracer) and np.any(np.asarray(p) != 0):
+                raise ValueError(
+                    beats(
+                        called,
+                        "perturbations are zero: they are there to be differentiated",
+                        f"other numbers for {address!r}",
+                        f"sg.edit(fun, {{{address!r}: lambda h: h + d}}) to change it",
+                    )
+                )
+            given[place] = p if place not in given else given[place] + p
+    return given
+
+
+def _wrong(called: str, address: Address, expected: str, got: Any) -> TypeError:
+    came = type_of(got) if hasattr(got, "dtype") else str(jax.tree.structure(got))
+    return TypeError(
+        beats(
+            called,
+            f"the perturbation for {address!r} must be {expected}",
+            came,
+            "jax.tree.map(jax.numpy.zeros_like, value) of the value that sg.capture "
+            "returns",
+        )
+    )

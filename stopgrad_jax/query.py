@@ -1,0 +1,285 @@
+"""`tf.gradients` for JAX: the gradients of any values by any others.
+
+One call is: trace the function, look the addresses up, decide which pairs are
+connected, and differentiate the program with a perturbation at each x and a hold at
+each stop. `_engine/perturbation.py` tells why a stop is then local to its call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import jax
+import jax.numpy as jnp
+
+from . import _jax
+from ._address import RETURN, nodes
+from ._engine.cotangents import cotangents
+from ._engine.differentiate import Differentiation
+from ._engine.refuse import refuse_loops, refuse_rules
+from ._engine.select import Program, listed, look_up
+from ._engine.trace import Traced, Value, filled, trace
+from ._errors import beats, function_name, quoted
+
+P = ParamSpec("P")
+
+
+def gradients(
+    fun: Callable[P, Any],
+    xs: Any,
+    *,
+    ys: Any = None,
+    grad_ys: Any = None,
+    stop_gradients: Any = (),
+    unconnected_gradients: str = "none",
+    has_aux: bool = False,
+) -> Callable[P, Any]:
+    """Differentiate any values of a function by any others.
+
+    Forward: `fun`'s values; nothing is rounded, nothing but what is asked for is
+    computed.
+    Backward: the total derivative, along all paths, of the sum of all `ys`. Each value
+    in `stop_gradients` is a constant to what follows it, so `stop_gradients=xs` gives
+    partial derivatives. A stop is local to this call: differentiate the result again
+    and the stopped value is an ordinary function of its inputs.
+
+    Args:
+      fun: any function that JAX can trace; traced anew at every call, so `jax.jit` the
+        whole to trace once.
+      xs: an address or a pytree of them: arguments (`"params/w"`, `0`), values named by
+        `sg.name` or `checkpoint_name`, operations (`sg.op`). Integers get None.
+      ys: addresses of what is differentiated; `fun`'s output if it is one array. Any
+        shape: a y that is not a scalar is summed.
+      grad_ys: cotangents, structured like `ys` and of the ys' shapes and dtypes; None
+        means ones.
+      stop_gradients: addresses held constant. A held value that is in `xs` still gets
+        its own gradient.
+      unconnected_gradients: what an x gets that no y depends on: "none" (None, decided
+        when the function is traced), "zero" (zeros of x's shape and dtype), or "error".
+      has_aux: `fun` returns (what to differentiate, anything else).
+
+    Returns:
+      A function of `fun`'s arguments. It returns the gradients in the structure of
+      `xs`, each in the structure of the value; with `has_aux`, (gradients, aux). The
+      gradient of a value in a scan has a leading time axis, that of a value which
+      occurs several times is a tuple. Complex gradients follow JAX's convention
+      (TensorFlow's and PyTorch's are their conjugates).
+
+    Raises:
+      AddressError: an address matches nothing, or more than one kind of thing.
+      TypeError: `xs` is empty or not an address; `ys` do not say which output is
+        meant, or are not real floating point; `grad_ys` do not fit.
+      ValueError: a point lies in a `while_loop` or in the body of a custom rule, or an
+        x is not connected and `unconnected_gradients="error"`.
+
+    Example:
+        >>> import stopgrad_jax as sg
+        >>> def f(x):
+        ...     h = sg.name(x * x, "h")
+        ...     return h * h * x
+        >>> print(sg.gradients(f, ["x", "h"])(2.0))
+        [Array(80., dtype=float32, weak_type=True), Array(16., dtype=float32, ...
+        >>> print(sg.gradients(f, "x", stop_gradients="h")(2.0))
+        16.0
+
+    Reference:
+      Abadi et al. (2016), "TensorFlow: A System for Large-Scale Machine Learning":
+      `tf.gradients`.
+    """
+    query = _Query(
+        f"gradients({function_name(fun)}, {xs!r:.80})",
+        xs,
+        ys,
+        grad_ys,
+        stop_gradients,
+        unconnected_gradients,
+        has_aux,
+    )
+
+    @functools.wraps(fun)
+    def gradients_of(*args: P.args, **kwargs: P.kwargs) -> Any:
+        value, grads = query.answer(trace(fun, args, kwargs), want_value=has_aux)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradients_of
+
+
+def value_and_gradients(
+    fun: Callable[P, Any],
+    xs: Any,
+    *,
+    ys: Any = None,
+    grad_ys: Any = None,
+    stop_gradients: Any = (),
+    unconnected_gradients: str = "none",
+    has_aux: bool = False,
+) -> Callable[P, tuple[Any, Any]]:
+    """Evaluate a function and differentiate any of its values by any others.
+
+    Forward: `fun`'s own result, bit for bit.
+    Backward: see `gradients`, which takes the same arguments.
+
+    Args:
+      fun: any function that JAX can trace.
+      xs: addresses of what to differentiate by.
+      ys: addresses of what is differentiated.
+      grad_ys: cotangents of the ys; None means ones.
+      stop_gradients: addresses held constant.
+      unconnected_gradients: "none", "zero" or "error".
+      has_aux: `fun` returns (what to differentiate, anything else).
+
+    Returns:
+      A function of `fun`'s arguments that returns (`fun`'s whole result, gradients).
+
+    Raises:
+      AddressError: see `gradients`.
+      TypeError: see `gradients`.
+      ValueError: see `gradients`.
+
+    Example:
+        >>> import stopgrad_jax as sg
+        >>> value, grads = sg.value_and_gradients(lambda x, y: x * y, ["x", "y"])(2.0, 3.0)
+        >>> print(value, grads[0], grads[1])
+        6.0 3.0 2.0
+    """
+    query = _Query(
+        f"value_and_gradients({function_name(fun)}, {xs!r:.80})",
+        xs,
+        ys,
+        grad_ys,
+        stop_gradients,
+        unconnected_gradients,
+        has_aux,
+    )
+
+    @functools.wraps(fun)
+    def value_and_gradients_of(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return query.answer(trace(fun, args, kwargs), want_value=True)
+
+    return value_and_gradients_of
+
+
+@dataclasses.dataclass(frozen=True)
+class _Query:
+    """One request, and how it is answered for a traced function."""
+
+    called: str
+    xs: Any
+    ys: Any
+    grad_ys: Any
+    stop_gradients: Any
+    unconnected: str
+    has_aux: bool
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the function is called."""
+        for what in ("xs", "stop_gradients"):
+            listed(getattr(self, what), self.called, what)
+        if self.ys is not None:
+            listed(self.ys, self.called, "ys")
+        if not jax.tree.leaves(self.xs):
+            raise TypeError(
+                beats(
+                    self.called,
+                    "xs must hold at least one address",
+                    f"{self.xs!r}",
+                    'xs="name" for the argument or point of that name',
+                )
+            )
+        if self.unconnected not in ("none", "zero", "error"):
+            raise ValueError(
+                beats(
+                    self.called,
+                    'unconnected_gradients must be "none", "zero" or "error"',
+                    repr(self.unconnected),
+                    'unconnected_gradients="zero" for zeros instead of None',
+                )
+            )
+
+    def answer(self, traced: Traced, want_value: bool) -> tuple[Any, Any]:
+        """Return (the function's result if wanted, gradients like xs)."""
+        called = self.called
+        xs, stops = jax.tree.leaves(self.xs), jax.tree.leaves(self.stop_gradients)
+        ys = [] if self.ys is None else jax.tree.leaves(self.ys)
+        program = look_up(traced, [*xs, *stops, *ys], called)
+        refuse_loops(program, [*xs, *stops, *ys], called)
+        refuse_rules(program, [*xs, *stops, *ys], called)
+
+        y_tree = self._default_ys(traced) if self.ys is None else program.tree(self.ys)
+        pairs = cotangents(program, y_tree, self.grad_ys, called)
+        x_tree = program.tree(self.xs)
+        wanted = {v for v in jax.tree.leaves(x_tree) if isinstance(v, Value)}
+        differentiation = Differentiation(program, wanted, stops)
+        if self.unconnected == "error":
+            self._refuse_unconnected(program, differentiation, [y for y, _ in pairs])
+        out, grads = differentiation.gradients(pairs, want_value)
+        value = filled(traced.output, {"output": out}) if want_value else None
+        return value, self._filled(x_tree, grads, program)
+
+    def _default_ys(self, traced: Traced) -> Any:
+        """Places of the one array that `fun` returns; first of two with has_aux."""
+        output = traced.output
+        if self.has_aux:
+            if not (isinstance(output, tuple) and len(output) == 2):
+                raise TypeError(
+                    beats(
+                        self.called,
+                        f"with has_aux, {traced.name} must return (y, aux)",
+                        f"{jax.tree.structure(output)}",
+                        "return y, aux",
+                    )
+                )
+            output = output[0]
+        places = [v for v in jax.tree.leaves(output) if isinstance(v, Value)]
+        if len(places) != 1:
+            values = [p for p, v in nodes(output, RETURN) if isinstance(v, Value)]
+            one = f'ys="{values[0]}" for one, ys="return" for the sum' if values else ""
+            raise TypeError(
+                beats(
+                    self.called,
+                    f"{traced.name} must return one array, or ys must say which",
+                    f"{len(places)} arrays: {quoted(values)}",
+                    one or "return the array that is to be differentiated",
+                )
+            )
+        return output
+
+    def _refuse_unconnected(
+        self, program: Program, differentiation: Differentiation, ys: list[Value]
+    ) -> None:
+        """Raise if no y is connected to some x, and say where each gradient ends."""
+        connected, why = set(differentiation.connected(ys)), []
+        for address in jax.tree.leaves(self.xs):
+            for path, tree in program.matched[address].places.items():
+                below = [(p, v) for p, v in nodes(tree, path) if isinstance(v, Value)]
+                carry = [(p, v) for p, v in below if _jax.is_differentiable(program.types[v])]
+                for at, x in carry or below:
+                    if x not in connected:
+                        why.append(f"{at}: {differentiation.why(x, ys)}")
+        if why:
+            raise ValueError(
+                beats(
+                    self.called,
+                    'every x must be connected to ys with unconnected_gradients="error"',
+                    "\n         ".join(dict.fromkeys(why)),
+                    'unconnected_gradients="none" for None, "zero" for zeros',
+                )
+            )
+
+    def _filled(self, tree: Any, grads: dict[Value, Any], program: Program) -> Any:
+        """Put a gradient, or what stands for none, at each place."""
+
+        def fill(leaf: Any) -> Any:
+            if leaf in grads:
+                return grads[leaf]
+            if self.unconnected != "zero":
+                return None
+            if isinstance(leaf, Value):
+                return _jax.zeros(program.types[leaf])
+            numeric = isinstance(leaf.value, bool | int)
+            return jnp.zeros_like(jnp.asarray(leaf.value)) if numeric else None
+
+        return jax.tree.map(fill, tree)
