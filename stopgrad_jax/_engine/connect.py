@@ -172,7 +172,7 @@ class Rules:
         """Return, for each result, the operands its tangent depends on."""
         # Keys that hold a user's functions or programs live as long as this call.
         cache = self._here if _jax.inner_jaxprs(eqn) else self._known
-        key = signature(eqn)
+        key = signature(eqn, literals=False)  # a rule cannot see their values
         if key not in cache:
             if len(cache) >= self._KEEP:
                 cache.clear()

@@ -8,15 +8,19 @@ from typing import Any
 from .. import _jax
 
 
-def signature(eqn: Any) -> Any:
+def signature(eqn: Any, literals: bool = True) -> Any:
     """Return a hashable key: equal keys mean equal results *and* derivatives.
 
-    An equation that cannot be compared gets a key of its own.
+    An equation that cannot be compared gets a key of its own. Without `literals`,
+    equations that differ only in a literal's value are the same.
     """
     if eqn.effects:
         return object()
     operands = tuple(
-        _literal(v) if isinstance(v, _jax.Literal) else v.aval for v in eqn.invars
+        (_literal(v) if literals else (v.aval,))
+        if isinstance(v, _jax.Literal)
+        else v.aval
+        for v in eqn.invars
     )
     key = (eqn.primitive, operands, eqn.ctx, _params(eqn))
     try:

@@ -1,0 +1,63 @@
+# Each target sets up what it needs in a local virtual environment.
+.PHONY: demo test check notebooks bench test-peers test-oldest test-strict clean
+
+NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
+OLDEST := $(shell .ci/find-python 3.11)
+PYTEST := -n auto -q
+STRICT := x64 dtype rank checks leaks
+
+export JAX_PLATFORMS ?= cpu
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+demo: .venv/ready
+	.venv/bin/python notebooks/run.py --show 01
+
+test: .venv/ready
+	.venv/bin/python -m pytest $(PYTEST)
+
+check: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/python -m pytest -q tests/test_floors.py
+
+notebooks: .venv/ready
+	.venv/bin/python notebooks/run.py --update
+
+bench: .venv-peers/ready
+	.venv-peers/bin/python benchmarks/run.py
+
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
+
+# The switches together, then one by one; `make test-strict-together` is the first half.
+test-strict: test-strict-together $(STRICT:%=test-strict-%)
+
+test-strict-together: .venv/ready .venv-oldest/ready
+	STOPGRAD_STRICT="$(STRICT)" .venv/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
+	STOPGRAD_STRICT="$(STRICT)" .venv-oldest/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
+
+test-strict-%: .venv/ready
+	STOPGRAD_STRICT="$*" .venv/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
+
+.venv/ready: pyproject.toml
+	$(NEWEST) -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[notebooks,dev]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml
+	@test -n "$(OLDEST)" || { echo "test-oldest needs Python 3.11, and found none"; exit 1; }
+	$(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'jax==0.10.2' 'jaxlib==0.10.2' scikit-learn
+	touch $@
+
+.venv-peers/ready: pyproject.toml
+	$(NEWEST) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,peers]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .venv-peers build

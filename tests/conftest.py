@@ -1,0 +1,24 @@
+"""Eight CPU devices, the strict switches, and the ways in which a function is run."""
+
+import os
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+SWITCHES = {
+    "x64": ("jax_enable_x64", True),
+    "dtype": ("jax_numpy_dtype_promotion", "strict"),
+    "rank": ("jax_numpy_rank_promotion", "raise"),
+    "checks": ("jax_enable_checks", True),
+    "leaks": ("jax_check_tracer_leaks", True),
+}
+for switch in os.environ.get("STOPGRAD_STRICT", "").split():
+    jax.config.update(*SWITCHES[switch])
+
+
+@pytest.fixture(params=["eager", "jit"])
+def run(request):
+    """Call a function as it is, or jitted."""
+    return jax.jit if request.param == "jit" else lambda fun: fun

@@ -1,0 +1,306 @@
+"""Random programs that read the same in JAX and in TensorFlow.
+
+A program is inputs, statements that each give a value a name, and one query. It is
+data; `source` prints it as a script for both libraries, and that script is what the
+test executes, so what a failure prints is what was run.
+
+What the two libraries define differently (ties of max, abs and sign at 0, bounds of
+clip, products with a literal 0, complex numbers, operations of several outputs) is not
+in the table of operations. Jumps (rounding, casts, comparisons) are in it, but never
+nearer to a jump than `MARGIN`, so no rounding error decides on which side a value is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+BOUND = 8.0
+MARGIN = 1e-3
+SHAPES = ((), (2,), (3,), (2, 2), (2, 3), (3, 2), (3, 3))
+NUMBERS = ("-1.2", "-0.7", "0.3", "0.8", "1.3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operation: how both libraries spell it and which operands it takes.
+
+    A slot is the ranks that a float operand may have ("12"), or "int", or "number", or
+    the kind of a nested call ("rounding", "mask", "predicate", "branch").
+    """
+
+    kind: str
+    slots: tuple[str, ...]
+    jax: str
+    tf: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operation applied to names, literals and further calls."""
+
+    op: str
+    operands: tuple[str | Call, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """One line of a program: `target = call`."""
+
+    target: str
+    call: Call
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Inputs, statements and the query; names in it are inputs or targets."""
+
+    title: str
+    inputs: dict[str, np.ndarray]
+    statements: tuple[Statement, ...]
+    xs: tuple[str, ...]
+    ys: tuple[str, ...]
+    grad_ys: tuple[np.ndarray | None, ...]
+    stops: tuple[str, ...]
+
+
+def _op(kind: str, slots: str, jax: str, tf: str | None = None) -> Op:
+    """Spell an operation; TensorFlow's name is often JAX's."""
+    same = jax.replace("jnp.", "tf.").replace("lax.", "tf.")
+    return Op(kind, tuple(slots.split()), jax, same if tf is None else tf)
+
+
+OPS = {
+    "sin": _op("elementwise", "012", "jnp.sin({0})"),
+    "cos": _op("elementwise", "012", "jnp.cos({0})"),
+    "tanh": _op("elementwise", "012", "jnp.tanh({0})"),
+    "exp": _op("elementwise", "012", "jnp.exp(-{0} * {0})"),
+    "sqrt": _op("elementwise", "012", "jnp.sqrt(1.0 + {0} * {0})"),
+    "sigmoid": _op("elementwise", "012", "nn.sigmoid({0})", "tf.sigmoid({0})"),
+    "softplus": _op("elementwise", "012", "nn.softplus({0})", "tf.nn.softplus({0})"),
+    "cube": _op("elementwise", "012", "0.1 * {0} ** 3"),
+    "scale": _op("elementwise", "012 number", "{1} * {0}"),
+    "shift": _op("elementwise", "012 number", "{0} + {1}"),
+    "add": _op("elementwise", "012 012", "{0} + {1}"),
+    "subtract": _op("elementwise", "012 012", "{0} - {1}"),
+    "multiply": _op("elementwise", "012 012", "{0} * {1}"),
+    "divide": _op("elementwise", "012 012", "{0} / (1.5 + {1} * {1})"),
+    "matmul": _op("matmul", "2 2", "jnp.matmul({0}, {1})"),
+    "matvec": _op("matmul", "2 1", "{0} @ {1}", "tf.linalg.matvec({0}, {1})"),
+    "dot": _op("matmul", "1 1", "jnp.dot({0}, {1})", "tf.tensordot({0}, {1}, 1)"),
+    "einsum": _op("matmul", "2 2", "jnp.einsum('ij,kj->ik', {0}, {1})"),
+    "sum": _op("reduction", "12", "jnp.sum({0})", "tf.reduce_sum({0})"),
+    "rows": _op(
+        "reduction", "12", "jnp.sum({0}, axis=0)", "tf.reduce_sum({0}, axis=0)"
+    ),
+    "mean": _op("reduction", "12", "jnp.mean({0}, -1)", "tf.reduce_mean({0}, -1)"),
+    "var": _op("reduction", "12", "jnp.var({0})", "tf.math.reduce_variance({0})"),
+    "softmax": _op("reduction", "12", "nn.softmax({0})", "tf.nn.softmax({0})"),
+    "cumsum": _op("reduction", "12", "jnp.cumsum({0}, axis=0)"),
+    "first": _op("indexing", "12", "{0}[0]"),
+    "column": _op("indexing", "2", "{0}[:, 1]"),
+    "tail": _op("indexing", "12", "{0}[1:]"),
+    "head": _op("indexing", "12", "{0}[..., :2]"),
+    "reverse": _op("indexing", "12", "{0}[::-1]"),
+    "take": _op(
+        "indexing",
+        "12",
+        "jnp.take({0}, np.array([1, 0, 1]), axis=0)",
+        "tf.gather({0}, [1, 0, 1])",
+    ),
+    "transpose": _op("shape", "2", "jnp.transpose({0})"),
+    "ravel": _op("shape", "2", "{0}.reshape(-1)[1:4]", "tf.reshape({0}, [-1])[1:4]"),
+    "stack": _op("shape", "01 01", "jnp.stack([{0}, {1}])"),
+    "concat": _op(
+        "shape", "12 12", "jnp.concat([{0}, {1}])", "tf.concat([{0}, {1}], 0)"
+    ),
+    "outer": _op("shape", "1 1", "{0}[:, None] * {1}[None, :]"),
+    "stop": _op("stop_gradient", "012", "lax.stop_gradient({0})"),
+    "gate": _op("stop_gradient", "012 012", "{0} * lax.stop_gradient({1})"),
+    "article": _op(
+        "stop_gradient", "012 rounding", "{0} + lax.stop_gradient({1} - {0})"
+    ),
+    "round": _op("rounding", "012", "jnp.round(2.0 * {0} + 0.2)"),
+    "floor": _op("rounding", "012", "jnp.floor(2.0 * {0} + 0.2)"),
+    "through_int": _op(
+        "cast",
+        "012",
+        "(2.5 * {0} + 0.2).astype(jnp.int32).astype(jnp.float32)",
+        "tf.cast(tf.cast(2.5 * {0} + 0.2, tf.int32), tf.float32)",
+    ),
+    "to_int": _op(
+        "cast",
+        "012",
+        "(2.5 * {0} + 0.2).astype(jnp.int32)",
+        "tf.cast(2.5 * {0} + 0.2, tf.int32)",
+    ),
+    "to_float": _op(
+        "cast",
+        "int",
+        "0.5 * {0}.astype(jnp.float32)",
+        "0.5 * tf.cast({0}, tf.float32)",
+    ),
+    "where": _op("where", "mask 012 012", "jnp.where({0}, {1}, {2})"),
+    "cond": _op(
+        "cond", "predicate branch branch", "lax.cond({0}, lambda: {1}, lambda: {2})"
+    ),
+    "greater": _op("mask", "012", "{0} > 0.1"),
+    "above": _op("predicate", "012", "jnp.sum({0}) > 0.1", "tf.reduce_sum({0}) > 0.1"),
+    "true": _op("predicate", "", "jnp.asarray(True)", "tf.constant(True)"),
+    "false": _op("predicate", "", "jnp.asarray(False)", "tf.constant(False)"),
+}
+JUMPS = {"round", "floor", "through_int", "to_int", "greater", "above"}
+NESTED = {"mask", "predicate"}
+BRANCH = {"elementwise", "reduction", "indexing", "stop_gradient", "rounding"}
+KINDS = tuple(dict.fromkeys(op.kind for op in OPS.values() if op.kind not in NESTED))
+
+
+def _cond(predicate: Any, then: Any, otherwise: Any) -> Any:
+    """Take a branch as JAX does: both must have one type."""
+    values = np.asarray(otherwise()), np.asarray(then())
+    if values[0].shape != values[1].shape:
+        raise ValueError("branches differ in shape")
+    return values[int(predicate)]
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(x) / np.sum(np.exp(x), axis=-1, keepdims=True)
+
+
+# The JAX spelling evaluated by NumPy in float64: the generator's own oracle for shapes,
+# bounds and jumps, which needs neither library.
+NUMPY: dict[str, Any] = {
+    "np": np,
+    "jnp": np,
+    "lax": SimpleNamespace(stop_gradient=lambda x: x, cond=_cond),
+    "nn": SimpleNamespace(
+        sigmoid=lambda x: 1 / (1 + np.exp(-x)),
+        softplus=lambda x: np.log1p(np.exp(x)),
+        softmax=_softmax,
+    ),
+}
+
+
+def calls(call: Call) -> Iterator[Call]:
+    """Yield a call and all calls inside it."""
+    yield call
+    for operand in call.operands:
+        if isinstance(operand, Call):
+            yield from calls(operand)
+
+
+def render(call: str | Call, library: str) -> str:
+    """Spell an expression for "jax" or "tf"."""
+    if isinstance(call, str):
+        return call
+    operands = [render(operand, library) for operand in call.operands]
+    return getattr(OPS[call.op], library).format(*operands)
+
+
+class _Generator:
+    """A program in the making: its random numbers and the values so far."""
+
+    def __init__(self, rng: np.random.Generator, inputs: dict[str, np.ndarray]) -> None:
+        self.rng = rng
+        self.values: dict[str, Any] = {k: np.float64(v) for k, v in inputs.items()}
+
+    def pick(self, items: Any) -> Any:
+        """Draw one, all alike."""
+        return items[self.rng.integers(len(items))]
+
+    def operand(self, slot: str) -> str | Call:
+        """Draw what fits a slot; later values are likelier, so programs get deep."""
+        if slot == "number":
+            return self.pick(NUMBERS)
+        if slot == "branch":
+            return self.call(self.pick([k for k in KINDS if k in BRANCH]))
+        if slot in NESTED or slot == "rounding":
+            return self.call(slot)
+        kind, ranks = ("i", "012") if slot == "int" else ("f", slot)
+        fitting = [
+            name
+            for name, value in self.values.items()
+            if value.dtype.kind == kind and str(np.ndim(value)) in ranks
+        ]
+        if not fitting:
+            raise ValueError(f"no value fits {slot}")
+        return fitting[int(len(fitting) * self.rng.random() ** 0.6)]
+
+    def call(self, kind: str) -> Call:
+        """Draw an operation of a kind, and its operands."""
+        op = self.pick([name for name, op in OPS.items() if op.kind == kind])
+        return Call(op, tuple(self.operand(slot) for slot in OPS[op].slots))
+
+    def value(self, call: Call, shift: float = 0.0) -> Any:
+        """Evaluate a call where every float value is moved by `shift`."""
+        moved = {
+            k: v + shift if v.dtype.kind == "f" else v for k, v in self.values.items()
+        }
+        return np.asarray(eval(render(call, "jax"), NUMPY | moved))
+
+    def jumps(self, call: Call) -> bool:
+        """Tell whether a jump is near: these operations all grow with the operand."""
+        return any(
+            not np.array_equal(self.value(c, -MARGIN), self.value(c, MARGIN))
+            for c in calls(call)
+            if c.op in JUMPS
+        )
+
+    def statement(self) -> Statement:
+        """Draw calls until one is well-typed, bounded and away from jumps."""
+        while True:
+            try:
+                call = self.call(self.pick(KINDS))
+                value = self.value(call)
+            except (ValueError, IndexError):
+                continue
+            small = value.shape in SHAPES and np.max(np.abs(value)) < BOUND
+            if small and not self.jumps(call):
+                target = f"h{sum(name.startswith('h') for name in self.values)}"
+                kind = np.int64 if value.dtype.kind == "i" else np.float64
+                self.values[target] = value.astype(kind)
+                return Statement(target, call)
+
+
+def generate(seed: int, number: int) -> Program:
+    """Make program `number` of the run of a seed."""
+    rng = np.random.default_rng([seed, number])
+    shapes = {"a": (), "b": (3,), "c": (2, 3), "d": (3, 3)}
+    inputs = {
+        k: rng.uniform(-1.5, 1.5, s).astype(np.float32) for k, s in shapes.items()
+    }
+    made = _Generator(rng, inputs)
+    statements = tuple(made.statement() for _ in range(rng.integers(6, 15)))
+    names = list(made.values)
+    late = [n for n in names[-6:] if made.values[n].dtype.kind == "f"] or ["a"]
+    ys = tuple(made.pick(late) for _ in range(rng.integers(1, 4)))
+    grad_ys = tuple(
+        rng.uniform(-1, 1, made.values[y].shape).astype(np.float32)
+        if rng.random() < 0.5
+        else None
+        for y in ys
+    )
+    xs = tuple(made.pick(names) for _ in range(rng.integers(2, 6)))
+    stops = tuple(made.pick(names) for _ in range(rng.integers(0, 4)))
+    title = f"program {number} of STOPGRAD_SEED={seed}"
+    return Program(title, inputs, statements, xs, ys, grad_ys, stops)
+
+
+def source(program: Program) -> str:
+    """Print a program as a script that runs it in both libraries."""
+    names = ", ".join(program.inputs)
+    last = program.statements[-1].target
+    arrays = [_array(value) for value in program.inputs.values()]
+    grad_ys = ", ".join("None" if g is None else _array(g) for g in program.grad_ys)
+    ys = ["return" if y == last else y for y in program.ys]
+    jax_lines = [
+        f'    {s.target} = sg.name({render(s.call, "jax")}, "{s.target}")'
+        for s in program.statements
+    ]
+    tf_lines = [f"    {s.target} = {render(s.call, 'tf')}" for s in program.statements]
+    ...
+    return "\n".join(jax_lines + tf_lines + [names, grad_ys, *ys, *arrays])

@@ -1,0 +1,108 @@
+"""Programs shared by the tests, and helpers to read compiled ones."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import PartitionSpec as P
+
+import stopgrad_jax as sg
+
+
+def f32(*values):
+    return jnp.array(values, jnp.float32)
+
+
+def layer(w, x):
+    """One layer with a named activation."""
+    return jnp.sum(sg.name(jnp.tanh(x * w), "h") ** 2)
+
+
+def mesh(n=4):
+    return jax.make_mesh((n,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def _vmapped(w, x):
+    return jnp.sum(jax.vmap(lambda x: sg.name(jnp.tanh(x * w), "h") ** 2)(x))
+
+
+def _scanned(w, x):
+    def step(total, x):
+        return total + sg.name(jnp.tanh(x * w), "h") ** 2, None
+
+    return jax.lax.scan(step, jnp.zeros((), x.dtype), x)[0]
+
+
+def _mapped(w, x):
+    return jnp.sum(jax.lax.map(lambda x: sg.name(jnp.tanh(x * w), "h") ** 2, x))
+
+
+def _looped(w, x):
+    def step(i, total):
+        return total + sg.name(jnp.tanh(x[i] * w), "h") ** 2
+
+    return jax.lax.fori_loop(0, x.shape[0], step, jnp.zeros((), x.dtype))
+
+
+def _sharded(w, x):
+    def part(w, x):
+        return jax.lax.psum(layer(w, x), "d")
+
+    return jax.shard_map(part, mesh=mesh(), in_specs=(P(), P("d")), out_specs=P())(w, x)
+
+
+def _unchecked(w, x):
+    def part(w, x):
+        return jax.lax.psum(layer(w, x), "d")
+
+    return jax.shard_map(
+        part, mesh=mesh(), in_specs=(P(), P("d")), out_specs=P(), check_vma=False
+    )(w, x)
+
+
+# One function of (w: scalar, x: 4 values) in all the ways JAX has to write it. In each,
+# "h" is tanh(x * w) and the result the sum of its squares.
+EVERYWHERE = {
+    "plain": layer,
+    "jit": jax.jit(layer),
+    "nested jit": jax.jit(lambda w, x: jax.jit(layer)(w, x)),
+    "remat": jax.checkpoint(layer),
+    "remat, policy": jax.checkpoint(
+        layer, policy=jax.checkpoint_policies.save_only_these_names("h")
+    ),
+    "vmap": _vmapped,
+    "scan": _scanned,
+    "map": _mapped,
+    "fori_loop": _looped,
+    "cond": lambda w, x: jax.lax.cond(x[0] < 9, layer, lambda w, x: w, w, x),
+    "switch": lambda w, x: jax.lax.switch(1, [lambda w, x: w, layer], w, x),
+    "shard_map": _sharded,
+    "shard_map, unchecked": _unchecked,
+    "jit of scan of remat": jax.jit(
+        lambda w, x: jax.lax.scan(
+            lambda c, x: (c + jax.checkpoint(layer)(w, x), None),
+            jnp.zeros((), x.dtype),
+            x,
+        )[0]
+    ),
+}
+
+
+def instructions(fun, *args):
+    """Count the instructions of the optimized program, fused ones included."""
+    text = jax.jit(fun).lower(*args).compile().as_text()
+    return len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
+
+
+def primitives(fun, *args):
+    """Name the primitives of the traced program, inside nested ones too."""
+
+    def walk(jaxpr):
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from walk(inner)
+
+    return list(walk(jax.make_jaxpr(fun)(*args)))
