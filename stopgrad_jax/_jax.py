@@ -38,7 +38,8 @@ def opened(jaxpr: Any) -> tuple[Jaxpr, tuple[Any, ...]]:
 def subjaxpr(eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]) -> Any:
     """Make a jaxpr out of a run of equations of another one."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    return Jaxpr((), list(invars), list(outvars), list(eqns), effects)
+    info = core.DebugInfo("stopgrad_jax", "run", None, None)
+    return Jaxpr((), list(invars), list(outvars), list(eqns), effects, info)
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

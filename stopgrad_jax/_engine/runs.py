@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def _blocks(
 ) -> Iterator[list[Any]]:
     """Cut equations after each one that `is_end` says of it and the next one."""
     block = []
-    for eqn, following in zip(eqns, [*eqns[1:], None], strict=True):
+    for eqn, following in itertools.zip_longest(eqns, eqns[1:]):
         block.append(eqn)
         if len(block) == _LONGEST or is_end(eqn, following):
             yield block
