@@ -20,8 +20,8 @@
 # - it can hold any of them constant, for that one question;
 # - it answers `None` where no gradient can flow, which is not the same as zero.
 #
-# `stopgrad_jax` brings all three to JAX. This notebook first answers the question that the
-# project grew from, then repeats five small TensorFlow experiments and compares the
+# `stopgrad_jax` brings all three to JAX. This notebook first answers the question that
+# the project grew from, then repeats five small TensorFlow experiments and compares the
 # numbers, then puts the same calls to work on a small image classifier.
 
 # %%
@@ -107,11 +107,11 @@ for xx in (3.0, 1e8, jnp.inf):
 # ## 2. Five experiments, TensorFlow beside JAX
 #
 # TensorFlow's numbers for A and B were recorded with TensorFlow 2.21 in graph mode on a
-# CPU, and are read from `seed_golden.json`. Its answers to C, D and E are lists of small
-# whole numbers, written out below.
+# CPU, and are read from `seed_golden.json`. Its answers to C, D and E are lists of
+# small whole numbers, written out below.
 #
-# A and B fit a line to 32 noisy points by gradient descent, one point a step. In every
-# row the loss and its gradient are those before the update, `w` and `b` those after it.
+# A and B fit a line to noisy points by gradient descent, one point a step. In every row
+# the loss and its gradient are those before the update, `w` and `b` those after it.
 
 # %%
 golden = json.loads(Path("seed_golden.json").read_text())

@@ -88,6 +88,11 @@ EVERYWHERE = {
     ),
 }
 
+if jax.config.jax_check_tracer_leaks:
+    # JAX reports plain jit(grad(shard_map(f))) as a leak, on 0.10.2 and 0.12.0.1
+    # (tests/test_jax.py): only what is under no jit can be checked.
+    EVERYWHERE = {k: f for k, f in EVERYWHERE.items() if "shard_map" not in k}
+
 
 def instructions(fun, *args):
     """Count the instructions of the optimized program, fused ones included."""

@@ -213,7 +213,7 @@ def test_none_is_precise_through_scan_carries():
         (a, _, c), _ = jax.lax.scan(step, (a, b, c), d)
         return {"a": a, "c": c}
 
-    args = (1.0, 2.0, 3.0, f32(1, 2))
+    args = (*f32(1, 2, 3), f32(1, 2))
     found = sg.gradients(f, ["a", "b", "c", "d"], ys="return/a")(*args)
     assert found[0] == 1.0
     assert found[1] == 2.0
@@ -259,7 +259,8 @@ def test_integer_arrays_get_none_or_integer_zeros():
 def test_wildcards_yield_full_addresses():
     def f(params, x):
         for k in range(2):
-            x = jnp.tanh(x @ params[f"Dense_{k}"]["kernel"] + params[f"Dense_{k}"]["bias"])
+            layer = params[f"Dense_{k}"]
+            x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
         return jnp.sum(sg.name(x, "Dense_out"))
 
     leaf = {"kernel": jnp.eye(2), "bias": jnp.ones(2)}
