@@ -1,0 +1,72 @@
+"""The house: which file may import which, and how long a file may be."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "stopgrad_jax"
+
+# A file imports only from floors below its own, or from those before it in its row
+# if the row is a chain.
+FLOORS = [
+    {"_errors", "_jax"},
+    {"_address"},
+    {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
+    {"_engine/walk", "_engine/runs"},
+    {"_engine/edits", "_engine/connect"},
+    {"_engine/rewrite", "_engine/select", "_engine/causes"},
+    {"_engine/refuse", "_engine/cotangents", "_engine/differentiate"},
+    {"points", "query"},
+    {"__init__"},
+]
+FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Names of this package's files that a file imports."""
+    folder = (PACKAGE / path).parent
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = folder.joinpath(*[".."] * (node.level - 1)).resolve()
+        base = base.joinpath(*(node.module or "").split("."))
+        if base.is_dir():
+            for alias in node.names:
+                yield (base / alias.name).relative_to(PACKAGE).as_posix()
+        else:
+            yield base.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_imports_only_from_below(path):
+    name = path.with_suffix("").as_posix()
+    if name == "_engine/__init__":
+        assert not list(imported(path))
+        return
+    floor = next((k for k, names in enumerate(FLOORS) if name in names), None)
+    assert floor is not None, f"{name} is on no floor: add it to FLOORS"
+    below = set().union(*FLOORS[:floor])
+    assert set(imported(path)) <= below
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for d in ("stopgrad_jax", "tests", "benchmarks") for p in (ROOT / d).rglob("*.py")],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_files_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= (80 if path == PACKAGE / "__init__.py" else 500)
+
+
+def test_every_public_name_is_documented():
+    import stopgrad_jax as sg
+
+    for name in sg.__all__:
+        doc = getattr(sg, name).__doc__
+        assert doc, name
+        if name != "AddressError":
+            assert "Example:" in doc, name
+    assert sg.__all__ == sorted(sg.__all__)

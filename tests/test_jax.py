@@ -1,0 +1,124 @@
+"""The facts about JAX that `_jax.py` rests on, on every version that is supported."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import f32, layer, mesh
+
+from stopgrad_jax import _jax
+from stopgrad_jax._engine.nested import nested
+
+P = jax.sharding.PartitionSpec
+
+
+def eqns(fun, *args):
+    return _jax.opened(jax.make_jaxpr(fun)(*args))[0].eqns
+
+
+def test_scan_arity():
+    def f(w, c, xs):
+        return jax.lax.scan(lambda c, x: ((c[0] * w, c[1] + x), x), (c, c), xs)
+
+    (eqn,) = [e for e in eqns(f, *f32(1, 2), f32(1, 2, 3)) if e.primitive.name == "scan"]
+    assert _jax.scan_arity(eqn) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fun", "name"),
+    [
+        (jax.jit(lambda x: jnp.sin(x) * 2), "jit"),
+        (jax.checkpoint(lambda x: jnp.sin(x)), "remat2"),
+        (lambda x: jax.lax.cond(x > 0, jnp.sin, jnp.cos, x), "cond"),
+        (lambda x: jax.lax.while_loop(lambda c: c < 5, lambda c: c * 2, x), "while"),
+        (jax.nn.relu, "custom_jvp_call"),
+        (lambda x: jax.lax.map(jnp.sin, x[None]), "scan"),
+        (jax.shard_map(jnp.sin, mesh=mesh(1), in_specs=P(), out_specs=P()), "shard_map"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_nested_equations_are_known_and_wired(fun, name):
+    (eqn,) = [e for e in eqns(fun, f32(1.0)[0]) if e.primitive.name == name]
+    inner = nested(eqn)
+    assert inner is not None
+    for body in inner.bodies:
+        for k, var in zip(body.operands, body.jaxpr.invars, strict=True):
+            assert eqn.invars[k].aval.dtype == var.aval.dtype
+        for k, var in zip(body.results, body.jaxpr.outvars, strict=True):
+            assert k is None or eqn.outvars[k].aval.dtype == var.aval.dtype
+
+
+def test_rules_are_told_apart():
+    def gate(factor):
+        rule = jax.custom_vjp(lambda x: x)
+        rule.defvjp(lambda x: (x, None), lambda _, ct: (factor * ct,))
+        return rule
+
+    one, two = gate(1), gate(2)
+    rules = [_jax.custom_rule(e) for e in eqns(lambda x: one(one(two(x))), 1.0)]
+    assert rules[0] != rules[1] == rules[2] is not None
+    relus = eqns(lambda x: jax.nn.relu(jax.nn.relu(x)), 1.0)
+    assert _jax.custom_rule(relus[0]) == _jax.custom_rule(relus[1]) is not None
+    assert [_jax.call_name(e) for e in relus] == ["relu", "relu"]
+
+
+def test_lines_and_scopes():
+    def f(x):
+        with jax.named_scope("inside"):
+            return jnp.sin(x)
+
+    (eqn,) = eqns(f, 1.0)
+    line = f.__code__.co_firstlineno + 2
+    assert _jax.line_of(eqn).endswith(f"test_jax.py:{line}")
+    assert _jax.scopes_of(eqn) == "inside"
+    assert any(name.endswith("f") for name in _jax.callers_of(eqn))
+    assert "jvp(" in _jax.scopes_of(eqns(jax.grad(f), 1.0)[0])
+
+
+def test_an_equation_outside_its_trace():
+    eqn = eqns(lambda x: jnp.sin(x), 1.0)[0]
+    np.testing.assert_allclose(_jax.bind(eqn, f32(2.0)[0]), [np.sin(2.0)], rtol=1e-6)
+
+
+def test_zeros_of_every_type():
+    for x in (f32(1, 2), jnp.array(3), jnp.array(True), jax.random.key(0)):
+        zero = _jax.zeros(jax.typeof(x))
+        assert (zero.shape, zero.dtype) == (x.shape, x.dtype)
+    weak = jax.typeof(jnp.asarray(2.0))
+    assert jax.typeof(_jax.filled(weak, 1)) == weak
+
+
+def test_varying_axes():
+    seen = []
+
+    def part(x, w):
+        seen.append((_jax.varying(jax.typeof(x)), _jax.varying(jax.typeof(w))))
+        both = _jax.vary(w, frozenset("d"))
+        seen.append(_jax.varying(jax.typeof(both)))
+        return both
+
+    specs = {"mesh": mesh(), "in_specs": (P("d"), P()), "out_specs": P("d")}
+    jax.eval_shape(jax.shard_map(part, **specs), f32(1, 2, 3, 4), f32(1.0))
+    assert seen == [(frozenset("d"), frozenset()), frozenset("d")]
+
+
+def test_tracing_is_noticed():
+    seen = []
+    jax.make_jaxpr(lambda x: seen.append(_jax.is_tracing()) or x)(1.0)
+    assert seen == [True]
+    assert not _jax.is_tracing()
+
+
+def test_plain_sharded_gradients_count_as_leaks():
+    """Why shard_map is left out where leaks are looked for (tests/programs.py)."""
+
+    def sharded(w, x):
+        part = lambda w, x: jax.lax.psum(layer(w, x), "d")  # noqa: E731
+        specs = {"mesh": mesh(), "in_specs": (P(), P("d")), "out_specs": P()}
+        return jax.shard_map(part, **specs)(w, x)
+
+    fun = jax.jit(jax.grad(functools.partial(sharded)))
+    with jax.checking_leaks(), pytest.raises(Exception, match="Leaked trace"):
+        fun(f32(0.7)[0], f32(1, 2, 3, 4))
