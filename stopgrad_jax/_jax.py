@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
@@ -116,7 +117,9 @@ def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
             for transform in getattr(wrapped, "transforms", ()):
                 static = [p for p in transform[1] if not callable(p)]
                 found.append((transform[0], *static))
-            cells = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
+            cells = [
+                c.cell_contents for c in getattr(function, "__closure__", None) or ()
+            ]
             hidden = [c for c in cells if hasattr(c, "call_wrapped")]
             hidden += [c for c in cells if _is_jax_closure(c)]
             if hidden and _is_jax_closure(function):
@@ -160,8 +163,11 @@ def callers_of(eqn: Any) -> tuple[str, ...]:
 
 
 def is_tracing() -> bool:
-    """Tell whether results are being staged into a program, not computed now."""
-    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()
+    """Tell whether results are being staged into a program, not computed now.
+
+    Only speed hangs on it: without the function, nothing is shared between runs.
+    """
+    return getattr(core, "unsafe_am_i_under_a_jit_DO_NOT_USE", lambda: False)()
 
 
 # Types --------------------------------------------------------------------------
@@ -209,11 +215,17 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(axes - varying(jax.typeof(x)))
     if not missing:
         return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)
+    pcast = getattr(jax.lax, "pcast", None)
+    if pcast is not None:
+        return pcast(x, missing, to="varying")
+    return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009 (gone from JAX 0.12)
 
 
 def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype alone: no mesh, no varying axes, no tracer."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def is_traced(x: Any) -> bool:
+    """Tell a value that is not known yet from one that is."""
+    return isinstance(x, jax.core.Tracer)

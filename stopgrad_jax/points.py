@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+import stopgrad_jax._jax as _jax
+
 from ._address import Address, op, point, printed
 from ._engine.edits import same_type
 from ._engine.perturbation import perturb as perturb_value
@@ -74,7 +76,10 @@ def name(tree: T, name: str) -> T:
     names = [f"{name}/{path}" if path else name for path in paths]
     template = jax.tree.unflatten(
         structure,
-        [Leaf(n) if is_traceable(x) else x for n, (_, x) in zip(names, flat, strict=True)],
+        [
+            Leaf(n) if is_traceable(x) else x
+            for n, (_, x) in zip(names, flat, strict=True)
+        ],
     )
     leaves = [
         checkpoint_name(x, PointName(n, name, template)) if is_traceable(x) else x
@@ -111,7 +116,7 @@ def capture(
         20.0 [2. 4.]
     """
     called = f"capture({function_name(fun)}, {names!r:.80})"
-    addresses = listed(names if _single(names) else list(names), called, "names")
+    addresses = listed(_as_list(names), called, "names")
 
     @functools.wraps(fun)
     def captured(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -219,7 +224,7 @@ def perturb(
         6.0
     """
     called = f"perturb({function_name(fun)}, {names!r:.80})"
-    addresses = listed(names if _single(names) else list(names), called, "names")
+    addresses = listed(_as_list(names), called, "names")
 
     def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
         program = look_up(trace(fun, args, kwargs), addresses, called)
@@ -230,7 +235,9 @@ def perturb(
 
         def perturbed_at(kind: str, values: list[Any]) -> list[Any]:
             pairs = ((x, given.get(Value(kind, k))) for k, x in enumerate(values))
-            return [x if p is None else perturb_value(x, p, once=False) for x, p in pairs]
+            return [
+                x if p is None else perturb_value(x, p, once=False) for x, p in pairs
+            ]
 
         leaves = perturbed_at("argument", traced.leaves)
         inside = [given.get(Value("point", k)) for k in range(len(program.plan.found))]
@@ -241,8 +248,10 @@ def perturb(
     return perturbed
 
 
-def _single(names: Any) -> bool:
-    return isinstance(names, str | int) or not isinstance(names, Iterable)
+def _as_list(names: Any) -> list[Any]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        return [names]
+    return list(names)
 
 
 def _edit_places(
@@ -303,7 +312,7 @@ def _given(
                 p = jax.numpy.asarray(p, aval.dtype)
             if type_of(p) != type_of(aval):
                 raise _wrong(called, address, type_of(aval), p)
-            if not isinstance(p, jax.core.Tracer) and np.any(np.asarray(p) != 0):
+            if not _jax.is_traced(p) and np.any(np.asarray(p) != 0):
                 raise ValueError(
                     beats(
                         called,

@@ -15,7 +15,8 @@ from typing import Any, ParamSpec
 import jax
 import jax.numpy as jnp
 
-from . import _jax
+import stopgrad_jax._jax as _jax
+
 from ._address import RETURN, nodes
 from ._engine.cotangents import cotangents
 from ._engine.differentiate import Differentiation
@@ -141,9 +142,9 @@ def value_and_gradients(
 
     Example:
         >>> import stopgrad_jax as sg
-        >>> value, grads = sg.value_and_gradients(lambda x, y: x * y, ["x", "y"])(2.0, 3.0)
-        >>> print(value, grads[0], grads[1])
-        6.0 3.0 2.0
+        >>> value, grads = sg.value_and_gradients(lambda x, y: x * y, "x")(2.0, 3.0)
+        >>> print(value, grads)
+        6.0 3.0
     """
     query = _Query(
         f"value_and_gradients({function_name(fun)}, {xs!r:.80})",
@@ -255,7 +256,9 @@ class _Query:
         for address in jax.tree.leaves(self.xs):
             for path, tree in program.matched[address].places.items():
                 below = [(p, v) for p, v in nodes(tree, path) if isinstance(v, Value)]
-                carry = [(p, v) for p, v in below if _jax.is_differentiable(program.types[v])]
+                carry = [
+                    (p, v) for p, v in below if _jax.is_differentiable(program.types[v])
+                ]
                 for at, x in carry or below:
                     if x not in connected:
                         why.append(f"{at}: {differentiation.why(x, ys)}")
@@ -263,7 +266,7 @@ class _Query:
             raise ValueError(
                 beats(
                     self.called,
-                    'every x must be connected to ys with unconnected_gradients="error"',
+                    'with unconnected_gradients="error", every x must reach the ys',
                     "\n         ".join(dict.fromkeys(why)),
                     'unconnected_gradients="none" for None, "zero" for zeros',
                 )

@@ -47,7 +47,7 @@ def test_unknown_addresses(address, message):
 
 
 def test_an_address_that_means_two_things():
-    g = lambda h: sg.name(h * 2, "h")  # noqa: E731
+    g = lambda h: sg.name(h * 2, "h")
     raises(sg.AddressError, 'write: sg.point("h")', lambda: sg.gradients(g, "h")(1.0))
     assert sg.gradients(g, [sg.point("h"), 0])(1.0) == [1.0, 2.0]
 
@@ -85,7 +85,7 @@ def test_wrong_grad_ys(grad_ys, message):
 
 
 def test_one_cotangent_for_a_tree():
-    g = lambda x: {"a": x, "b": x}  # noqa: E731
+    g = lambda x: {"a": x, "b": x}
     ask = sg.gradients(g, "x", ys="return", grad_ys=1.0)
     raises(TypeError, "one entry where the y is a tree", lambda: ask(1.0))
     weights = {"a": None, "b": 2.0}
@@ -110,17 +110,17 @@ def test_ys_that_need_grad_ys(fun, message):
 
 
 def test_several_outputs():
-    two = lambda x: {"loss": x, "metric": 2 * x}  # noqa: E731
+    two = lambda x: {"loss": x, "metric": 2 * x}
     message = '2 arrays: "return/loss", "return/metric"'
     raises(TypeError, message, lambda: sg.gradients(two, "x")(1.0))
     raises(TypeError, "0 arrays: none", lambda: sg.gradients(lambda x: 3, "x")(1.0))
-    aux = lambda: sg.gradients(two, "x", has_aux=True)(1.0)  # noqa: E731
+    aux = lambda: sg.gradients(two, "x", has_aux=True)(1.0)
     raises(TypeError, "must return (y, aux)", aux)
 
 
 def test_a_dynamic_while_body():
     def g(x, n):
-        body = lambda c: (c[0] + 1, sg.name(c[1] * 2, "h"))  # noqa: E731
+        body = lambda c: (c[0] + 1, sg.name(c[1] * 2, "h"))
         return jax.lax.while_loop(lambda c: c[0] < n, body, (0, x))[1]
 
     n = jnp.array(2)
@@ -132,7 +132,7 @@ def test_a_dynamic_while_body():
 def test_inside_a_custom_rule():
     rule = jax.custom_jvp(lambda x: sg.name(x * x, "h") + 1)
     rule.defjvp(lambda p, t: (rule(*p), t[0]))
-    g = lambda x: rule(x) * 2  # noqa: E731
+    g = lambda x: rule(x) * 2
     raises(ValueError, "the body of one", lambda: sg.gradients(g, "h")(1.0))
     raises(ValueError, "the body of one", lambda: sg.edit(g, {"h": abs})(1.0))
 
@@ -149,7 +149,9 @@ CAUSES = {
     "stop_gradient": lambda x: jax.lax.stop_gradient(3 * x) ** 2,
     "the derivative of round is zero": lambda x: jnp.round(3.3 * x) ** 2,
     "returns int32": lambda x: (3.3 * x).astype(jnp.int32).astype(jnp.float32),
-    "argmax returns int": lambda x: jnp.argmax(jnp.stack([x, 2 * x])).astype(jnp.float32),
+    "argmax returns int": lambda x: jnp.argmax(jnp.stack([x, 2 * x])).astype(
+        jnp.float32
+    ),
     "nothing that ys are computed from uses it": lambda x: jnp.float32(6.0),
     "returns bool": lambda x: (x > 1).astype(jnp.float32),
 }
@@ -174,9 +176,9 @@ def test_unconnected_inside_loops_and_branches_and_by_this_call():
 
     line = g.__code__.co_firstlineno + 2
     ask = sg.gradients(g, ["x", "y"], unconnected_gradients="error")
-    raises(ValueError, f"x: stop_gradient (", lambda: ask(*f32(1.0, 2.0)))
+    raises(ValueError, "x: stop_gradient (", lambda: ask(*f32(1.0, 2.0)))
     raises(ValueError, f"test_errors.py:{line})", lambda: ask(*f32(1.0, 2.0)))
-    h = lambda x: sg.name(x * 2, "h") * 3  # noqa: E731
+    h = lambda x: sg.name(x * 2, "h") * 3
     ask = sg.gradients(h, "x", stop_gradients="h", unconnected_gradients="error")
     raises(ValueError, "held constant by stop_gradients", lambda: ask(1.0))
     ask = sg.gradients(lambda x, n: x[n], "n", unconnected_gradients="error")

@@ -28,15 +28,19 @@ def imported(path):
     """Names of this package's files that a file imports."""
     folder = (PACKAGE / path).parent
     for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        base = folder.joinpath(*[".."] * (node.level - 1)).resolve()
-        base = base.joinpath(*(node.module or "").split("."))
-        if base.is_dir():
-            for alias in node.names:
-                yield (base / alias.name).relative_to(PACKAGE).as_posix()
-        else:
-            yield base.relative_to(PACKAGE).as_posix()
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            here = folder.relative_to(ROOT).parts
+            modules = [".".join([*here, node.module or ""])]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import of a parent"
+            modules = [node.module]
+        for module in modules:
+            head, *parts = module.split(".")
+            if head == PACKAGE.name:
+                yield "/".join(parts)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -53,7 +57,11 @@ def test_a_file_imports_only_from_below(path):
 
 @pytest.mark.parametrize(
     "path",
-    [p for d in ("stopgrad_jax", "tests", "benchmarks") for p in (ROOT / d).rglob("*.py")],
+    [
+        p
+        for d in ("stopgrad_jax", "tests", "benchmarks")
+        for p in (ROOT / d).rglob("*.py")
+    ],
     ids=lambda p: p.relative_to(ROOT).as_posix(),
 )
 def test_files_are_short(path):

@@ -22,7 +22,9 @@ def test_scan_arity():
     def f(w, c, xs):
         return jax.lax.scan(lambda c, x: ((c[0] * w, c[1] + x), x), (c, c), xs)
 
-    (eqn,) = [e for e in eqns(f, *f32(1, 2), f32(1, 2, 3)) if e.primitive.name == "scan"]
+    (eqn,) = [
+        e for e in eqns(f, *f32(1, 2), f32(1, 2, 3)) if e.primitive.name == "scan"
+    ]
     assert _jax.scan_arity(eqn) == (1, 2)
 
 
@@ -35,7 +37,10 @@ def test_scan_arity():
         (lambda x: jax.lax.while_loop(lambda c: c < 5, lambda c: c * 2, x), "while"),
         (jax.nn.relu, "custom_jvp_call"),
         (lambda x: jax.lax.map(jnp.sin, x[None]), "scan"),
-        (jax.shard_map(jnp.sin, mesh=mesh(1), in_specs=P(), out_specs=P()), "shard_map"),
+        (
+            jax.shard_map(jnp.sin, mesh=mesh(1), in_specs=P(), out_specs=P()),
+            "shard_map",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -115,7 +120,7 @@ def test_plain_sharded_gradients_count_as_leaks():
     """Why shard_map is left out where leaks are looked for (tests/programs.py)."""
 
     def sharded(w, x):
-        part = lambda w, x: jax.lax.psum(layer(w, x), "d")  # noqa: E731
+        part = lambda w, x: jax.lax.psum(layer(w, x), "d")
         specs = {"mesh": mesh(), "in_specs": (P(), P("d")), "out_specs": P()}
         return jax.shard_map(part, **specs)(w, x)
 

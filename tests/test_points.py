@@ -24,7 +24,7 @@ def bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# -- name ---------------------------------------------------------------------------
+# -- name ---
 
 
 def test_a_name_is_the_identity_and_policies_see_it():
@@ -39,7 +39,7 @@ def test_a_name_is_the_identity_and_policies_see_it():
 
 def test_a_named_tree_keeps_its_shape():
     tree = {"a": 2.0, "b": (f32(1, 2), "text", None), "n": 3}
-    f = lambda tree: sg.name(tree, "t")["a"] * 2  # noqa: E731
+    f = lambda tree: sg.name(tree, "t")["a"] * 2
     _, values = sg.capture(f, ["t", "t/b", "t/b/0"])(tree)
     assert values["t"]["n"] == 3
     bits(values["t"]["b"][:1], tree["b"][:1])
@@ -54,7 +54,7 @@ def test_names_that_could_not_be_addressed(name):
         sg.name(1.0, name)
 
 
-# -- capture ------------------------------------------------------------------------
+# -- capture ---
 
 
 @pytest.mark.parametrize("fun", EVERYWHERE.values(), ids=EVERYWHERE.keys())
@@ -74,7 +74,7 @@ def test_a_branch_not_taken_captures_zeros():
 
 
 def test_captured_values_are_ordinary_outputs():
-    f = lambda x: sg.name(x**2, "h") * 3  # noqa: E731
+    f = lambda x: sg.name(x**2, "h") * 3
     assert jax.grad(lambda x: sg.capture(f, "h")(x)[1]["h"])(3.0) == 6.0
     bits(jax.vmap(sg.capture(f, "h"))(f32(1, 2))[1]["h"], f32(1, 4))
 
@@ -85,7 +85,7 @@ def test_the_body_of_a_custom_rule_can_be_read():
         return sg.name(x**2, "inside") + 1
 
     rule.defvjp(lambda x: (x**2 + 1, None), lambda _, ct: (ct * 100,))
-    f = lambda x: rule(x) * 2  # noqa: E731
+    f = lambda x: rule(x) * 2
     out, values = sg.capture(f, "inside")(3.0)
     assert (out, values["inside"]) == (20.0, 9.0)
     # and the rule stays what it is
@@ -95,7 +95,7 @@ def test_the_body_of_a_custom_rule_can_be_read():
             ask()(3.0)
 
 
-# -- edit -----------------------------------------------------------------------------
+# -- edit ---
 
 
 @pytest.mark.parametrize("fun", EVERYWHERE.values(), ids=EVERYWHERE.keys())
@@ -115,21 +115,21 @@ def test_an_edit_acts_forward_and_backward(fun, run):
 
 
 def test_edits_close_over_traced_values():
-    f = lambda x: jax.lax.scan(  # noqa: E731
+    f = lambda x: jax.lax.scan(
         lambda c, _: (sg.name(c * 2.0, "h"), None), x, None, length=3
     )[0]
-    g = lambda x, s: sg.edit(f, {"h": lambda h: h * s})(x)  # noqa: E731
+    g = lambda x, s: sg.edit(f, {"h": lambda h: h * s})(x)
     assert jax.jit(jax.grad(g, argnums=1))(1.0, 2.0) == 3 * 8 * 4
     bits(jax.vmap(g, (None, 0))(1.0, f32(1, 2)), f32(8, 64))
 
 
 def test_edits_of_arguments_outputs_and_trees():
-    f = lambda p, x: {"loss": p["w"] * x + p["b"], "n": 1}  # noqa: E731
+    f = lambda p, x: {"loss": p["w"] * x + p["b"], "n": 1}
     edited = sg.edit(
         f, {"p": lambda p: {**p, "b": p["b"] + 10}, "return/loss": lambda y: -y}
     )
     assert edited({"w": 2.0, "b": 1.0}, 3.0) == {"loss": -17.0, "n": 1}
-    g = lambda x: sum(jax.tree.leaves(sg.name({"a": x, "b": 2 * x}, "t")))  # noqa: E731
+    g = lambda x: sum(jax.tree.leaves(sg.name({"a": x, "b": 2 * x}, "t")))
     swap = sg.edit(g, {"t": lambda t: {"a": t["b"] * 5, "b": t["a"]}})
     assert swap(1.0) == 11.0
     assert sg.edit(g, {"t/a": lambda a: a * 4})(1.0) == 6.0
@@ -137,18 +137,22 @@ def test_edits_of_arguments_outputs_and_trees():
 
 def test_an_edit_in_a_dynamic_while_loop_changes_the_forward_pass():
     def f(x, n):
-        body = lambda c: (c[0] + 1, sg.name(c[1] * 2, "h"))  # noqa: E731
+        body = lambda c: (c[0] + 1, sg.name(c[1] * 2, "h"))
         return jax.lax.while_loop(lambda c: c[0] < n, body, (0, x))[1]
 
     assert sg.edit(f, {"h": lambda h: h + 1})(1.0, jnp.array(2)) == 7.0
     for ask in (sg.gradients, sg.capture):
-        with pytest.raises(ValueError, match=r"got:   a while_loop, .*\n  write: jax.lax.scan"):
+        with pytest.raises(
+            ValueError, match=r"got:   a while_loop, .*\n  write: jax.lax.scan"
+        ):
             ask(f, "h")(1.0, jnp.array(2))
 
 
 def test_an_edit_that_changes_the_type():
-    f = lambda x: sg.name(x * 2, "h")  # noqa: E731
-    with pytest.raises(TypeError, match=r'edit of "h" \(.*test_points.py:\d+\): .*f32\[2\]'):
+    f = lambda x: sg.name(x * 2, "h")
+    with pytest.raises(
+        TypeError, match=r'edit of "h" \(.*test_points.py:\d+\): .*f32\[2\]'
+    ):
         sg.edit(f, {"h": lambda h: h.astype(jnp.bfloat16)})(f32(1, 2))
     with pytest.raises(TypeError, match=r"got:   f32\[1\]"):
         sg.edit(f, {"h": lambda h: h[:1]})(f32(1, 2))
@@ -157,23 +161,26 @@ def test_an_edit_that_changes_the_type():
 
 
 def test_an_edit_where_the_derivative_is_already_taken():
-    f = lambda x: jax.grad(lambda x: sg.name(x**2, "h") ** 2)(x)  # noqa: E731
+    f = lambda x: jax.grad(lambda x: sg.name(x**2, "h") ** 2)(x)
     with pytest.raises(ValueError, match=r"write: jax.grad\(sg.edit\(f, ...\)\)"):
         sg.edit(f, {"h": lambda h: h})(3.0)
     inner = sg.edit(lambda x: sg.name(x**2, "h") ** 2, {"h": lambda h: 2 * h})
     assert jax.jit(jax.grad(inner))(1.0) == 16.0
 
 
-# -- operations: gradient_override_map, guided backprop, deconvnet ----------------------
+# -- operations: gradient_override_map, guided backprop, deconvnet ---
 
 
 def test_an_operation_is_handed_over_with_its_operands():
-    f = lambda x: jax.nn.relu(x) + jnp.round(x)  # noqa: E731
+    f = lambda x: jax.nn.relu(x) + jnp.round(x)
     doubled = sg.edit(f, {sg.op("relu"): lambda relu, x: relu(2 * x)})
     assert doubled(3.2) == np.float32(6.4) + 3
     through = {sg.op("round"): lambda op, x: x + jax.lax.stop_gradient(op(x) - x)}
     assert jax.grad(sg.edit(f, through))(3.2) == 2.0
-    assert sg.edit(lambda x: x * 3, {sg.op("mul"): lambda mul, a, b: mul(a, b) + 1})(2.0) == 7
+    assert (
+        sg.edit(lambda x: x * 3, {sg.op("mul"): lambda mul, a, b: mul(a, b) + 1})(2.0)
+        == 7
+    )
 
 
 def test_within_a_scope_or_function():
@@ -234,7 +241,7 @@ def test_gradient_override_on_a_convolutional_network(rule, name, run):
     found = run(jax.grad(edited))(image, kernels)
 
     # The closed form, layer by layer, with JAX's own transpose of the convolution.
-    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME")  # noqa: E731
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME")
     a1, back1 = jax.vjp(lambda x: conv(x, kernels[0]), image)
     a2, back2 = jax.vjp(lambda x: conv(x, kernels[1]), jnp.maximum(a1, 0))
     ct = 2 * jnp.maximum(a2, 0)
@@ -246,7 +253,7 @@ def test_gradient_override_on_a_convolutional_network(rule, name, run):
     assert not np.allclose(found, jax.grad(convnet)(image, kernels))
 
 
-# -- perturb --------------------------------------------------------------------------
+# -- perturb ---
 
 
 @pytest.mark.parametrize("fun", EVERYWHERE.values(), ids=EVERYWHERE.keys())
@@ -273,7 +280,7 @@ def test_perturbations_are_for_any_transform():
     ("given", "kind", "message"),
     [
         ({"k": 0.0}, TypeError, 'a dict with keys "h"'),
-        ({"h": jnp.zeros(3)}, TypeError, r'for .h. must be f32\[\]\n  got:   f'),
+        ({"h": jnp.zeros(3)}, TypeError, r"for .h. must be f32\[\]\n  got:   f"),
         ({"h": (0.0, 0.0)}, TypeError, "must be a tree like"),
         ({"h": 1.0}, ValueError, "perturbations are zero"),
     ],
@@ -283,7 +290,7 @@ def test_wrong_perturbations(given, kind, message):
         sg.perturb(lambda x: sg.name(x**2, "h"), "h")(given, f32(2.0)[0])
 
 
-# -- whole models ---------------------------------------------------------------------
+# -- whole models ---
 
 
 class Linen(nn.Module):
@@ -305,7 +312,9 @@ def test_flax_linen():
     model = Linen()
     x = jnp.ones((2, 4))
     params = model.init(jax.random.key(0), x)
-    found = sg.gradients(model.apply, ["variables/params/Dense_*/kernel", "h"])(params, x)
+    found = sg.gradients(model.apply, ["variables/params/Dense_*/kernel", "h"])(
+        params, x
+    )
     plain = jax.grad(model.apply)(params, x)["params"]
     bits(found[0]["variables/params/Dense_1/kernel"], plain["Dense_1"]["kernel"])
     kernel = params["params"]["Dense_1"]["kernel"]
@@ -315,7 +324,7 @@ def test_flax_linen():
 def test_equinox():
     model = Eqx(eqx.nn.Linear(3, 4, key=jax.random.key(0)))
     x = jnp.ones(3)
-    fun = lambda model, x: model(x)  # noqa: E731
+    fun = lambda model, x: model(x)
     found = sg.gradients(fun, {"m": "model", "h": "h"})(model, x)
     plain = jax.grad(fun)(model, x)
     bits(found["m"].linear.weight, plain.linear.weight)
@@ -331,7 +340,7 @@ def test_an_nnx_variable_is_read_anew():
     assert grad(1.0) == 5.0
 
 
-# -- random programs --------------------------------------------------------------------
+# -- random programs ---
 
 OPS = [
     jnp.sin,
@@ -344,12 +353,16 @@ OPS = [
     jax.checkpoint(lambda x: sg.name(x * x, "k")),
     lambda x: jnp.where(x > 0, x, jnp.exp(x)),
     lambda x: jax.lax.cond(x > 0, jnp.sin, lambda x: sg.name(-x, "k"), x),
-    lambda x: jax.lax.scan(lambda c, _: (sg.name(c * 0.9, "k"), c), x, None, length=2)[0],
+    lambda x: jax.lax.scan(lambda c, _: (sg.name(c * 0.9, "k"), c), x, None, length=2)[
+        0
+    ],
 ]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, len(OPS) - 1), min_size=1, max_size=8), st.integers(0, 7))
+@given(
+    st.lists(st.integers(0, len(OPS) - 1), min_size=1, max_size=8), st.integers(0, 7)
+)
 def test_random_programs(steps, at):
     def f(x):
         values = [x]
@@ -377,4 +390,7 @@ def test_random_programs(steps, at):
 
 def test_a_partial_of_a_partial():
     f = functools.partial(lambda a, b, *, c: sg.name(a * b, "h") * c, c=2.0)
-    assert sg.gradients(f, ["a", "h"], stop_gradients=["a", "h"])(1.0, 3.0) == [None, 2.0]
+    assert sg.gradients(f, ["a", "h"], stop_gradients=["a", "h"])(1.0, 3.0) == [
+        None,
+        2.0,
+    ]

@@ -55,10 +55,12 @@ def test_asking_never_changes_the_plain_gradient(fun, run):
 OUTER = {
     "jit": lambda f: jax.jit(f),
     "vmap": lambda f: lambda w, x: jax.vmap(f, (None, 0))(w, x[None])[0],
-    "vmap of jit": lambda f: lambda w, x: jax.vmap(jax.jit(f), (None, 0))(w, x[None])[0],
-    "scan": lambda f: lambda w, x: jax.lax.scan(
-        lambda c, x: (c, f(w, x)), 0, x[None]
-    )[1][0],
+    "vmap of jit": lambda f: (
+        lambda w, x: jax.vmap(jax.jit(f), (None, 0))(w, x[None])[0]
+    ),
+    "scan": lambda f: (
+        lambda w, x: jax.lax.scan(lambda c, x: (c, f(w, x)), 0, x[None])[1][0]
+    ),
     "remat": jax.checkpoint,
     "cond": lambda f: lambda w, x: jax.lax.cond(True, f, f, w, x),
 }
@@ -82,7 +84,9 @@ def test_under_outer_shard_map(inner):
 
 
 @pytest.mark.parametrize("inner", ["plain", "scan", "remat", "cond", "jit"])
-@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev, jax.grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "mode", [jax.jacfwd, jax.jacrev, jax.grad], ids=lambda m: m.__name__
+)
 def test_a_stop_is_local_to_its_call(mode, inner):
     """d/dw of dy/dh at the held h = tanh(x w) is that of the function 2 tanh(x w)."""
     w, x = f32(0.7)[0], f32(0.1, -0.4, 0.9, 1.3)
@@ -136,14 +140,14 @@ def test_a_y_that_is_an_x_contributes_its_cotangent():
 
 
 def test_duplicates():
-    f = lambda x: sg.name(x * x, "h")  # noqa: E731
+    f = lambda x: sg.name(x * x, "h")
     assert sg.gradients(f, ["x", "x"])(3.0) == [6.0, 6.0]
     assert sg.gradients(f, "x", ys=["h", "h"])(3.0) == 12.0
     assert sg.gradients(f, ["h", "h"])(3.0) == [1.0, 1.0]
 
 
 def test_several_ys_are_summed_and_weighted():
-    f = lambda x: {"a": x**2, "b": 3 * x, "c": sg.name(x * f32(1, 2), "c")}  # noqa: E731
+    f = lambda x: {"a": x**2, "b": 3 * x, "c": sg.name(x * f32(1, 2), "c")}
     assert sg.gradients(f, "x", ys="return/a")(2.0) == 4.0
     assert sg.gradients(f, "x", ys="return")(2.0) == 4 + 3 + 3
     assert sg.gradients(f, "x", ys=["return/a", "return/b"])(2.0) == 7.0
@@ -226,7 +230,9 @@ def test_none_is_precise_through_scan_carries():
 
 def test_none_is_precise_through_branches():
     def f(p, a, b, c):
-        return jax.lax.cond(p, lambda: a * 2, lambda: jax.lax.stop_gradient(b) + a) + c * 0
+        return (
+            jax.lax.cond(p, lambda: a * 2, lambda: jax.lax.stop_gradient(b) + a) + c * 0
+        )
 
     found = sg.gradients(f, ["a", "b", "c"])(True, 1.0, 2.0, 3.0)
     assert found == [2.0, None, 0.0]
@@ -249,7 +255,7 @@ def test_trees_keep_their_structure_and_other_leaves_their_values():
 
 
 def test_integer_arrays_get_none_or_integer_zeros():
-    f = lambda x, i: x[i] * 2  # noqa: E731
+    f = lambda x, i: x[i] * 2
     x, i = f32(1, 2), jnp.array(1)
     assert sg.gradients(f, "i")(x, i) is None
     zero = sg.gradients(f, "i", unconnected_gradients="zero")(x, i)
@@ -267,7 +273,10 @@ def test_wildcards_yield_full_addresses():
     args = ({"Dense_0": leaf, "Dense_1": leaf, "scale": 1.0}, jnp.ones((1, 2)))
     found = sg.gradients(f, "params/Dense_*/kernel")(*args)
     plain = jax.grad(f)(*args)
-    close(found, {f"params/Dense_{k}/kernel": plain[f"Dense_{k}"]["kernel"] for k in (0, 1)})
+    close(
+        found,
+        {f"params/Dense_{k}/kernel": plain[f"Dense_{k}"]["kernel"] for k in (0, 1)},
+    )
     assert set(sg.gradients(f, "params/**/bias")(*args)) == {
         "params/Dense_0/bias",
         "params/Dense_1/bias",
@@ -299,12 +308,12 @@ def test_addresses_of_every_kind_of_argument():
 
 
 def test_names_of_other_libraries_are_points():
-    f = lambda x: checkpoint_name(x**2, "theirs") * 3  # noqa: E731
+    f = lambda x: checkpoint_name(x**2, "theirs") * 3
     assert sg.gradients(f, "theirs")(2.0) == 3.0
 
 
 def test_operations_are_addresses_too():
-    f = lambda x: jnp.sin(x) * 3 + jnp.sin(2 * x)  # noqa: E731
+    f = lambda x: jnp.sin(x) * 3 + jnp.sin(2 * x)
     assert sg.gradients(f, sg.op("sin"))(1.0) == (3.0, 1.0)
 
 
@@ -364,7 +373,7 @@ def test_a_point_inside_a_part_that_is_already_differentiated():
 
 
 def test_has_aux_and_whole_value():
-    f = lambda x: (x**2, {"metric": x * 3, "n": 1})  # noqa: E731
+    f = lambda x: (x**2, {"metric": x * 3, "n": 1})
     grads, aux = sg.gradients(f, "x", has_aux=True)(2.0)
     assert (grads, aux) == (4.0, {"metric": 6.0, "n": 1})
     value, grads = sg.value_and_gradients(f, "x", has_aux=True)(2.0)
@@ -375,7 +384,7 @@ def test_has_aux_and_whole_value():
 
 def test_complex_gradients_follow_jax():
     z = jnp.array(1 + 2j, jnp.complex64)
-    f = lambda z: jnp.abs(z) ** 2 + jnp.real(z)  # noqa: E731
+    f = lambda z: jnp.abs(z) ** 2 + jnp.real(z)
     np.testing.assert_allclose(sg.gradients(f, "z")(z), jax.grad(f)(z))
     ct = jnp.array(1 - 1j, jnp.complex64)
     found = sg.gradients(lambda z: z**3, "z", grad_ys=ct)(z)
@@ -407,7 +416,7 @@ def test_closures_are_read_anew_but_jit_traces_once():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_values_are_exact(dtype, run):
     x = jnp.array([jnp.inf, -jnp.inf, jnp.nan, -0.0, 0.0, 1e-40, 3.0]).astype(dtype)
-    f = lambda x: sg.name(x, "h")  # noqa: E731
+    f = lambda x: sg.name(x, "h")
     value, _ = run(sg.value_and_gradients(f, ["x", "h"], stop_gradients="h"))(x)
     assert value.dtype == x.dtype
     np.testing.assert_array_equal(
@@ -418,7 +427,11 @@ def test_values_are_exact(dtype, run):
 def test_only_what_is_asked_for_is_computed():
     def f(w, v, x):
         h = sg.name(jnp.tanh(x @ w), "h")
-        return {"loss": jnp.sum(h @ v), "metric": jnp.sum(jnp.log(h)), "sin": jnp.sin(x)}
+        return {
+            "loss": jnp.sum(h @ v),
+            "metric": jnp.sum(jnp.log(h)),
+            "sin": jnp.sin(x),
+        }
 
     args = (jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.ones((2, 3)))
     ask = functools.partial(sg.gradients, f, ys="return/loss")

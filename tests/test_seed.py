@@ -34,7 +34,7 @@ def test_a_read_the_gradient_while_an_optimizer_trains():
 
     @jax.jit
     def step(params, state, x, y):
-        fun = lambda p: loss(p["w"], p["b"], x, y)  # noqa: E731
+        fun = lambda p: loss(p["w"], p["b"], x, y)
         value, grads = sg.value_and_gradients(fun, "p")(params)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, value, grads["w"]
@@ -67,17 +67,17 @@ def test_c_intermediates_and_stops():
 
 
 def test_d_a_stop_that_disconnects():
-    b = lambda w1, w2: jax.lax.stop_gradient(3 * w1) * w2  # noqa: E731
+    b = lambda w1, w2: jax.lax.stop_gradient(3 * w1) * w2
     assert sg.gradients(b, ["w1", "w2"])(2.0, 2.0) == [None, 6.0]
 
 
 def test_e_a_stop_that_another_path_goes_round():
-    e = lambda a, b: jax.lax.stop_gradient(a + b) + (a + b)  # noqa: E731
+    e = lambda a, b: jax.lax.stop_gradient(a + b) + (a + b)
     assert sg.gradients(e, ["a", "b"])(1.0, 1.0) == [1.0, 1.0]
 
 
 def test_the_opening_question():
-    y = lambda xx: xx + jax.lax.stop_gradient(jnp.round(xx) - xx)  # noqa: E731
+    y = lambda xx: xx + jax.lax.stop_gradient(jnp.round(xx) - xx)
     value, grad = sg.value_and_gradients(y, "xx")(2.7)
     assert (value, grad) == (3.0, 1.0)
     assert sg.gradients(jnp.round, 0)(2.7) is None
@@ -98,13 +98,13 @@ def test_empty_ys_give_none():
 
 
 def test_a_stop_on_y_cuts_everything_upstream():
-    f = lambda x: sg.name(x * x, "y")  # noqa: E731
+    f = lambda x: sg.name(x * x, "y")
     assert sg.gradients(f, ["x", "y"], ys="y", stop_gradients="y")(3.0) == [None, 1.0]
 
 
 def test_zeros_not_none():
     assert sg.gradients(lambda x: x * 0, "x")(1.0) == 0.0
-    branch = lambda x, z: jax.lax.cond(False, lambda: x, lambda: z)  # noqa: E731
+    branch = lambda x, z: jax.lax.cond(False, lambda: x, lambda: z)
     assert sg.gradients(branch, ["x", "z"])(1.0, 2.0) == [0.0, 1.0]
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .. import _jax
+import stopgrad_jax._jax as _jax
+
 from .connect import Reach, read
 from .nested import nested
 from .walk import Found, Plan, live
@@ -60,10 +61,12 @@ class Causes:
                     ]
                     for out, _ in body.feedback:
                         asked[out] = True
-                    ins = [bits[k] for k in body.operands] + [*sources[n + start : n + end]]
+                    ins = [bits[k] for k in body.operands] + [
+                        *sources[n + start : n + end]
+                    ]
                     for out, back in body.feedback:
                         ins[back] |= _carried(env, eqn, body.results[out])
-                    outs = asked + [*sinks[m + start : m + end]]
+                    outs = [*asked, *sinks[m + start : m + end]]
                     yield from self.cuts(body.jaxpr, below, ins, outs, here)
                     start = end
                 continue

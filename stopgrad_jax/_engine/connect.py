@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import jax
 
-from .. import _jax
+import stopgrad_jax._jax as _jax
+
 from .nested import Nested, nested
 from .signature import signature
 from .walk import Found, Match, Plan
@@ -77,7 +78,9 @@ class Reach:
             match = matches.get(index)
             if match is None:
                 if any(operands):
-                    env.update(zip(eqn.outvars, self.through(eqn, operands), strict=True))
+                    env.update(
+                        zip(eqn.outvars, self.through(eqn, operands), strict=True)
+                    )
                 continue
             start = len(jaxpr.invars) + len(found)
             mine = sources[start : start + len(match.inside) + len(match.own)]
@@ -132,9 +135,9 @@ class Reach:
             for k, bits in zip(body.results, summary.results, strict=True):
                 if k is not None:
                     results[k] |= _apply(bits, inputs + mine)
-            if never:
-                for out, back in body.feedback:
-                    results[body.results[out]] |= inputs[back]
+            for out, back in body.feedback if never else ():
+                if (k := body.results[out]) is not None:
+                    results[k] |= inputs[back]
             found += [_apply(bits, inputs + mine) for bits in summary.found]
         carries = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
         return [b if c else 0 for b, c in zip(results, carries, strict=True)], found

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _jax
-from .._errors import beats, type_of
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._errors import beats, type_of
+
 from .select import Program
 from .trace import Value
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _jax
-from .._address import Address
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import Address
+
 from .causes import Causes
 from .connect import Reach, read
-from .perturbation import perturb
 from .rewrite import Actions, Rewriter
 from .select import Program
 from .trace import Value
@@ -73,7 +73,8 @@ class Differentiation:
         program = self._program
         leaves, types = program.traced.leaves, program.types
         values = [
-            leaves[x.index] if x.kind == "argument" else _jax.zeros(types[x]) for x in xs
+            leaves[x.index] if x.kind == "argument" else _jax.zeros(types[x])
+            for x in xs
         ]
         if self._held:
             token = jnp.zeros((), jnp.float32)

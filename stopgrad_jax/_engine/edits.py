@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _jax
-from .._errors import beats, quoted, type_of
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._errors import beats, quoted, type_of
+
 from .walk import Found, Hit, Leaf, Match
 
 Edits = Mapping[int, Callable[..., Any]]  # position of an address -> its function

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from .. import _jax
+import stopgrad_jax._jax as _jax
 
 
 @dataclasses.dataclass(frozen=True)

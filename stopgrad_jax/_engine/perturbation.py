@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.interpreters import ad, batching, mlir
 
-from .._jax import Primitive
+from stopgrad_jax._jax import Primitive
 
 perturb_p = Primitive("perturb")  # value, perturbation -> value
 hold_p = Primitive("hold")  # value, token -> value

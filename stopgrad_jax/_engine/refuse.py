@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .._address import Address
-from .._errors import beats
+from stopgrad_jax._address import Address
+from stopgrad_jax._errors import beats
+
 from .select import Program
 from .walk import Found
 

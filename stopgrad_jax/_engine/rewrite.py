@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from .. import _jax
+import stopgrad_jax._jax as _jax
+
 from .edits import Edits, NamedEdits, edited_operation, operation_edits
 from .nested import Slot, rebuild
 from .perturbation import hold, perturb
@@ -71,8 +72,8 @@ class Rewriter:
             slices[id(match.eqn)] = match, slice(start, end)
         edits = NamedEdits(self._actions.edits)
 
-        eqns = jaxpr.eqns if eqns is None else eqns
-        for run in self._runs.cut(eqns, slices, jaxpr.outvars):
+        wanted = jaxpr.eqns if eqns is None else eqns
+        for run in self._runs.cut(wanted, slices, jaxpr.outvars):
             edits.check(run.reads)
             values = [env[v] for v in run.reads]
             if id(run.eqns[0]) not in slices:

@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from .. import _jax
+import stopgrad_jax._jax as _jax
+
 from .signature import fingerprint, signature
 
 _LONGEST = 64  # equations in a block

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from .._address import (
+from stopgrad_jax._address import (
     RETURN,
     Address,
     Op,
@@ -24,7 +24,8 @@ from .._address import (
     nearest,
     nodes,
 )
-from .._errors import AddressError, beats, quoted
+from stopgrad_jax._errors import AddressError, beats, quoted
+
 from .edits import assembled
 from .trace import Static, Traced, Value
 from .walk import Found, Hit, Plan, Search
@@ -64,7 +65,9 @@ class Program:
             "point": self.plan.found,
         }
         return {
-            Value(kind, k): x.aval for kind, xs in edges.items() for k, x in enumerate(xs)
+            Value(kind, k): x.aval
+            for kind, xs in edges.items()
+            for k, x in enumerate(xs)
         }
 
     def tree(self, addresses: Any) -> Any:
@@ -129,9 +132,7 @@ def _target(address: Address) -> Point | Op | None:
 
 
 class _Finder:
-    def __init__(
-        self, traced: Traced, search: Search, plan: Plan, called: str
-    ) -> None:
+    def __init__(self, traced: Traced, search: Search, plan: Plan, called: str) -> None:
         self._traced, self._search, self._plan = traced, search, plan
         self._called = called
         self._edge: dict[str, Any] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import _jax
+import stopgrad_jax._jax as _jax
 
 
 def signature(eqn: Any, literals: bool = True) -> Any:

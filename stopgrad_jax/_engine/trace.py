@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import function_name
+from stopgrad_jax._errors import function_name
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import _jax
-from .._address import Op, Point, nodes, pattern, prefixes
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import Op, Point, nodes, pattern, prefixes
+
 from .nested import Nested, nested
 
 
@@ -151,7 +152,9 @@ class Search:
             if inner is not None:
                 matched = {hit.target for found in own for hit in found.hits}
                 below = self._below(eqn, inner, context, frozenset(matched))
-                plans = tuple(self._plan(b.jaxpr, b.consts, below) for b in inner.bodies)
+                plans = tuple(
+                    self._plan(b.jaxpr, b.consts, below) for b in inner.bodies
+                )
                 inside = tuple(_lifted(f, inner, eqn) for p in plans for f in p.found)
             elif eqn.primitive.name == "call_hi_primitive":
                 self.opaque[str(eqn.params.get("_prim", ""))] = _jax.line_of(eqn)
