@@ -155,8 +155,12 @@ OPS = {
 }
 JUMPS = {"round", "floor", "through_int", "to_int", "greater", "above"}
 NESTED = {"mask", "predicate"}
-BRANCH = {"elementwise", "reduction", "indexing", "stop_gradient", "rounding"}
-KINDS = tuple(dict.fromkeys(op.kind for op in OPS.values() if op.kind not in NESTED))
+BRANCH = (*["elementwise"] * 3, "reduction", "indexing", "stop_gradient", "rounding")
+KINDS = ("elementwise", "matmul", "reduction", "indexing", "shape", "stop_gradient")
+KINDS += ("rounding", "cast", "where", "cond")
+# Drawn from: what passes gradient more often than what cuts it, and `cond` more often
+# because its operands often do not fit and the draw is then repeated.
+DRAWN = (*KINDS, *["elementwise"] * 3, "cond", "cond")
 
 
 def _cond(predicate: Any, then: Any, otherwise: Any) -> Any:
@@ -217,7 +221,7 @@ class _Generator:
         if slot == "number":
             return self.pick(NUMBERS)
         if slot == "branch":
-            return self.call(self.pick([k for k in KINDS if k in BRANCH]))
+            return self.call(self.pick(BRANCH))
         if slot in NESTED or slot == "rounding":
             return self.call(slot)
         kind, ranks = ("i", "012") if slot == "int" else ("f", slot)
@@ -254,7 +258,7 @@ class _Generator:
         """Draw calls until one is well-typed, bounded and away from jumps."""
         while True:
             try:
-                call = self.call(self.pick(KINDS))
+                call = self.call(self.pick(DRAWN))
                 value = self.value(call)
             except (ValueError, IndexError):
                 continue
@@ -290,17 +294,69 @@ def generate(seed: int, number: int) -> Program:
     return Program(title, inputs, statements, xs, ys, grad_ys, stops)
 
 
+def _array(value: np.ndarray) -> str:
+    return f"np.array({value.tolist()}, np.float32)"
+
+
+SCRIPT = """\
+# {title}
+import numpy as np
+import tensorflow as tf
+from jax import lax, nn
+from jax import numpy as jnp
+
+import stopgrad_jax as sg
+
+inputs = [{inputs}]
+grad_ys = [{grad_ys}]
+
+
+def jax_program({names}):
+    {jax}
+    return {last}
+
+
+def jax_gradients():
+    query = sg.gradients(jax_program, {xs}, ys={ys}, grad_ys=grad_ys, stop_gradients={stops})
+    return query(*inputs)
+
+
+def tf_gradients():
+    {names} = map(tf.constant, inputs)
+    {tf}
+    cotangents = [None if g is None else tf.constant(g) for g in grad_ys]
+    grads = tf.gradients({tf_ys}, {tf_xs}, cotangents, stop_gradients={tf_stops})
+    return [None if g is None else tf.convert_to_tensor(g) for g in grads]
+
+
+if __name__ == "__main__":
+    print(jax_gradients())
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        print([None if g is None else session.run(g) for g in tf_gradients()])
+"""
+
+
 def source(program: Program) -> str:
     """Print a program as a script that runs it in both libraries."""
-    names = ", ".join(program.inputs)
+    lines: dict[str, list[str]] = {"jax": [], "tf": []}
+    for s in program.statements:
+        named = f'sg.name({render(s.call, "jax")}, "{s.target}")'
+        lines["jax"].append(f"{s.target} = {named}")
+        lines["tf"].append(f"{s.target} = {render(s.call, 'tf')}")
     last = program.statements[-1].target
-    arrays = [_array(value) for value in program.inputs.values()]
-    grad_ys = ", ".join("None" if g is None else _array(g) for g in program.grad_ys)
-    ys = ["return" if y == last else y for y in program.ys]
-    jax_lines = [
-        f'    {s.target} = sg.name({render(s.call, "jax")}, "{s.target}")'
-        for s in program.statements
-    ]
-    tf_lines = [f"    {s.target} = {render(s.call, 'tf')}" for s in program.statements]
-    ...
-    return "\n".join(jax_lines + tf_lines + [names, grad_ys, *ys, *arrays])
+    cotangents = ["None" if g is None else _array(g) for g in program.grad_ys]
+    return SCRIPT.format(
+        title=program.title,
+        inputs=", ".join(_array(value) for value in program.inputs.values()),
+        grad_ys=", ".join(cotangents),
+        names=", ".join(program.inputs),
+        jax="\n    ".join(lines["jax"]),
+        tf="\n    ".join(lines["tf"]),
+        last=last,
+        xs=list(program.xs),
+        ys=["return" if y == last else y for y in program.ys],
+        stops=list(program.stops),
+        tf_xs=f"[{', '.join(program.xs)}]",
+        tf_ys=f"[{', '.join(program.ys)}]",
+        tf_stops=f"[{', '.join(program.stops)}]",
+    )
