@@ -1,0 +1,157 @@
+"""Measure what the query costs: ratios, side by side in one run.
+
+(a) `gradients` at a named point against the same function split by hand;
+(b) trace, and trace + lower + compile, of `gradients` against `jax.grad`;
+(c) `edit` with nothing changed against the plain function;
+(d) experiments A and B: steps per second against TensorFlow's session and `jax.jit`.
+
+Each figure is the median of several rounds; in each round both sides are measured, one
+after the other. The table is printed and written to build/benchmarks.json.
+"""
+
+import functools
+import gc
+import importlib.util
+import json
+import pathlib
+import platform
+import statistics
+import time
+
+import jax
+import programs
+from tqdm import tqdm
+
+import stopgrad_jax as sg
+
+OUT = pathlib.Path(__file__).parents[1] / "build" / "benchmarks.json"
+
+
+def seconds(fun):
+    """Time one call, results awaited, without the collector's pauses of others."""
+    gc.collect()
+    start = time.perf_counter()
+    jax.block_until_ready(fun())
+    return time.perf_counter() - start
+
+
+def side_by_side(ours, theirs, rounds=5):
+    """Return the median seconds of both and their ratio; the first round warms up."""
+    pairs = []
+    for number in range(rounds + 1):  # in turns: which goes first costs it something
+        if number % 2:
+            pairs.append((seconds(ours), seconds(theirs)))
+        else:
+            pairs.append((seconds(theirs), seconds(ours))[::-1])
+    pairs = pairs[1:]
+    mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return {"ours": mine, "theirs": other, "ratio": ratio}
+
+
+def repeated(fun, *args, times):
+    """Return a function that makes many calls, to time what is short."""
+
+    def run():
+        for _ in range(times):
+            out = fun(*args)
+        return out
+
+    return run
+
+
+def named_point():
+    """(a) Run time and instructions at a named point."""
+    for size in (64, 1024):
+        function, split, args = programs.classifier(size)
+        ours, theirs = jax.jit(sg.gradients(function, "h")), jax.jit(split)
+        times = 200 if size == 64 else 5
+        row = side_by_side(
+            repeated(ours, *args, times=times), repeated(theirs, *args, times=times)
+        )
+        count = programs.instructions(ours, *args), programs.instructions(theirs, *args)
+        yield f"a. run, width {size}", {**row, "instructions": count}
+
+
+def tracing(sizes=(1_000, 5_000, 20_000)):
+    """(b) Trace alone."""
+
+    def traced(differentiate, function, args):
+        jax.make_jaxpr(differentiate(lambda *a: function(*a)))(*args)
+
+    yield from _long_programs("trace", traced, sizes)
+
+
+def compiling(sizes=(1_000, 5_000, 20_000)):
+    """(b) Trace, lower and compile; XLA takes minutes over the longest."""
+
+    def built(differentiate, function, args):
+        jax.jit(differentiate(lambda *a: function(*a))).lower(*args).compile()
+
+    yield from _long_programs("compile", built, sizes)
+
+
+def _long_programs(verb, measured, sizes):
+    for name, make in programs.LONG.items():
+        for size in sizes:
+            sides = [
+                functools.partial(measured, differentiate, *make(size))
+                for differentiate in (lambda f: sg.gradients(f, 0), jax.grad)
+            ]
+            row = side_by_side(*sides, rounds=5 if size < 2_000 else 2)
+            yield f"b. {verb} {name}, {size} equations", row
+
+
+def identity_edit():
+    """(c) An edit that changes nothing."""
+    function, _, args = programs.classifier(64)
+    ours, theirs = jax.jit(sg.edit(function, {"h": lambda h: h})), jax.jit(function)
+    row = side_by_side(
+        repeated(ours, *args, times=200), repeated(theirs, *args, times=200)
+    )
+    count = programs.instructions(ours, *args), programs.instructions(theirs, *args)
+    yield "c. identity edit", {**row, "instructions": count}
+
+
+def experiments():
+    """(d) Experiments A and B, step by step and as one scan."""
+    sides = programs.training(sg)
+    if importlib.util.find_spec("tensorflow"):
+        sides |= programs.tensorflow_training()
+    times = {name: [] for name in sides}
+    for _ in range(6):
+        for name, (run, steps) in sides.items():
+            times[name].append(seconds(run) / steps)
+    rates = {name: 1 / statistics.median(side[1:]) for name, side in times.items()}
+    slowest = min(rates, key=rates.get)
+    for name, rate in rates.items():
+        row = {"steps_per_second": rate, "against_slowest": rate / rates[slowest]}
+        yield f"d. {name}", row
+
+
+def main():
+    """Run all of it, print the table, write the file."""
+    rows = {}
+    parts = (named_point, tracing, compiling, identity_edit, experiments)
+    for part in tqdm(parts, desc="benchmarks"):
+        for name, row in part():
+            rows[name] = row
+            figures = ", ".join(f"{k} {shown(v)}" for k, v in row.items())
+            tqdm.write(f"{name:44} {figures}")
+    device = jax.devices()[0]
+    about = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform}, {device.device_kind}",
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+def shown(value):
+    """Print numbers to three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
