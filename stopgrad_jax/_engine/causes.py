@@ -9,8 +9,8 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .connect import Reach, read
-from .nested import nested
-from .walk import Found, Plan, live
+from .nested import Nested, nested
+from .walk import Found, Match, Plan, live
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,43 +43,53 @@ class Causes:
         env, _ = self._reach.follow(jaxpr, plan, sources)
         _, used = live(jaxpr, plan, sinks)
         matches = {m.index: m for m in plan.matches} if plan else {}
-        taken = 0
+        n, m, end = len(jaxpr.invars), len(jaxpr.outvars), 0
         for index, eqn in enumerate(jaxpr.eqns):
-            match, start = matches.get(index), taken
+            match, start = matches.get(index), end
             if match is not None:
-                taken += len(match.inside) + len(match.own)
+                end += len(match.inside) + len(match.own)
             inner = nested(eqn)
-            bits = [read(env, atom) for atom in eqn.invars]
             here = _jax.line_of(eqn) or line
+            bits = [read(env, atom) for atom in eqn.invars]
+            asked = [v in used for v in eqn.outvars]
             if inner is not None and not inner.rule:
-                n, m = len(jaxpr.invars), len(jaxpr.outvars)
-                plans = (match and match.plans) or (None,) * len(inner.bodies)
-                for body, below in zip(inner.bodies, plans, strict=True):
-                    end = start + (len(below.found) if below else 0)
-                    asked = [
-                        k is not None and eqn.outvars[k] in used for k in body.results
-                    ]
-                    for out, _ in body.feedback:
-                        asked[out] = True
-                    ins = [bits[k] for k in body.operands] + [
-                        *sources[n + start : n + end]
-                    ]
-                    for out, back in body.feedback:
-                        ins[back] |= _carried(env, eqn, body.results[out])
-                    outs = [*asked, *sinks[m + start : m + end]]
-                    yield from self.cuts(body.jaxpr, below, ins, outs, here)
-                    start = end
-                continue
-            if any(bits) and any(v in used for v in eqn.outvars):
-                results = self._reach.through(eqn, bits)
-                if not all(results):
+                results = [read(env, v) for v in eqn.outvars]
+                found = sources[n + start : n + end], sinks[m + start : m + end]
+                below = _bodies(inner, match, bits, results, asked, *found)
+                for arguments in below:
+                    yield from self.cuts(*arguments, here)
+            elif any(bits) and any(asked):
+                if not all(self._reach.through(eqn, bits)):
                     yield Cut(_reason(eqn), here)
                 elif match and any(map(self._held, match.own)):
                     yield Cut("it is held constant by stop_gradients", here)
 
 
-def _carried(env: dict[Any, int], eqn: Any, result: int | None) -> int:
-    return 0 if result is None else read(env, eqn.outvars[result])
+def _bodies(
+    inner: Nested,
+    match: Match | None,
+    operands: Sequence[int],
+    results: Sequence[int],
+    asked: Sequence[bool],
+    sources: Sequence[int],
+    sinks: Sequence[bool],
+) -> Iterator[tuple[Any, Plan | None, list[int], list[bool]]]:
+    """Yield the arguments of `cuts` for each body of an equation.
+
+    `operands` and `results` are the bits outside, `asked` tells which results are
+    used; `sources` and `sinks` are those of the values found inside.
+    """
+    plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
+    for body, plan in zip(inner.bodies, plans, strict=True):
+        count = len(plan.found) if plan else 0
+        inputs = [operands[k] for k in body.operands]
+        outputs = [k is not None and asked[k] for k in body.results]
+        for out, back in body.feedback:  # what a loop hands on, it uses
+            k = body.results[out]
+            inputs[back] |= 0 if k is None else results[k]
+            outputs[out] = True
+        yield body.jaxpr, plan, [*inputs, *sources[:count]], [*outputs, *sinks[:count]]
+        sources, sinks = sources[count:], sinks[count:]
 
 
 def _reason(eqn: Any) -> str:
