@@ -217,7 +217,9 @@ def guided(relu, x):
     def rule(x):
         return relu(x)
 
-    rule.defvjp(lambda x: (relu(x), x), lambda x, ct: (jnp.where((x > 0) & (ct > 0), ct, 0),))
+    rule.defvjp(
+        lambda x: (relu(x), x), lambda x, ct: (jnp.where((x > 0) & (ct > 0), ct, 0),)
+    )
     return rule(x)
 
 

@@ -27,16 +27,15 @@ NUMBERS = ("-1.2", "-0.7", "0.3", "0.8", "1.3")
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """An operation: how both libraries spell it and which operands it takes.
+    """An operation: which operands it takes and how it is spelled with JAX's names.
 
     A slot is the ranks that a float operand may have ("12"), or "int", or "number", or
     the kind of a nested call ("rounding", "mask", "predicate", "branch").
     """
 
     kind: str
-    slots: tuple[str, ...]
-    jax: str
-    tf: str
+    slots: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,93 +67,77 @@ class Program:
     stops: tuple[str, ...]
 
 
-def _op(kind: str, slots: str, jax: str, tf: str | None = None) -> Op:
-    """Spell an operation; TensorFlow's name is often JAX's."""
-    same = jax.replace("jnp.", "tf.").replace("lax.", "tf.")
-    return Op(kind, tuple(slots.split()), jax, same if tf is None else tf)
-
-
 OPS = {
-    "sin": _op("elementwise", "012", "jnp.sin({0})"),
-    "cos": _op("elementwise", "012", "jnp.cos({0})"),
-    "tanh": _op("elementwise", "012", "jnp.tanh({0})"),
-    "exp": _op("elementwise", "012", "jnp.exp(-{0} * {0})"),
-    "sqrt": _op("elementwise", "012", "jnp.sqrt(1.0 + {0} * {0})"),
-    "sigmoid": _op("elementwise", "012", "nn.sigmoid({0})", "tf.sigmoid({0})"),
-    "softplus": _op("elementwise", "012", "nn.softplus({0})", "tf.nn.softplus({0})"),
-    "cube": _op("elementwise", "012", "0.1 * {0} ** 3"),
-    "scale": _op("elementwise", "012 number", "{1} * {0}"),
-    "shift": _op("elementwise", "012 number", "{0} + {1}"),
-    "add": _op("elementwise", "012 012", "{0} + {1}"),
-    "subtract": _op("elementwise", "012 012", "{0} - {1}"),
-    "multiply": _op("elementwise", "012 012", "{0} * {1}"),
-    "divide": _op("elementwise", "012 012", "{0} / (1.5 + {1} * {1})"),
-    "matmul": _op("matmul", "2 2", "jnp.matmul({0}, {1})"),
-    "matvec": _op("matmul", "2 1", "{0} @ {1}", "tf.linalg.matvec({0}, {1})"),
-    "dot": _op("matmul", "1 1", "jnp.dot({0}, {1})", "tf.tensordot({0}, {1}, 1)"),
-    "einsum": _op("matmul", "2 2", "jnp.einsum('ij,kj->ik', {0}, {1})"),
-    "sum": _op("reduction", "12", "jnp.sum({0})", "tf.reduce_sum({0})"),
-    "rows": _op(
-        "reduction", "12", "jnp.sum({0}, axis=0)", "tf.reduce_sum({0}, axis=0)"
-    ),
-    "mean": _op("reduction", "12", "jnp.mean({0}, -1)", "tf.reduce_mean({0}, -1)"),
-    "var": _op("reduction", "12", "jnp.var({0})", "tf.math.reduce_variance({0})"),
-    "softmax": _op("reduction", "12", "nn.softmax({0})", "tf.nn.softmax({0})"),
-    "cumsum": _op("reduction", "12", "jnp.cumsum({0}, axis=0)"),
-    "first": _op("indexing", "12", "{0}[0]"),
-    "column": _op("indexing", "2", "{0}[:, 1]"),
-    "tail": _op("indexing", "12", "{0}[1:]"),
-    "head": _op("indexing", "12", "{0}[..., :2]"),
-    "reverse": _op("indexing", "12", "{0}[::-1]"),
-    "take": _op(
-        "indexing",
-        "12",
-        "jnp.take({0}, np.array([1, 0, 1]), axis=0)",
-        "tf.gather({0}, [1, 0, 1])",
-    ),
-    "transpose": _op("shape", "2", "jnp.transpose({0})"),
-    "ravel": _op("shape", "2", "{0}.reshape(-1)[1:4]", "tf.reshape({0}, [-1])[1:4]"),
-    "stack": _op("shape", "01 01", "jnp.stack([{0}, {1}])"),
-    "concat": _op(
-        "shape", "12 12", "jnp.concat([{0}, {1}])", "tf.concat([{0}, {1}], 0)"
-    ),
-    "outer": _op("shape", "1 1", "{0}[:, None] * {1}[None, :]"),
-    "stop": _op("stop_gradient", "012", "lax.stop_gradient({0})"),
-    "gate": _op("stop_gradient", "012 012", "{0} * lax.stop_gradient({1})"),
-    "article": _op(
+    "sin": Op("elementwise", "012", "jnp.sin({0})"),
+    "cos": Op("elementwise", "012", "jnp.cos({0})"),
+    "tanh": Op("elementwise", "012", "jnp.tanh({0})"),
+    "exp": Op("elementwise", "012", "jnp.exp(-{0} * {0})"),
+    "sqrt": Op("elementwise", "012", "jnp.sqrt(1.0 + {0} * {0})"),
+    "sigmoid": Op("elementwise", "012", "nn.sigmoid({0})"),
+    "softplus": Op("elementwise", "012", "nn.softplus({0})"),
+    "cube": Op("elementwise", "012", "0.1 * {0} ** 3"),
+    "scale": Op("elementwise", "012 number", "{1} * {0}"),
+    "shift": Op("elementwise", "012 number", "{0} + {1}"),
+    "add": Op("elementwise", "012 012", "{0} + {1}"),
+    "subtract": Op("elementwise", "012 012", "{0} - {1}"),
+    "multiply": Op("elementwise", "012 012", "{0} * {1}"),
+    "divide": Op("elementwise", "012 012", "{0} / (1.5 + {1} * {1})"),
+    "matmul": Op("matmul", "2 2", "jnp.matmul({0}, {1})"),
+    "matvec": Op("matmul", "2 1", "jnp.matvec({0}, {1})"),
+    "dot": Op("matmul", "1 1", "jnp.tensordot({0}, {1}, 1)"),
+    "einsum": Op("matmul", "2 2", "jnp.einsum('ij,kj->ik', {0}, {1})"),
+    "sum": Op("reduction", "12", "jnp.sum({0})"),
+    "rows": Op("reduction", "12", "jnp.sum({0}, axis=0)"),
+    "mean": Op("reduction", "12", "jnp.mean({0}, axis=-1)"),
+    "var": Op("reduction", "12", "jnp.var({0})"),
+    "softmax": Op("reduction", "12", "nn.softmax({0})"),
+    "cumsum": Op("reduction", "12", "jnp.cumsum({0}, axis=0)"),
+    "first": Op("indexing", "12", "{0}[0]"),
+    "column": Op("indexing", "2", "{0}[:, 1]"),
+    "tail": Op("indexing", "12", "{0}[1:]"),
+    "head": Op("indexing", "12", "{0}[..., :2]"),
+    "reverse": Op("indexing", "12", "{0}[::-1]"),
+    "take": Op("indexing", "12", "jnp.take({0}, np.array([1, 0, 1]), axis=0)"),
+    "transpose": Op("shape", "2", "jnp.transpose({0})"),
+    "reshape": Op("shape", "2", "jnp.reshape({0}, [-1])[1:4]"),
+    "stack": Op("shape", "01 01", "jnp.stack([{0}, {1}])"),
+    "concat": Op("shape", "12 12", "jnp.concat([{0}, {1}], axis=0)"),
+    "outer": Op("shape", "1 1", "{0}[:, None] * {1}[None, :]"),
+    "stop": Op("stop_gradient", "012", "lax.stop_gradient({0})"),
+    "gate": Op("stop_gradient", "012 012", "{0} * lax.stop_gradient({1})"),
+    "article": Op(
         "stop_gradient", "012 rounding", "{0} + lax.stop_gradient({1} - {0})"
     ),
-    "round": _op("rounding", "012", "jnp.round(2.0 * {0} + 0.2)"),
-    "floor": _op("rounding", "012", "jnp.floor(2.0 * {0} + 0.2)"),
-    "through_int": _op(
-        "cast",
-        "012",
-        "(2.5 * {0} + 0.2).astype(jnp.int32).astype(jnp.float32)",
-        "tf.cast(tf.cast(2.5 * {0} + 0.2, tf.int32), tf.float32)",
-    ),
-    "to_int": _op(
-        "cast",
-        "012",
-        "(2.5 * {0} + 0.2).astype(jnp.int32)",
-        "tf.cast(2.5 * {0} + 0.2, tf.int32)",
-    ),
-    "to_float": _op(
-        "cast",
-        "int",
-        "0.5 * {0}.astype(jnp.float32)",
-        "0.5 * tf.cast({0}, tf.float32)",
-    ),
-    "where": _op("where", "mask 012 012", "jnp.where({0}, {1}, {2})"),
-    "cond": _op(
+    "round": Op("rounding", "012", "jnp.round(2.0 * {0} + 0.2)"),
+    "floor": Op("rounding", "012", "jnp.floor(2.0 * {0} + 0.2)"),
+    "to_int": Op("cast", "012", "jnp.astype(2.5 * {0} + 0.2, jnp.int32)"),
+    "to_float": Op("cast", "int", "0.5 * jnp.astype({0}, jnp.float32)"),
+    "through_int": Op("cast", "integer", "jnp.astype({0}, jnp.float32)"),
+    "integer": Op("integer", "012", "jnp.astype(2.5 * {0} + 0.2, jnp.int32)"),
+    "where": Op("where", "mask 012 012", "jnp.where({0}, {1}, {2})"),
+    "cond": Op(
         "cond", "predicate branch branch", "lax.cond({0}, lambda: {1}, lambda: {2})"
     ),
-    "greater": _op("mask", "012", "{0} > 0.1"),
-    "above": _op("predicate", "012", "jnp.sum({0}) > 0.1", "tf.reduce_sum({0}) > 0.1"),
-    "true": _op("predicate", "", "jnp.asarray(True)", "tf.constant(True)"),
-    "false": _op("predicate", "", "jnp.asarray(False)", "tf.constant(False)"),
+    "greater": Op("mask", "012", "{0} > 0.1"),
+    "above": Op("predicate", "012", "jnp.sum({0}) > 0.1"),
+    "true": Op("predicate", "", "jnp.asarray(True)"),
+    "false": Op("predicate", "", "jnp.asarray(False)"),
 }
-JUMPS = {"round", "floor", "through_int", "to_int", "greater", "above"}
-NESTED = {"mask", "predicate"}
+# What TensorFlow calls otherwise; after these, its names are JAX's.
+RENAMED = {
+    "jnp.matvec": "tf.linalg.matvec",
+    "jnp.sum": "tf.reduce_sum",
+    "jnp.mean": "tf.reduce_mean",
+    "jnp.var": "tf.math.reduce_variance",
+    "jnp.take": "tf.gather",
+    "jnp.astype": "tf.cast",
+    "jnp.asarray": "tf.constant",
+    "jnp.": "tf.",
+    "lax.": "tf.",
+    "nn.": "tf.nn.",
+}
+JUMPS = {"round", "floor", "integer", "to_int", "greater", "above"}
+NESTED = {"mask", "predicate", "rounding", "integer"}
 BRANCH = (*["elementwise"] * 3, "reduction", "indexing", "stop_gradient", "rounding")
 KINDS = ("elementwise", "matmul", "reduction", "indexing", "shape", "stop_gradient")
 KINDS += ("rounding", "cast", "where", "cond")
@@ -179,7 +162,9 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 # bounds and jumps, which needs neither library.
 NUMPY: dict[str, Any] = {
     "np": np,
-    "jnp": np,
+    "jnp": SimpleNamespace(
+        **vars(np) | {"astype": lambda x, dtype: np.asarray(x).astype(dtype)}
+    ),
     "lax": SimpleNamespace(stop_gradient=lambda x: x, cond=_cond),
     "nn": SimpleNamespace(
         sigmoid=lambda x: 1 / (1 + np.exp(-x)),
@@ -201,8 +186,10 @@ def render(call: str | Call, library: str) -> str:
     """Spell an expression for "jax" or "tf"."""
     if isinstance(call, str):
         return call
-    operands = [render(operand, library) for operand in call.operands]
-    return getattr(OPS[call.op], library).format(*operands)
+    text = OPS[call.op].text.format(*(render(x, "jax") for x in call.operands))
+    for jax, tf in RENAMED.items() if library == "tf" else ():
+        text = text.replace(jax, tf)
+    return text
 
 
 class _Generator:
@@ -222,7 +209,7 @@ class _Generator:
             return self.pick(NUMBERS)
         if slot == "branch":
             return self.call(self.pick(BRANCH))
-        if slot in NESTED or slot == "rounding":
+        if slot in NESTED:
             return self.call(slot)
         kind, ranks = ("i", "012") if slot == "int" else ("f", slot)
         fitting = [
@@ -237,7 +224,7 @@ class _Generator:
     def call(self, kind: str) -> Call:
         """Draw an operation of a kind, and its operands."""
         op = self.pick([name for name, op in OPS.items() if op.kind == kind])
-        return Call(op, tuple(self.operand(slot) for slot in OPS[op].slots))
+        return Call(op, tuple(self.operand(slot) for slot in OPS[op].slots.split()))
 
     def value(self, call: Call, shift: float = 0.0) -> Any:
         """Evaluate a call where every float value is moved by `shift`."""
