@@ -304,7 +304,10 @@ def jax_program({names}):
 
 
 def jax_gradients():
-    query = sg.gradients(jax_program, {xs}, ys={ys}, grad_ys=grad_ys, stop_gradients={stops})
+    stops = {stops}
+    query = sg.gradients(
+        jax_program, {xs}, ys={ys}, grad_ys=grad_ys, stop_gradients=stops
+    )
     return query(*inputs)
 
 
