@@ -35,15 +35,15 @@ def seconds(fun):
     return time.perf_counter() - start
 
 
-def side_by_side(ours, theirs, rounds=5):
-    """Return the median seconds of both and their ratio; the first round warms up."""
+def side_by_side(ours, theirs, rounds=5, warm=True):
+    """Return the median seconds of both and their ratio; the first round may warm up."""
     pairs = []
-    for number in range(rounds + 1):  # in turns: which goes first costs it something
+    for number in range(rounds + warm):  # in turns: which goes first costs it something
         if number % 2:
             pairs.append((seconds(ours), seconds(theirs)))
         else:
             pairs.append((seconds(theirs), seconds(ours))[::-1])
-    pairs = pairs[1:]
+    pairs = pairs[warm:]
     mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     return {"ours": mine, "theirs": other, "ratio": ratio}
@@ -79,26 +79,31 @@ def tracing(sizes=(1_000, 5_000, 20_000)):
     def traced(differentiate, function, args):
         jax.make_jaxpr(differentiate(lambda *a: function(*a)))(*args)
 
-    yield from _long_programs("trace", traced, sizes)
+    yield from _long_programs("trace", traced, programs.LONG, sizes)
 
 
 def compiling(sizes=(1_000, 5_000, 20_000)):
-    """(b) Trace, lower and compile; XLA takes minutes over the longest."""
+    """(b) Trace, lower and compile.
+
+    Only layers: XLA takes minutes for a flat chain of a thousand elementwise operations.
+    """
 
     def built(differentiate, function, args):
         jax.jit(differentiate(lambda *a: function(*a))).lower(*args).compile()
 
-    yield from _long_programs("compile", built, sizes)
+    layers = {"layers": programs.LONG["layers"]}
+    yield from _long_programs("compile", built, layers, sizes)
 
 
-def _long_programs(verb, measured, sizes):
-    for name, make in programs.LONG.items():
+def _long_programs(verb, measured, makers, sizes):
+    for name, make in makers.items():
         for size in sizes:
             sides = [
                 functools.partial(measured, differentiate, *make(size))
                 for differentiate in (lambda f: sg.gradients(f, 0), jax.grad)
             ]
-            row = side_by_side(*sides, rounds=5 if size < 2_000 else 2)
+            rounds = {1_000: 5, 5_000: 3}.get(size, 1)
+            row = side_by_side(*sides, rounds=rounds, warm=size < 20_000)
             yield f"b. {verb} {name}, {size} equations", row
 
 

@@ -70,6 +70,15 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     return list(core.jaxprs_in_params(eqn.params))
 
 
+def is_opaque(eqn: Any) -> bool:
+    """Tell an equation that holds a program we do not know how to open.
+
+    JAX's newer custom rules are one opaque object in a `call_hi_primitive`.
+    """
+    name = eqn.primitive.name
+    return name == "call_hi_primitive" or (bool(eqn.params) and any(inner_jaxprs(eqn)))
+
+
 def scan_arity(eqn: Any) -> tuple[int, int]:
     """Return (number of constants, number of carries) of a scan equation.
 
@@ -208,6 +217,14 @@ def filled(aval: Any, value: Any) -> jax.Array:
             return weak
     array = np.asarray(value).astype(aval.dtype)
     return jax.lax.full(aval.shape, array, sharding=sharding if explicit else None)
+
+
+def number_like(x: Any, aval: Any) -> Any:
+    """Return a Python number as an array of this type's dtype, all else as it is."""
+    numeric = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
+    if numeric and isinstance(x, bool | int | float | complex):
+        return jnp.asarray(x, aval.dtype)
+    return x
 
 
 def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -283,12 +283,13 @@ def _given(
     program: Program, addresses: list[Address], perturbations: Any, called: str
 ) -> dict[Value, Any]:
     """Perturbations by the place that they perturb, checked."""
-    if set(perturbations) != set(addresses):
+    fits = isinstance(perturbations, Mapping) and set(perturbations) == set(addresses)
+    if not fits:
         raise TypeError(
             beats(
                 called,
                 f"the perturbations must be a dict with keys {quoted(addresses)}",
-                f"keys {quoted(perturbations)}",
+                f"{perturbations!r:.80}",
                 "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
                 "sg.capture returns",
             )
@@ -308,9 +309,8 @@ def _given(
             if not isinstance(place, Value):
                 continue
             aval = types[place.kind][place.index]
-            if isinstance(p, bool | int | float | complex):
-                p = jax.numpy.asarray(p, aval.dtype)
-            if type_of(p) != type_of(aval):
+            p = _jax.number_like(p, aval)
+            if not hasattr(p, "dtype") or type_of(p) != type_of(aval):
                 raise _wrong(called, address, type_of(aval), p)
             if not _jax.is_traced(p) and np.any(np.asarray(p) != 0):
                 raise ValueError(

@@ -20,7 +20,7 @@ import stopgrad_jax._jax as _jax
 from ._address import RETURN, nodes
 from ._engine.cotangents import cotangents
 from ._engine.differentiate import Differentiation
-from ._engine.refuse import refuse_loops, refuse_rules
+from ._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Traced, Value, filled, trace
 from ._errors import beats, function_name, quoted
@@ -206,6 +206,7 @@ class _Query:
         xs, stops = jax.tree.leaves(self.xs), jax.tree.leaves(self.stop_gradients)
         ys = [] if self.ys is None else jax.tree.leaves(self.ys)
         program = look_up(traced, [*xs, *stops, *ys], called)
+        refuse_outputs(program, [*xs, *stops], called)
         refuse_loops(program, [*xs, *stops, *ys], called)
         refuse_rules(program, [*xs, *stops, *ys], called)
 
@@ -259,6 +260,8 @@ class _Query:
                 carry = [
                     (p, v) for p, v in below if _jax.is_differentiable(program.types[v])
                 ]
+                if not below:
+                    why.append(f"{path}: a Python value, which is not traced")
                 for at, x in carry or below:
                     if x not in connected:
                         why.append(f"{at}: {differentiation.why(x, ys)}")

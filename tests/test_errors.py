@@ -118,6 +118,38 @@ def test_several_outputs():
     raises(TypeError, "must return (y, aux)", aux)
 
 
+@pytest.mark.parametrize("role", [{"xs": "return"}, {"stop_gradients": "return"}])
+def test_an_output_is_no_x_and_no_stop(role):
+    ask = {"xs": "x", **role}
+    raises(
+        sg.AddressError, '"return", its output', lambda: sg.gradients(f, **ask)(*ARGS)
+    )
+
+
+def test_a_program_that_cannot_be_searched_is_named():
+    @jax.custom_batching.custom_vmap
+    def g(x):
+        return sg.name(x * 2, "h")
+
+    g.def_vmap(lambda size, batched, x: (x * 2, True))
+    raises(sg.AddressError, "custom_vmap_call", lambda: sg.capture(g, "h")(1.0))
+
+
+def test_an_operation_edit_of_the_wrong_arity():
+    g = lambda x: jax.lax.top_k(x, 2)[0]
+    for edit in (lambda top, x: top(x)[0], lambda top, x: (*top(x), x)):
+        ask = sg.edit(g, {sg.op("top_k"): edit})
+        raises(TypeError, "must return 2 arrays", lambda ask=ask: ask(f32(1, 2, 3)))
+
+
+def test_edits_of_keys():
+    g = lambda key: sg.name(key, "k")
+    ask = sg.edit(g, {"k": lambda key: 3})
+    raises(TypeError, "got:   int", lambda: ask(jax.random.key(0)))
+    fold = sg.edit(g, {"k": lambda key: jax.random.fold_in(key, 1)})
+    assert fold(jax.random.key(0)) == jax.random.fold_in(jax.random.key(0), 1)
+
+
 def test_a_dynamic_while_body():
     def g(x, n):
         body = lambda c: (c[0] + 1, sg.name(c[1] * 2, "h"))
@@ -183,6 +215,7 @@ def test_unconnected_inside_loops_and_branches_and_by_this_call():
     raises(ValueError, "held constant by stop_gradients", lambda: ask(1.0))
     ask = sg.gradients(lambda x, n: x[n], "n", unconnected_gradients="error")
     raises(ValueError, "carries no gradient", lambda: ask(f32(1.0), jnp.array(0)))
+    raises(ValueError, "n: a Python value", lambda: ask(f32(1.0), 0))
     # whole trees: leaves that carry no gradient are left alone
     ask = sg.gradients(f, "params", unconnected_gradients="error")
     assert ask(*ARGS)["n"] is None

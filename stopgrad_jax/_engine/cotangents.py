@@ -70,8 +70,7 @@ def _ones(aval: Any, called: str) -> jax.Array:
 
 
 def _like(ct: Any, aval: Any, called: str) -> jax.Array:
-    if isinstance(ct, bool | int | float | complex):
-        ct = jnp.asarray(ct, aval.dtype)
+    ct = _jax.number_like(ct, aval)
     if not hasattr(ct, "dtype") or type_of(ct) != type_of(aval):
         raise TypeError(
             beats(

@@ -27,8 +27,7 @@ def assembled(hit: Hit, values: Sequence[Any]) -> Any:
 
 def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
     """Return `new` as an array of exactly the type of `old`, or raise."""
-    if isinstance(new, bool | int | float | complex):
-        new = jnp.asarray(new, old.dtype)
+    new = _jax.number_like(new, old)
     got = type_of(new) if hasattr(new, "dtype") else type(new).__name__
     if got != type_of(old):
         at = f" ({line})" if line else ""
@@ -57,10 +56,7 @@ def operation(eqn: Any) -> Callable[..., Any]:
 
     def original(*operands: Any) -> Any:
         avals = [atom.aval for atom in eqn.invars]
-        arrays = [
-            jnp.asarray(x, aval.dtype) if isinstance(x, bool | int | float) else x
-            for x, aval in zip(operands, avals, strict=True)
-        ]
+        arrays = [_jax.number_like(*pair) for pair in zip(operands, avals, strict=True)]
         out = _jax.bind(eqn, *arrays)
         return out[0] if len(eqn.outvars) == 1 else tuple(out)
 
@@ -75,8 +71,17 @@ def edited_operation(
     function = operation(eqn)
     for replacement in functions:
         function = functools.partial(replacement, function)
-    out = function(*operands)
-    results = [out] if len(eqn.outvars) == 1 else list(out)
+    out, count = function(*operands), len(eqn.outvars)
+    results = [out] if count == 1 else jax.tree.leaves(out)
+    if len(results) != count:
+        raise TypeError(
+            beats(
+                f'edit of "{found.name}" ({found.line})',
+                f"the function must return {count} arrays, as the operation does",
+                f"{len(results)}",
+                f"lambda {found.name}, *operands: {found.name}(*operands)",
+            )
+        )
     pairs = zip(results, eqn.outvars, strict=True)
     return [same_type(x, v.aval, found.name, found.line) for x, v in pairs]
 

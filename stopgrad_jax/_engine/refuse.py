@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stopgrad_jax._address import Address
-from stopgrad_jax._errors import beats
+from stopgrad_jax._address import RETURN, Address
+from stopgrad_jax._errors import AddressError, beats
 
 from .select import Program
 from .walk import Found
@@ -62,3 +62,18 @@ def refuse_differentiated(
 
 def _at(called: str, found: Found) -> str:
     return f"{called} ({found.line})" if found.line else called
+
+
+def refuse_outputs(program: Program, addresses: Iterable[Address], called: str) -> None:
+    """The function's output is what is differentiated, not what by."""
+    for address in addresses:
+        if isinstance(address, str) and address.split("/")[0] == RETURN:
+            raise AddressError(
+                beats(
+                    called,
+                    "xs and stop_gradients must be arguments or values inside "
+                    f"{program.traced.name}",
+                    f'"{address}", its output',
+                    f'ys="{address}", or a name for the value before it is returned',
+                )
+            )

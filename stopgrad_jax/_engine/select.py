@@ -198,10 +198,10 @@ class _Finder:
         else:
             self._at_edge("")
             known, text = [*(self._edge or ()), *names], str(address)
-        opaque = ""
-        if search.opaque:
-            line = next(iter(search.opaque.values()))
-            opaque = f"; {line} holds a primitive that cannot be searched"
+        opaque = "".join(
+            f'; "{primitive}" at {line} holds a program that cannot be searched'
+            for primitive, line in search.opaque.items()
+        )
         near = nearest(text, known) or _top(self._traced, names)
         return AddressError(
             beats(

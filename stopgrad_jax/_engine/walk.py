@@ -114,7 +114,8 @@ class Search:
     """Look for `targets`, and remember every name on the way for error messages.
 
     `hidden` maps a target to the line of a match in the body of a custom rule, where
-    operations are not looked for. `opaque` names primitives that cannot be opened.
+    operations are not looked for. `opaque` maps primitives that hold a program which
+    cannot be searched to a line.
     """
 
     def __init__(self, targets: Sequence[Point | Op]) -> None:
@@ -156,8 +157,8 @@ class Search:
                     self._plan(b.jaxpr, b.consts, below) for b in inner.bodies
                 )
                 inside = tuple(_lifted(f, inner, eqn) for p in plans for f in p.found)
-            elif eqn.primitive.name == "call_hi_primitive":
-                self.opaque[str(eqn.params.get("_prim", ""))] = _jax.line_of(eqn)
+            elif _jax.is_opaque(eqn):
+                self.opaque[eqn.primitive.name] = _jax.line_of(eqn)
             if own or inside:
                 yield Match(index, eqn, own, plans if inside else (), inside)
 
