@@ -36,7 +36,7 @@ def seconds(fun):
 
 
 def side_by_side(ours, theirs, rounds=5, warm=True):
-    """Return the median seconds of both and their ratio; the first round may warm up."""
+    """Return the median seconds of both and their ratio; the first may warm up."""
     pairs = []
     for number in range(rounds + warm):  # in turns: which goes first costs it something
         if number % 2:
@@ -85,7 +85,7 @@ def tracing(sizes=(1_000, 5_000, 20_000)):
 def compiling(sizes=(1_000, 5_000, 20_000)):
     """(b) Trace, lower and compile.
 
-    Only layers: XLA takes minutes for a flat chain of a thousand elementwise operations.
+    Only layers: XLA takes minutes for a thousand elementwise operations in a row.
     """
 
     def built(differentiate, function, args):

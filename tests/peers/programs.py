@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-BOUND = 8.0
-MARGIN = 1e-3
+BOUND, MARGIN = 8.0, 1e-3
 SHAPES = ((), (2,), (3,), (2, 2), (2, 3), (3, 2), (3, 3))
 NUMBERS = ("-1.2", "-0.7", "0.3", "0.8", "1.3")
 
@@ -76,7 +75,7 @@ elementwise   | 012 number   | {1} * {0}; {0} + {1}
 elementwise   | 012 012      | {0} + {1}; {0} - {1}; {0} * {1}; {0} / (1.5 + {1} * {1})
 matmul        | 2 2          | jnp.matmul({0}, {1}); jnp.einsum('ij,kj->ik', {0}, {1})
 matmul        | 2 1          | jnp.matvec({0}, {1})
-matmul        | 1 1          | jnp.tensordot({0}, {1}, 1)
+matmul        | 1 1          | jnp.tensordot({0}, {1}, 1); {0}[:, None] * {1}[None, :]
 reduction     | 12           | jnp.sum({0}); jnp.sum({0}, axis=0); jnp.var({0})
 reduction     | 12           | jnp.mean({0}, -1); jnp.cumsum({0}, 0); nn.softmax({0})
 indexing      | 12           | {0}[0]; {0}[1:]; {0}[..., :2]; {0}[::-1]
@@ -85,7 +84,6 @@ indexing      | 2            | {0}[:, 1]; {0}[1, 0]
 shape         | 2            | jnp.transpose({0}); jnp.reshape({0}, [-1])[1:4]
 shape         | 01 01        | jnp.stack([{0}, {1}])
 shape         | 12 12        | jnp.concat([{0}, {1}], axis=0)[1:4]
-shape         | 1 1          | {0}[:, None] * {1}[None, :]
 stop_gradient | 012          | lax.stop_gradient({0})
 stop_gradient | 012 012      | {0} * lax.stop_gradient({1})
 stop_gradient | 012 rounding | {0} + lax.stop_gradient({1} - {0})
@@ -98,10 +96,9 @@ where         | mask 012 012 | jnp.where({0}, {1}, {2})
 test          | 012          | jnp.sum({0}) > 0.1; jnp.asarray(True); jnp.asarray(False)
 cond          | test branch branch | lax.cond({0}, lambda: {1}, lambda: {2})
 """
-ROWS = [[part.strip() for part in row.split("|")] for row in TABLE.strip().split("\n")]
 OPS = [
-    Op(kind, tuple(slots.split()), text.strip())
-    for kind, slots, texts in ROWS
+    Op(kind.strip(), tuple(slots.split()), text.strip())
+    for kind, slots, texts in (row.split("|") for row in TABLE.strip().split("\n"))
     for text in texts.split(";")
 ]
 # What TensorFlow calls otherwise; after these, its names are JAX's.
@@ -124,8 +121,7 @@ DRAWN = ["elementwise"] * 4 + ["cond"] * 3
 DRAWN += "matmul reduction indexing shape stop_gradient rounding cast where".split()
 BRANCH = ["elementwise"] * 3 + "reduction indexing stop_gradient rounding".split()
 
-# The JAX spelling evaluated by NumPy in float64: the generator's own oracle for shapes,
-# bounds and jumps, which needs neither library.
+# NumPy's float64 reading of the JAX spelling: the oracle for shapes and jumps.
 NUMPY: dict[str, Any] = {
     "np": np,
     "jnp": np,
