@@ -11,20 +11,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-
-import stopgrad_jax._jax as _jax
 
 from ._address import Address, op, point, printed
 from ._engine.edits import same_type
+from ._engine.given import perturbations_by_place
 from ._engine.perturbation import perturb as perturb_value
 from ._engine.refuse import refuse_differentiated, refuse_loops, refuse_rules
 from ._engine.rewrite import Actions, Rewriter
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Value, filled, is_traceable, trace
 from ._engine.walk import Leaf, PointName
-from ._errors import beats, function_name, quoted, type_of
+from ._errors import beats, function_name
 
 __all__ = ["capture", "edit", "name", "op", "perturb", "point"]
 
@@ -231,7 +229,7 @@ def perturb(
         refuse_loops(program, addresses, called)
         refuse_rules(program, addresses, called)
         traced = program.traced
-        given = _given(program, addresses, perturbations, called)
+        given = perturbations_by_place(program, addresses, perturbations, called)
 
         def perturbed_at(kind: str, values: list[Any]) -> list[Any]:
             pairs = ((x, given.get(Value(kind, k))) for k, x in enumerate(values))
@@ -277,62 +275,3 @@ def _edit_places(
         for place, x in pairs:
             if isinstance(place, Value):
                 values[place.index] = same_type(x, values[place.index], path, "")
-
-
-def _given(
-    program: Program, addresses: list[Address], perturbations: Any, called: str
-) -> dict[Value, Any]:
-    """Perturbations by the place that they perturb, checked."""
-    fits = isinstance(perturbations, Mapping) and set(perturbations) == set(addresses)
-    if not fits:
-        raise TypeError(
-            beats(
-                called,
-                f"the perturbations must be a dict with keys {quoted(addresses)}",
-                f"{perturbations!r:.80}",
-                "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
-                "sg.capture returns",
-            )
-        )
-    types = {
-        "argument": program.traced.leaves,
-        "output": [v.aval for v in program.traced.jaxpr.outvars],
-        "point": [found.aval for found in program.plan.found],
-    }
-    given: dict[Value, Any] = {}
-    for address in addresses:
-        tree, mine = program.matched[address].tree, perturbations[address]
-        if jax.tree.structure(tree) != jax.tree.structure(mine):
-            expected = jax.tree.structure(tree)
-            raise _wrong(called, address, f"a tree like {expected}", mine)
-        for place, p in zip(jax.tree.leaves(tree), jax.tree.leaves(mine), strict=True):
-            if not isinstance(place, Value):
-                continue
-            aval = types[place.kind][place.index]
-            p = _jax.number_like(p, aval)
-            if not hasattr(p, "dtype") or type_of(p) != type_of(aval):
-                raise _wrong(called, address, type_of(aval), p)
-            if not _jax.is_traced(p) and np.any(np.asarray(p) != 0):
-                raise ValueError(
-                    beats(
-                        called,
-                        "perturbations are zero: they are there to be differentiated",
-                        f"other numbers for {address!r}",
-                        f"sg.edit(fun, {{{address!r}: lambda h: h + d}}) to change it",
-                    )
-                )
-            given[place] = p if place not in given else given[place] + p
-    return given
-
-
-def _wrong(called: str, address: Address, expected: str, got: Any) -> TypeError:
-    came = type_of(got) if hasattr(got, "dtype") else str(jax.tree.structure(got))
-    return TypeError(
-        beats(
-            called,
-            f"the perturbation for {address!r} must be {expected}",
-            came,
-            "jax.tree.map(jax.numpy.zeros_like, value) of the value that sg.capture "
-            "returns",
-        )
-    )

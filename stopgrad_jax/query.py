@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 
 from ._address import RETURN, nodes
-from ._engine.cotangents import cotangents
 from ._engine.differentiate import Differentiation
+from ._engine.given import cotangents
 from ._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Traced, Value, filled, trace

@@ -17,7 +17,7 @@ FLOORS = [
     {"_engine/walk", "_engine/runs"},
     {"_engine/edits", "_engine/connect"},
     {"_engine/rewrite", "_engine/select", "_engine/causes"},
-    {"_engine/refuse", "_engine/cotangents", "_engine/differentiate"},
+    {"_engine/refuse", "_engine/given", "_engine/differentiate"},
     {"points", "query"},
     {"__init__"},
 ]

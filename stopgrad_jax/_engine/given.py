@@ -1,14 +1,17 @@
-"""Check what is given for ys against the places that it is for."""
+"""Check arrays that are given against the places that they are for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._address import Address
+from stopgrad_jax._errors import beats, quoted, type_of
 
 from .select import Program
 from .trace import Value
@@ -81,3 +84,57 @@ def _like(ct: Any, aval: Any, called: str) -> jax.Array:
             )
         )
     return jnp.asarray(ct)
+
+
+def perturbations_by_place(
+    program: Program, addresses: Sequence[Address], perturbations: Any, called: str
+) -> dict[Value, Any]:
+    """Perturbations by the place that they perturb, checked."""
+    fits = isinstance(perturbations, Mapping) and set(perturbations) == set(addresses)
+    if not fits:
+        raise TypeError(
+            beats(
+                called,
+                f"the perturbations must be a dict with keys {quoted(addresses)}",
+                f"{perturbations!r:.80}",
+                "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
+                "sg.capture returns",
+            )
+        )
+    given: dict[Value, Any] = {}
+    for address in addresses:
+        tree, mine = program.matched[address].tree, perturbations[address]
+        if jax.tree.structure(tree) != jax.tree.structure(mine):
+            expected = jax.tree.structure(tree)
+            raise _wrong(called, address, f"a tree like {expected}", mine)
+        for place, p in zip(jax.tree.leaves(tree), jax.tree.leaves(mine), strict=True):
+            if not isinstance(place, Value):
+                continue
+            aval = program.types[place]
+            p = _jax.number_like(p, aval)
+            if not hasattr(p, "dtype") or type_of(p) != type_of(aval):
+                raise _wrong(called, address, type_of(aval), p)
+            if not _jax.is_traced(p) and np.any(np.asarray(p) != 0):
+                raise ValueError(
+                    beats(
+                        called,
+                        "perturbations are zero: they are there to be differentiated",
+                        f"other numbers for {address!r}",
+                        f"sg.edit(fun, {{{address!r}: lambda h: h + d}}) to change it",
+                    )
+                )
+            given[place] = p if place not in given else given[place] + p
+    return given
+
+
+def _wrong(called: str, address: Address, expected: str, got: Any) -> TypeError:
+    came = type_of(got) if hasattr(got, "dtype") else str(jax.tree.structure(got))
+    return TypeError(
+        beats(
+            called,
+            f"the perturbation for {address!r} must be {expected}",
+            came,
+            "jax.tree.map(jax.numpy.zeros_like, value) of the value that sg.capture "
+            "returns",
+        )
+    )
