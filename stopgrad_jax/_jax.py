@@ -70,6 +70,21 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     return list(core.jaxprs_in_params(eqn.params))
 
 
+def is_ref(aval: Any) -> bool:
+    """Tell a mutable array reference (`jax.new_ref`) from a value."""
+    return hasattr(aval, "inner_aval")
+
+
+def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
+    """Return the shardings a `jit` asks for its operands and results, or None each."""
+
+    def asked(key: str) -> list[Any]:
+        every = eqn.params[key]
+        return [s if isinstance(s, jax.sharding.Sharding) else None for s in every]
+
+    return asked("in_shardings"), asked("out_shardings")
+
+
 def is_opaque(eqn: Any) -> bool:
     """Tell an equation that holds a program we do not know how to open.
 

@@ -14,7 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from ._address import Address, op, point, printed
-from ._engine.edits import same_type
+from ._engine.edits import kept, same_type
 from ._engine.given import perturbations_by_place
 from ._engine.perturbation import perturb as perturb_value
 from ._engine.refuse import refuse_differentiated, refuse_loops, refuse_rules
@@ -258,7 +258,16 @@ def _edit_places(
     """Apply an edit to each argument or output that its address selects."""
     for path, tree in program.matched[address].places.items():
         places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
-        if not places or places[0].kind != kind:
+        if not places:
+            raise TypeError(
+                beats(
+                    f'edit of "{path}"',
+                    "an edit must be of an array or a float",
+                    "a Python value, which is not traced",
+                    "a call with that value instead",
+                )
+            )
+        if places[0].kind != kind:
             continue
         old = filled(tree, {kind: values})
         new = function(old)
@@ -271,7 +280,8 @@ def _edit_places(
                     "jax.tree.map(function_of_a_leaf, tree)",
                 )
             )
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(new), strict=True)
-        for place, x in pairs:
+        for place, x in zip(jax.tree.leaves(tree), jax.tree.leaves(new), strict=True):
             if isinstance(place, Value):
                 values[place.index] = same_type(x, values[place.index], path, "")
+            else:
+                kept(place.value, x, path)

@@ -132,7 +132,15 @@ def test_a_program_that_cannot_be_searched_is_named():
         return sg.name(x * 2, "h")
 
     g.def_vmap(lambda size, batched, x: (x * 2, True))
-    raises(sg.AddressError, "custom_vmap_call", lambda: sg.capture(g, "h")(1.0))
+    both = lambda x: g(sg.name(x, "h"))  # one that can be reached, one that cannot
+    for fun in (g, both):
+        raises(
+            sg.AddressError,
+            "custom_vmap_call",
+            lambda fun=fun: sg.capture(fun, "h")(1.0),
+        )
+    other = lambda: sg.capture(g, "k")(1.0)
+    raises(sg.AddressError, "holds a program that cannot be searched", other)
 
 
 def test_an_operation_edit_of_the_wrong_arity():

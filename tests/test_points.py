@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import EVERYWHERE, f32
+from programs import EVERYWHERE, f32, mesh
 
 import stopgrad_jax as sg
 
@@ -158,6 +158,26 @@ def test_an_edit_that_changes_the_type():
         sg.edit(f, {"h": lambda h: h[:1]})(f32(1, 2))
     with pytest.raises(TypeError, match="must return a tree like"):
         sg.edit(lambda p: p["a"], {"p": lambda p: p["a"]})({"a": 1.0})
+
+
+def test_leaves_that_are_not_traced_cannot_be_edited():
+    f = lambda p, n: sg.name({"w": p["w"], "n": p["n"]}, "h")["w"] * n
+    args = {"w": 1.0, "n": 2}, 3
+    for edits in (
+        {"n": lambda n: n + 1},
+        {"p": lambda p: {**p, "n": 5}},
+        {"h": lambda h: {**h, "n": 5}},
+    ):
+        with pytest.raises(TypeError, match=r"not traced.*\n|\n.*not traced"):
+            sg.edit(f, edits)(*args)
+    assert sg.edit(f, {"h": lambda h: {**h, "w": h["w"] * 2}})(*args) == 6.0
+
+
+def test_a_jit_that_is_made_anew_keeps_its_shardings():
+    sharding = jax.NamedSharding(mesh(8), jax.sharding.PartitionSpec("d"))
+    f = jax.jit(lambda x: sg.name(x * 2, "h") + 1, out_shardings=sharding)
+    x = jnp.ones(8, jnp.float32)
+    assert sg.edit(lambda x: f(x), {"h": lambda h: h})(x).sharding == f(x).sharding
 
 
 def test_an_edit_where_the_derivative_is_already_taken():

@@ -9,7 +9,8 @@ are the bits of Python integers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -76,6 +77,16 @@ class Reach:
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(env, atom) for atom in eqn.invars]
             match = matches.get(index)
+            if any(_jax.is_ref(atom.aval) for atom in eqn.invars):
+                start = len(jaxpr.invars) + len(found)
+                count = len(match.inside) + len(match.own) if match else 0
+                bits = _union([*operands, *sources[start : start + count]])
+                found += [bits] * count
+                env.update((v, bits) for v in eqn.outvars)
+                # What is written to a reference may be read from it anywhere later.
+                refs = [atom for atom in eqn.invars if _jax.is_ref(atom.aval)]
+                env.update((ref, bits) for ref in refs)
+                continue
             if match is None:
                 if any(operands):
                     env.update(
@@ -146,6 +157,10 @@ class Reach:
 def read(env: dict[Any, Bits], atom: Any) -> Bits:
     """Bits of a variable; a literal or a constant has none."""
     return 0 if isinstance(atom, _jax.Literal) else env.get(atom, 0)
+
+
+def _union(sources: Iterable[Bits]) -> Bits:
+    return functools.reduce(int.__or__, sources, 0)
 
 
 def _apply(bits: Bits, sources: Sequence[Bits]) -> Bits:

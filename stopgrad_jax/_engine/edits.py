@@ -43,6 +43,20 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
     return _jax.vary(jnp.asarray(new), _jax.varying(old))
 
 
+def kept(old: Any, new: Any, called: str) -> bool:
+    """Refuse a change of a leaf that is not traced; there is no value to keep."""
+    if new is not old and new != old:
+        raise TypeError(
+            beats(
+                f'edit of "{called}"',
+                "only arrays and floats can be edited: other leaves are not traced",
+                f"{new!r:.40} in place of {old!r:.40}",
+                "call the function with that value instead",
+            )
+        )
+    return False
+
+
 def operation_edits(match: Match, edits: Edits) -> list[Callable[..., Any]]:
     """Edits of the operation that an equation is."""
     if match.eqn.primitive.name == "name":
@@ -114,8 +128,12 @@ class NamedEdits:
         if hit.tree is None:
             leaves = [out]
         elif jax.tree.structure(out) == jax.tree.structure(old):
-            pairs = zip(jax.tree.leaves(hit.tree), jax.tree.leaves(out), strict=True)
-            leaves = [x for leaf, x in pairs if isinstance(leaf, Leaf)]
+            trio = map(jax.tree.leaves, (hit.tree, old, out))
+            leaves = [
+                x
+                for leaf, value, x in zip(*trio, strict=True)
+                if isinstance(leaf, Leaf) or kept(value, x, hit.root)
+            ]
         else:
             raise TypeError(
                 beats(

@@ -124,7 +124,12 @@ class Rewriter:
             function = self._function(match.plans[k], name)
             return function(list(operands), list(perturbations), token)
 
-        return rebuild(match.eqn, call, slots, operands, inside, token)
+        if name is None:
+            return rebuild(match.eqn, call, slots, operands, inside, token)
+        before, after = _jax.jit_shardings(match.eqn)
+        operands = _constrained(operands, before)
+        out, captured = rebuild(match.eqn, call, slots, operands, inside, token)
+        return _constrained(out, after), captured
 
     def _function(self, plan: Plan, name: str | None) -> Callable[..., Any]:
         """Return the plan as a function, jitted under `name` unless that is None."""
@@ -137,6 +142,12 @@ class Rewriter:
             function.__name__ = name or "body"
             self._functions[key] = jax.jit(function) if name else function
         return self._functions[key]
+
+
+def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    pairs = zip(values, shardings, strict=True)
+    constrain = jax.lax.with_sharding_constraint
+    return [x if s is None else constrain(x, s) for x, s in pairs]
 
 
 def _read(env: Mapping[Any, Any], atom: Any) -> Any:

@@ -95,6 +95,15 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
     targets = [t for t in map(_target, addresses) if t is not None]
     search = Search(targets)
     plan = search.plan(traced.jaxpr, traced.consts)
+    for name, place in search.unreachable.items():
+        raise AddressError(
+            beats(
+                f'{called}: point "{name}"',
+                "every value of that name must be in a program that can be rewritten",
+                f"one inside {place}, which cannot",
+                "another name there, or for its operands and results",
+            )
+        )
     finder = _Finder(traced, search, plan, called)
     matched = {a: Matched(a, finder.find(a)) for a in addresses}
     return Program(traced, plan, targets, matched)

@@ -115,7 +115,7 @@ class Search:
 
     `hidden` maps a target to the line of a match in the body of a custom rule, where
     operations are not looked for. `opaque` maps primitives that hold a program which
-    cannot be searched to a line.
+    cannot be searched to a line, `unreachable` wanted names in them to where that is.
     """
 
     def __init__(self, targets: Sequence[Point | Op]) -> None:
@@ -124,6 +124,7 @@ class Search:
         self.ops: dict[str, None] = {}
         self.hidden: dict[int, str] = {}
         self.opaque: dict[str, str] = {}
+        self.unreachable: dict[str, str] = {}
         self._points = [
             (k, pattern(target.name))
             for k, target in enumerate(targets)
@@ -158,9 +159,18 @@ class Search:
                 )
                 inside = tuple(_lifted(f, inner, eqn) for p in plans for f in p.found)
             elif _jax.is_opaque(eqn):
-                self.opaque[eqn.primitive.name] = _jax.line_of(eqn)
+                self._peek(eqn, context)
             if own or inside:
                 yield Match(index, eqn, own, plans if inside else (), inside)
+
+    def _peek(self, eqn: Any, context: _Context) -> None:
+        """Note a program that cannot be opened, and the wanted names in it."""
+        line = _jax.line_of(eqn)
+        self.opaque[eqn.primitive.name] = line
+        for jaxpr in map(_jax.opened, _jax.inner_jaxprs(eqn)):
+            names = self._plan(*jaxpr, dataclasses.replace(context, ops=frozenset()))
+            for found in names.found:
+                self.unreachable[found.name] = f'"{eqn.primitive.name}" at {line}'
 
     def _own(self, eqn: Any, context: _Context) -> tuple[Found, ...]:
         primitive = eqn.primitive.name
