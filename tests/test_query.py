@@ -165,6 +165,9 @@ NONE = {
     "argmax": lambda x: jnp.argmax(jnp.stack([x, x * 2])).astype(jnp.float32),
     "unused": lambda x: jnp.float32(3),
     "one_hot": lambda x: jax.nn.one_hot(x.astype(int), 3)[0],
+    "sampled": lambda x: jax.random.categorical(
+        jax.random.key(0), jnp.stack([x, 0 * x])
+    ).astype(jnp.float32),
     "zero rule": lambda x: _zero_rule(x) * 2,
     "zero bwd": lambda x: _zero_bwd(x) * 2,
 }
@@ -172,6 +175,9 @@ CONNECTED = {
     "times zero": lambda x: x * 0,
     "branch not taken": lambda x: jax.lax.cond(False, jnp.sin, lambda x: x, x),
     "dead relu": lambda x: jax.nn.relu(-x),
+    "overwritten": lambda x: (
+        jnp.zeros(2, jnp.float32).at[0].set(x).at[0].set(jnp.float32(1)).sum()
+    ),
     "clipped": lambda x: jnp.clip(x, 5, 6),
     "no rounds": lambda x: jax.lax.fori_loop(0, 0, lambda i, c: c * 2, x),
     "plain": jnp.sin,
