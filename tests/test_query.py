@@ -384,7 +384,15 @@ def test_references_are_followed():
         ref[...] = sg.name(x * 2, "h")
         return ref[...] * 3
 
-    def g(x):
+    assert sg.gradients(f, ["x", "h"])(f32(1.0)[0]) == [6.0, 3.0]
+
+
+@pytest.mark.skipif(
+    jax.config.jax_check_tracer_leaks,
+    reason="JAX 0.10.2 and 0.12.0.1 report plain jax.grad of this function as a leak",
+)
+def test_references_are_followed_through_scans():
+    def f(x):
         ref = jax.new_ref(jnp.zeros(3, jnp.float32))
 
         def step(c, i):
@@ -394,9 +402,7 @@ def test_references_are_followed():
         jax.lax.scan(step, x, jnp.arange(3))
         return ref[...].sum()
 
-    x = f32(1.0)[0]
-    assert sg.gradients(f, ["x", "h"])(x) == [6.0, 3.0]
-    found = sg.gradients(g, ["x", "h"])(x)
+    found = sg.gradients(f, ["x", "h"])(f32(1.0)[0])
     assert found[0] == 7.0
     np.testing.assert_allclose(found[1], [1, 1, 1])
 
