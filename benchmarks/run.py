@@ -85,11 +85,17 @@ def tracing(sizes=(1_000, 5_000, 20_000)):
 def compiling(sizes=(1_000, 5_000, 20_000)):
     """(b) Trace, lower and compile.
 
-    Only layers: XLA takes minutes for a thousand elementwise operations in a row.
+    Only layers: XLA takes minutes for a thousand elementwise operations in a row. And
+    without its costly passes, on both sides: they take many minutes for the longest.
     """
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
 
     def built(differentiate, function, args):
-        jax.jit(differentiate(lambda *a: function(*a))).lower(*args).compile()
+        lowered = jax.jit(differentiate(lambda *a: function(*a))).lower(*args)
+        lowered.compile(compiler_options=options)
 
     layers = {"layers": programs.LONG["layers"]}
     yield from _long_programs("compile", built, layers, sizes)
