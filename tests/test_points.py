@@ -19,7 +19,7 @@ ARGS = f32(0.7)[0], f32(0.1, -0.4, 0.9, 1.3)
 H = np.tanh(np.array(ARGS[1]) * 0.7)
 
 
-def bits(a, b):
+def assert_same_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -42,9 +42,9 @@ def test_a_named_tree_keeps_its_shape():
     f = lambda tree: sg.name(tree, "t")["a"] * 2
     _, values = sg.capture(f, ["t", "t/b", "t/b/0"])(tree)
     assert values["t"]["n"] == 3
-    bits(values["t"]["b"][:1], tree["b"][:1])
+    assert_same_bits(values["t"]["b"][:1], tree["b"][:1])
     assert values["t"]["b"][1:] == ("text", None) == values["t/b"][1:]
-    bits(values["t/b/0"], tree["b"][0])
+    assert_same_bits(values["t/b/0"], tree["b"][0])
     assert sg.gradients(f, "t")(tree) == {"a": 2.0, "b": (None, None, None), "n": None}
 
 
@@ -76,7 +76,7 @@ def test_a_branch_not_taken_captures_zeros():
 def test_captured_values_are_ordinary_outputs():
     f = lambda x: sg.name(x**2, "h") * 3
     assert jax.grad(lambda x: sg.capture(f, "h")(x)[1]["h"])(3.0) == 6.0
-    bits(jax.vmap(sg.capture(f, "h"))(f32(1, 2))[1]["h"], f32(1, 4))
+    assert_same_bits(jax.vmap(sg.capture(f, "h"))(f32(1, 2))[1]["h"], f32(1, 4))
 
 
 def test_the_body_of_a_custom_rule_can_be_read():
@@ -102,7 +102,7 @@ def test_the_body_of_a_custom_rule_can_be_read():
 def test_an_edit_that_changes_nothing(fun, run):
     edited = sg.edit(fun, {"h": lambda h: h, "w": lambda w: w, "return": lambda y: y})
     plain = run(jax.value_and_grad(fun, argnums=(0, 1)))(*ARGS)
-    bits(run(jax.value_and_grad(edited, argnums=(0, 1)))(*ARGS), plain)
+    assert_same_bits(run(jax.value_and_grad(edited, argnums=(0, 1)))(*ARGS), plain)
 
 
 @pytest.mark.parametrize("fun", EVERYWHERE.values(), ids=EVERYWHERE.keys())
@@ -120,7 +120,7 @@ def test_edits_close_over_traced_values():
     )[0]
     g = lambda x, s: sg.edit(f, {"h": lambda h: h * s})(x)
     assert jax.jit(jax.grad(g, argnums=1))(*f32(1, 2)) == 3 * 8 * 4
-    bits(jax.vmap(g, (None, 0))(f32(1.0)[0], f32(1, 2)), f32(8, 64))
+    assert_same_bits(jax.vmap(g, (None, 0))(f32(1.0)[0], f32(1, 2)), f32(8, 64))
 
 
 def test_edits_of_arguments_outputs_and_trees():
@@ -271,7 +271,7 @@ def test_gradient_override_on_a_convolutional_network(rule, name, run):
         kept = (ct > 0) & (a > 0) if name == "guided" else ct > 0
         (ct,) = back(jnp.where(kept, ct, 0))
     np.testing.assert_allclose(found, ct, rtol=1e-5, atol=1e-4)
-    bits(run(edited)(image, kernels), run(convnet)(image, kernels))
+    assert_same_bits(run(edited)(image, kernels), run(convnet)(image, kernels))
     assert not np.allclose(found, jax.grad(convnet)(image, kernels))
 
 
@@ -338,7 +338,9 @@ def test_flax_linen():
         params, x
     )
     plain = jax.grad(model.apply)(params, x)["params"]
-    bits(found[0]["variables/params/Dense_1/kernel"], plain["Dense_1"]["kernel"])
+    assert_same_bits(
+        found[0]["variables/params/Dense_1/kernel"], plain["Dense_1"]["kernel"]
+    )
     kernel = params["params"]["Dense_1"]["kernel"]
     np.testing.assert_allclose(found[1], np.broadcast_to(kernel.T, (2, 3)), rtol=1e-6)
 
@@ -349,7 +351,7 @@ def test_equinox():
     fun = lambda model, x: model(x)
     found = sg.gradients(fun, {"m": "model", "h": "h"})(model, x)
     plain = jax.grad(fun)(model, x)
-    bits(found["m"].linear.weight, plain.linear.weight)
+    assert_same_bits(found["m"].linear.weight, plain.linear.weight)
     np.testing.assert_allclose(found["h"], np.full(4, 2.0))
     np.testing.assert_allclose(sg.gradients(model, "h")(x), np.full(4, 2.0))
 
@@ -400,12 +402,14 @@ def test_random_programs(steps, at):
     zero = {"unconnected_gradients": "zero"}
     plain = jax.jit(jax.value_and_grad(f))(x)
     edited = sg.edit(f, {"h": lambda h: h})
-    bits(jax.jit(jax.value_and_grad(edited))(x), plain)
-    bits(jax.jit(sg.value_and_gradients(f, "x", **zero))(x), plain)
+    assert_same_bits(jax.jit(jax.value_and_grad(edited))(x), plain)
+    assert_same_bits(jax.jit(sg.value_and_gradients(f, "x", **zero))(x), plain)
     found = jax.jit(sg.value_and_gradients(f, ["x", "h"], **zero))(x)
-    bits((found[0], found[1][0]), plain)
+    assert_same_bits((found[0], found[1][0]), plain)
     held = jax.jit(sg.gradients(f, "x", stop_gradients="h", **zero))(x)
-    bits(held, jax.jit(jax.grad(sg.edit(f, {"h": jax.lax.stop_gradient})))(x))
+    assert_same_bits(
+        held, jax.jit(jax.grad(sg.edit(f, {"h": jax.lax.stop_gradient})))(x)
+    )
     if sg.gradients(f, "x")(x) is None:
         assert plain[1] == 0
 

@@ -14,7 +14,7 @@ import stopgrad_jax as sg
 P = jax.sharding.PartitionSpec
 
 
-def close(a, b, rtol=1e-6):
+def assert_close(a, b, rtol=1e-6):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), a, b
@@ -30,8 +30,8 @@ def test_same_gradients_everywhere(fun, run):
     h = np.tanh(np.array(x) * 0.7)
     out, found = run(sg.value_and_gradients(fun, {"w": "w", "h": "h", "x": 1}))(w, x)
     through = 2 * h * (1 - h**2)
-    close(out, jnp.sum(h**2))
-    close(found, {"w": np.sum(through * x), "h": 2 * h, "x": through * 0.7})
+    assert_close(out, jnp.sum(h**2))
+    assert_close(found, {"w": np.sum(through * x), "h": 2 * h, "x": through * 0.7})
 
 
 @pytest.mark.parametrize("fun", EVERYWHERE.values(), ids=EVERYWHERE.keys())
@@ -49,7 +49,7 @@ def test_asking_never_changes_the_plain_gradient(fun, run):
     w, x = f32(0.7)[0], f32(0.1, -0.4, 0.9, 1.3)
     plain = run(jax.grad(fun, argnums=(0, 1)))(w, x)
     for xs, pick in ((["w", "x"], slice(2)), (["w", "x", "h"], slice(2))):
-        close(tuple(run(sg.gradients(fun, xs))(w, x)[pick]), plain)
+        assert_close(tuple(run(sg.gradients(fun, xs))(w, x)[pick]), plain)
 
 
 OUTER = {
@@ -279,7 +279,7 @@ def test_wildcards_yield_full_addresses():
     args = ({"Dense_0": leaf, "Dense_1": leaf, "scale": 1.0}, jnp.ones((1, 2)))
     found = sg.gradients(f, "params/Dense_*/kernel")(*args)
     plain = jax.grad(f)(*args)
-    close(
+    assert_close(
         found,
         {f"params/Dense_{k}/kernel": plain[f"Dense_{k}"]["kernel"] for k in (0, 1)},
     )

@@ -19,7 +19,7 @@ def loss(w, b, x, y):
     return jnp.sum((y - (x * w + b)) ** 2) / (2 * 32)
 
 
-def compare(rows, golden):
+def assert_told(rows, golden):
     for row, told in zip(rows, golden, strict=True):
         for key in ("w", "b"):
             assert row[key] == pytest.approx(told[key], rel=1e-5)
@@ -43,7 +43,7 @@ def test_a_read_the_gradient_while_an_optimizer_trains():
     for x, y in zip(X[:20], Y[:20], strict=True):
         params, state, value, grad = step(params, state, x, y)
         rows.append({**params, "loss": value, "grad_w": grad})
-    compare(rows, GOLDEN["A"])
+    assert_told(rows, GOLDEN["A"])
 
 
 def test_b_your_own_update():
@@ -53,7 +53,7 @@ def test_b_your_own_update():
         value, (dw, db) = sg.value_and_gradients(loss, ["w", "b"])(w, b, x, y)
         w, b = w - jnp.float32(0.01) * dw, b - jnp.float32(0.01) * db
         rows.append({"w": w, "b": b, "loss": value, "grad_w": dw})
-    compare(rows, GOLDEN["B"])
+    assert_told(rows, GOLDEN["B"])
 
 
 def test_c_intermediates_and_stops():
