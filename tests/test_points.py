@@ -404,12 +404,14 @@ def test_random_programs(steps, at):
     edited = sg.edit(f, {"h": lambda h: h})
     assert_same_bits(jax.jit(jax.value_and_grad(edited))(x), plain)
     assert_same_bits(jax.jit(sg.value_and_gradients(f, "x", **zero))(x), plain)
-    found = jax.jit(sg.value_and_gradients(f, ["x", "h"], **zero))(x)
-    assert_same_bits((found[0], found[1][0]), plain)
+    # Another result, or a hold in place of a stop, is another program: XLA may fuse it
+    # otherwise, and then the last bits of a gradient are its own.
+    value, found = jax.jit(sg.value_and_gradients(f, ["x", "h"], **zero))(x)
+    assert_same_bits(value, plain[0])
+    np.testing.assert_allclose(found[0], plain[1], rtol=1e-6, atol=1e-7)
     held = jax.jit(sg.gradients(f, "x", stop_gradients="h", **zero))(x)
-    assert_same_bits(
-        held, jax.jit(jax.grad(sg.edit(f, {"h": jax.lax.stop_gradient})))(x)
-    )
+    stopped = jax.jit(jax.grad(sg.edit(f, {"h": jax.lax.stop_gradient})))(x)
+    np.testing.assert_allclose(held, stopped, rtol=1e-6, atol=1e-7)
     if sg.gradients(f, "x")(x) is None:
         assert plain[1] == 0
 
