@@ -1,4 +1,4 @@
-"""The laws of `gradients`: total, partial, local, precise, exact, and no more."""
+"""The laws of `gradients`: the same everywhere, total, partial, local, precise."""
 
 import functools
 

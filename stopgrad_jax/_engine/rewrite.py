@@ -75,8 +75,8 @@ class Rewriter:
         wanted = jaxpr.eqns if eqns is None else eqns
         for run in self._runs.cut(wanted, slices, jaxpr.outvars):
             edits.check(run.reads)
-            values = [env[v] for v in run.reads]
             if id(run.eqns[0]) not in slices:
+                values = [env[v] for v in run.reads]
                 env |= zip(run.writes, self._runs.evaluate(run, values), strict=True)
                 continue
             match, mine = slices[id(run.eqns[0])]
