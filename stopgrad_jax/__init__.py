@@ -1,6 +1,19 @@
 """stopgrad_jax: say, query, see and test where gradients flow in JAX."""
 
 from ._errors import AddressError as AddressError
+from .cotangents import clip_gradient as clip_gradient
+from .cotangents import clip_gradient_norm as clip_gradient_norm
+from .cotangents import replace_nonfinite_gradient as replace_nonfinite_gradient
+from .cotangents import transform_gradient as transform_gradient
+from .freezing import freeze as freeze
+from .freezing import migrate_state as migrate_state
+from .gates import mask_gradient as mask_gradient
+from .gates import per_example as per_example
+from .gates import prevent_gradient as prevent_gradient
+from .gates import reversal_schedule as reversal_schedule
+from .gates import reverse_gradient as reverse_gradient
+from .gates import scale_gradient as scale_gradient
+from .gates import stop_gradient as stop_gradient
 from .points import capture as capture
 from .points import edit as edit
 from .points import name as name
@@ -9,15 +22,40 @@ from .points import perturb as perturb
 from .points import point as point
 from .query import gradients as gradients
 from .query import value_and_gradients as value_and_gradients
+from .substitution import replace_value as replace_value
+from .substitution import straight_through as straight_through
+from .substitution import with_backward as with_backward
+from .trees import combine as combine
+from .trees import mask as mask
+from .trees import partition as partition
 
 __all__ = [
     "AddressError",
     "capture",
+    "clip_gradient",
+    "clip_gradient_norm",
+    "combine",
     "edit",
+    "freeze",
     "gradients",
+    "mask",
+    "mask_gradient",
+    "migrate_state",
     "name",
     "op",
+    "partition",
+    "per_example",
     "perturb",
     "point",
+    "prevent_gradient",
+    "replace_nonfinite_gradient",
+    "replace_value",
+    "reversal_schedule",
+    "reverse_gradient",
+    "scale_gradient",
+    "stop_gradient",
+    "straight_through",
+    "transform_gradient",
     "value_and_gradients",
+    "with_backward",
 ]

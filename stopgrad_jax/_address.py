@@ -2,18 +2,24 @@
 
 An address is an int, a string or one of the small values made here. This file
 parses them, matches them against printed paths and finds the nearest ones that
-exist. What a path *means* in a traced function is `_engine/select.py`.
+exist. What a path *means* in a traced function is `_engine/select.py`; what it means
+in a bare pytree is `selected`, the `where` of every function that takes one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+
+import stopgrad_jax._jax as _jax
+
+from ._errors import AddressError, beats, function_name, quoted
 
 RETURN = "return"
 
@@ -144,3 +150,145 @@ def nodes(tree: Any, root: str = "") -> Iterator[tuple[str, Any]]:
     )[0]:
         if path:
             yield from nodes(child, joined(root, printed(path)))
+
+
+# Selecting leaves of a bare pytree ------------------------------------------------
+
+Where = Any  # an address, a list of them, a boolean (prefix) pytree, or a predicate
+
+
+def selected(tree: Any, where: Where, called: str) -> list[bool]:
+    """Tell for each leaf of a tree whether `where` selects it, in JAX's order.
+
+    A leaf that carries no gradient is never selected. What selects nothing raises.
+    """
+    leaves = jax.tree.leaves(tree)
+    if where is None:
+        chosen = [True] * len(leaves)
+    elif _is_predicate(where):
+        _check_predicate(where, called)
+        pairs = _leaves_or_boxes(tree)
+        chosen = [bool(where(path, leaf)) for path, leaf in pairs]
+    elif addresses := _as_addresses(where):
+        each = [_at_address(tree, address, called) for address in addresses]
+        chosen = [any(column) for column in zip(*each, strict=True)]
+    else:
+        chosen = _at_mask(tree, where, called)
+    return _some_gradient(tree, chosen, where, called)
+
+
+def _is_predicate(where: Where) -> bool:
+    # A module of booleans may be callable too, but it is a tree and no leaf.
+    return callable(where) and jax.tree.leaves(where) == [where]
+
+
+def _check_predicate(where: Callable[..., Any], called: str) -> None:
+    try:
+        inspect.signature(where).bind("path", None)
+    except TypeError:
+        raise TypeError(
+            beats(
+                called,
+                "a function in where is asked of each leaf: (path, leaf) -> bool",
+                f"{function_name(where)}{inspect.signature(where)}",
+                'where=lambda path, leaf: ..., or a path such as "encoder"',
+            )
+        ) from None
+    except ValueError:  # a builtin that cannot be asked
+        pass
+
+
+def _as_addresses(where: Where) -> list[Any]:
+    if is_address(where):
+        return [where]
+    is_list = isinstance(where, list | tuple | set | frozenset)
+    return list(where) if is_list and all(map(is_address, where)) else []
+
+
+def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
+    if isinstance(address, Point | Op):
+        raise TypeError(
+            beats(
+                called,
+                "where selects leaves of a tree, by their paths",
+                repr(address),
+                'a path such as "encoder/**/kernel"',
+            )
+        )
+    text = str(address)
+    wanted = text.removeprefix("!")
+    known = [path for path, _ in nodes(tree) if path]
+    tops = matching(wanted, known)
+    if not tops:
+        raise AddressError(
+            beats(
+                called,
+                "where must match a path of the tree",
+                f'"{wanted}", which matches nothing; paths are '
+                f"{quoted(path for path, _ in _leaves(tree))}",
+                _instead(wanted, known),
+            )
+        )
+    paths = [path for path, _ in _leaves(tree)]
+    inside = [any(p == top or p.startswith(top + "/") for top in tops) for p in paths]
+    chosen = [i != text.startswith("!") for i in inside]
+    return _some_gradient(tree, chosen, address, called)
+
+
+def _instead(wanted: str, known: list[str]) -> str:
+    if has_wildcard(wanted):
+        deeper = matching(f"**/{wanted}", known)
+        return f'"**/{wanted}"' if deeper else "a pattern such as " + quoted(known[:3])
+    near = nearest(wanted, known)
+    ends = [p for p in known if p.endswith("/" + wanted)]
+    return quoted([*ends, *near], most=3) if ends or near else quoted(known, most=3)
+
+
+def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
+    expected = "where is a path, a list of them, a function of (path, leaf), or a "
+    expected += "tree of booleans with the structure of the tree or a prefix of it"
+    try:
+        every = jax.tree.leaves(jax.tree.broadcast(mask, tree))
+    except ValueError as error:
+        came = str(error).split("\n")[0]
+        raise ValueError(beats(called, expected, came, "sg.mask(tree, path)")) from None
+    wrong = [x for x in every if not isinstance(x, bool) and not _is_bool(x)]
+    if wrong:
+        came = f"{wrong[0]!r:.60} of type {type(wrong[0]).__name__}"
+        raise TypeError(beats(called, expected, came, "sg.mask(tree, path)"))
+    return [bool(x) for x in every]
+
+
+def _is_bool(x: Any) -> bool:
+    return str(getattr(x, "dtype", "")) == "bool" and getattr(x, "ndim", 1) == 0
+
+
+def _some_gradient(
+    tree: Any, chosen: list[bool], where: Where, called: str
+) -> list[bool]:
+    leaves = _leaves(tree)
+    pairs = zip(chosen, leaves, strict=True)
+    chosen = [c and _jax.carries_gradient(leaf) for c, (_, leaf) in pairs]
+    if not any(chosen):
+        carry = [path for path, leaf in leaves if _jax.carries_gradient(leaf)]
+        raise AddressError(
+            beats(
+                called,
+                "at least one leaf that carries a gradient (float or complex)",
+                "none" if where is None else f"none where {where!r:.60}",
+                f"a selection of {quoted(carry)}" if carry else "a tree with one",
+            )
+        )
+    return chosen
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(printed(path), leaf) for path, leaf in flat]
+
+
+def _leaves_or_boxes(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with their paths; for one in a flax box, the box."""
+    boxes = {p: n for p, n in nodes(tree) if type(n).__module__.startswith("flax.")}
+    pairs = ((path.removesuffix("/value"), path, leaf) for path, leaf in _leaves(tree))
+    return [(path, boxes.get(box, leaf)) for box, path, leaf in pairs]

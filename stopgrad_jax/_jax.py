@@ -165,7 +165,10 @@ def _is_jax_closure(f: Any) -> bool:
 def line_of(eqn: Any) -> str:
     """Return `file:line` of the user's code that made this equation, or ""."""
     summary = source_info_util.summarize(eqn.source_info)  # "file:line:col (name)"
-    place = summary.split(" ")[0]
+    return _file_and_line(summary.split(" ")[0])
+
+
+def _file_and_line(place: str) -> str:
     parts = place.split(":")
     while len(parts) > 1 and parts[-2].isdigit():
         parts.pop()  # the column
@@ -181,6 +184,12 @@ def callers_of(eqn: Any) -> tuple[str, ...]:
     """Names of the functions on the stack when the equation was made."""
     traceback = eqn.source_info.traceback
     return tuple(f.function_name for f in traceback.frames) if traceback else ()
+
+
+def line_here() -> str:
+    """Return `file:line` of the user's code that is running, or ""."""
+    place = source_info_util.summarize(source_info_util.current()).split(" ")[0]
+    return _file_and_line(place)
 
 
 # Traces -------------------------------------------------------------------------
@@ -205,6 +214,14 @@ def stacked(length: int, aval: Any) -> Any:
 def is_differentiable(aval: Any) -> bool:
     """Real or complex floating point: the dtypes that carry a gradient."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def carries_gradient(leaf: Any) -> bool:
+    """Tell a leaf that has derivatives: a float or complex number or array."""
+    if isinstance(leaf, float | complex):
+        return True
+    arrays = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    return isinstance(leaf, arrays) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def varying(aval: Any) -> frozenset[str]:

@@ -14,11 +14,12 @@ FLOORS = [
     {"_errors", "_jax"},
     {"_address"},
     {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
-    {"_engine/walk", "_engine/runs"},
+    {"_engine/gate"},
+    {"_engine/walk", "_engine/runs", "_engine/gated"},
     {"_engine/edits", "_engine/connect"},
     {"_engine/rewrite", "_engine/select", "_engine/causes"},
     {"_engine/refuse", "_engine/given", "_engine/differentiate"},
-    {"points", "query"},
+    {"points", "query", "gates", "cotangents", "substitution", "trees", "freezing"},
     {"__init__"},
 ]
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))

@@ -1,0 +1,283 @@
+"""The gate: one value's bits, another value's derivative, by a given rule.
+
+`gate_p` takes (values, sources, parameters) and returns the values, bit for bit. Its
+derivative is that of the *sources*, which the rule turns into cotangents of theirs:
+
+    gate of x         values x      sources x        e.g. scale the cotangent
+    replace_value     values v      sources x        hand the cotangent on
+    with_backward     values f(x)   sources x        backward(ct, f(x), x)
+
+A linear rule acts on tangents too. Any other acts on cotangents only, and needs a
+second primitive: `pullback_p`, linear in the tangents it is given, whose transpose
+is the rule. Both compile to nothing. Under `vmap` the *rule* is mapped: what is one
+value per example has one cotangent per example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._errors import beats
+
+Arrays = Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How cotangents of a gate's values become cotangents of its sources.
+
+    Attributes:
+      name: the public function that made it, for messages and printed programs.
+      pull: (cotangents, residuals) -> cotangents. The residuals are the parameters,
+        after the values where `reads_values`.
+      linear: `pull` is linear and its own transpose, so tangents go through it too.
+      reads_values: `pull` needs the values.
+      forward: why a tangent cannot be computed through this gate, if it cannot.
+      only_sources: what to say if the values are differentiated by anything else.
+      axes: names of the axes that `pull` sums over.
+    """
+
+    name: str
+    pull: Callable[[Arrays, Arrays], Arrays]
+    linear: bool = False
+    reads_values: bool = False
+    forward: str | None = None
+    only_sources: str | None = None
+    axes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """A rule's `pull` on one more axis, in front of every cotangent."""
+
+    pull: Callable[[Arrays, Arrays], Arrays]
+    residuals: tuple[int | None, ...]
+    name: Any
+    size: int
+    spmd_name: Any
+
+    def __call__(self, cts: Arrays, residuals: Arrays) -> Arrays:
+        pull = jax.vmap(
+            self.pull,
+            in_axes=(0, list(self.residuals)),
+            axis_name=self.name,
+            axis_size=self.size,
+            spmd_axis_name=self.spmd_name,
+        )
+        return pull(list(cts), list(residuals))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function as a `pull`; what it closed over is among the residuals."""
+
+    jaxpr: Any
+    consts: int
+
+    def __call__(self, cts: Arrays, residuals: Arrays) -> Arrays:
+        split = len(residuals) - self.consts
+        consts, others = residuals[split:], residuals[:split]
+        return _jax.evaluate(self.jaxpr, consts, [*others, *cts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A `pull` that must never be needed."""
+
+    message: str
+
+    def __call__(self, cts: Arrays, residuals: Arrays) -> Arrays:
+        raise TypeError(self.message)
+
+
+def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
+    """Trace a flat function on values like the examples.
+
+    Returns the program and what it closes over.
+
+    A closure over a traced value would be a leak under jit and scan: the rule is
+    called much later, in another trace. So whatever `fun` closes over is handed to
+    the gate as a parameter.
+    """
+    closed = jax.make_jaxpr(lambda *args: fun(*args))(*examples)
+    jaxpr, consts = _jax.opened(closed)
+    return Program(jaxpr, len(consts)), consts
+
+
+def gate(values: Arrays, sources: Arrays, parameters: Arrays, rule: Rule) -> list[Any]:
+    """Return the values; their derivative is the rule's, of the sources."""
+    axes = frozenset().union(
+        *(_jax.varying(jax.typeof(x)) for x in (*values, *sources, *parameters))
+    )
+    # One varying set for all, or the transpose would miss a sum over devices.
+    values = [_jax.vary(x, axes) for x in values]
+    sources = [_jax.vary(x, axes) for x in sources]
+    return gate_p.bind(
+        *values, *sources, *parameters, rule=rule, split=(len(values), len(sources))
+    )
+
+
+gate_p = _jax.Primitive("gate")  # values, sources, parameters -> values
+pullback_p = _jax.Primitive("pullback")  # tangents, residuals -> tangents
+gate_p.multiple_results = pullback_p.multiple_results = True
+
+
+def _parts(operands: Arrays, split: tuple[int, int]) -> tuple[Arrays, Arrays, Arrays]:
+    values, sources = split
+    end = values + sources
+    return operands[:values], operands[values:end], operands[end:]
+
+
+def _zeros(values: Arrays) -> list[Any]:
+    return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in values]
+
+
+def _is_zero(x: Any) -> bool:
+    return type(x) is ad.Zero
+
+
+# Differentiation ------------------------------------------------------------------
+
+
+def _gate_jvp(primals: Arrays, tangents: Arrays, *, rule: Rule, split: Any) -> Any:
+    out = gate_p.bind(*primals, rule=rule, split=split)
+    value_dots, dots, _ = _parts(tangents, split)
+    parameters = _parts(primals, split)[2]
+    if rule.only_sources and not all(map(_is_zero, value_dots)):
+        raise ValueError(rule.only_sources)
+    if all(map(_is_zero, dots)):
+        return out, _zeros(out)
+    dots = [ad.instantiate_zeros(dot) for dot in dots]
+    if rule.linear:
+        return out, rule.pull(dots, parameters)
+    residuals = (*out, *parameters) if rule.reads_values else parameters
+    types = tuple(jax.typeof(x).to_tangent_aval() for x in out)
+    operands = (*dots, *residuals)
+    return out, pullback_p.bind(*operands, rule=rule, count=len(dots), types=types)
+
+
+def _pullback_jvp(primals: Arrays, tangents: Arrays, **params: Any) -> Any:
+    out = pullback_p.bind(*primals, **params)
+    dots, residual_dots = tangents[: params["count"]], tangents[params["count"] :]
+    if params["rule"].forward and not all(map(_is_zero, residual_dots)):
+        raise TypeError(params["rule"].forward)
+    if all(map(_is_zero, dots)):
+        return out, [ad.Zero(aval) for aval in params["types"]]
+    dots = [ad.instantiate_zeros(dot) for dot in dots]
+    return out, pullback_p.bind(*dots, *primals[params["count"] :], **params)
+
+
+def _gate_transpose(cts: Arrays, *operands: Any, rule: Rule, split: Any) -> Any:
+    """Transpose the gate itself, for `jax.linear_transpose`."""
+    values, sources, parameters = _parts(operands, split)
+    cts = [jnp.asarray(ad.instantiate_zeros(ct)) for ct in cts]
+    pulled = rule.pull(cts, parameters)
+    wanted = map(ad.is_undefined_primal, sources)
+    pulled = [ct if w else None for ct, w in zip(pulled, wanted, strict=True)]
+    return [None] * len(values) + pulled + [None] * len(parameters)
+
+
+def _pullback_transpose(
+    cts: Arrays, *operands: Any, rule: Rule, count: int, types: Any
+) -> Any:
+    dots, residuals = operands[:count], operands[count:]
+    if all(map(_is_zero, cts)):
+        return [None] * len(operands)
+    pulled = rule.pull([ad.instantiate_zeros(ct) for ct in cts], residuals)
+    pulled = [
+        _jax.vary(ct, _jax.varying(dot.aval)) if ad.is_undefined_primal(dot) else None
+        for ct, dot in zip(pulled, dots, strict=True)
+    ]
+    return pulled + [None] * len(residuals)
+
+
+# Mapping --------------------------------------------------------------------------
+
+
+def _mapped(rule: Rule, axis: Any, residual_dims: Sequence[int | None]) -> Rule:
+    pull = Mapped(rule.pull, tuple(residual_dims), axis.name, axis.size, axis.spmd_name)
+    axes = tuple(name for name in rule.axes if name != axis.name)
+    return dataclasses.replace(rule, pull=pull, axes=axes)
+
+
+def _in_front(axis: Any, args: Arrays, dims: Sequence[int | None]) -> list[Any]:
+    pairs = zip(args, dims, strict=True)
+    return [batching.bdim_at_front(x, d, axis.size) for x, d in pairs]
+
+
+def _gate_batch(axis: Any, args: Arrays, dims: Any, *, rule: Rule, split: Any) -> Any:
+    values = split[0]
+    if all(d is None for d in dims):
+        if axis.name in rule.axes:
+            raise ValueError(_not_mapped(rule, axis.name))
+        return gate_p.bind(*args, rule=rule, split=split), [None] * values
+    end = sum(split)
+    front = _in_front(axis, args[:end], dims[:end])
+    residual_dims = (0,) * values * rule.reads_values + tuple(dims[end:])
+    mapped = _mapped(rule, axis, residual_dims)
+    return gate_p.bind(*front, *args[end:], rule=mapped, split=split), [0] * values
+
+
+def _pullback_batch(
+    axis: Any, args: Arrays, dims: Any, *, rule: Rule, count: int, types: Any
+) -> Any:
+    if all(d is None for d in dims):
+        out = pullback_p.bind(*args, rule=rule, count=count, types=types)
+        return out, [None] * len(out)
+    dots = _in_front(axis, args[:count], dims[:count])
+    mapped = _mapped(rule, axis, dims[count:])
+    types = tuple(_jax.stacked(axis.size, aval) for aval in types)
+    operands = (*dots, *args[count:])
+    out = pullback_p.bind(*operands, rule=mapped, count=count, types=types)
+    return out, [0] * len(out)
+
+
+def _not_mapped(rule: Rule, name: Any) -> str:
+    return beats(
+        f"{rule.name}(..., axis_name={name!r})",
+        f"the value must be mapped over {name!r}, to be summed over it",
+        f"a value that is the same for all of {name!r}: it would count once for each",
+        f"the call without axis_name, or sg.per_example(x, {name!r}) first",
+    )
+
+
+# Evaluation -----------------------------------------------------------------------
+
+
+def _gate_values(*operands: Any, rule: Rule, split: Any) -> list[Any]:
+    return list(operands[: split[0]])
+
+
+def _pullback_values(*operands: Any, rule: Rule, count: int, types: Any) -> list[Any]:
+    if rule.forward:
+        raise TypeError(rule.forward)
+    return list(operands[:count])
+
+
+for _p, _values, _jvp, _transpose, _batch in (
+    (gate_p, _gate_values, _gate_jvp, _gate_transpose, _gate_batch),
+    (
+        pullback_p,
+        _pullback_values,
+        _pullback_jvp,
+        _pullback_transpose,
+        _pullback_batch,
+    ),
+):
+    _p.def_impl(_values)
+    ad.primitive_jvps[_p] = _jvp
+    ad.primitive_transposes[_p] = _transpose
+    batching.fancy_primitive_batchers[_p] = _batch
+    mlir.register_lowering(_p, lambda _, *x, values=_values, **p: values(*x, **p))
+gate_p.def_abstract_eval(_gate_values)
+pullback_p.def_abstract_eval(lambda *_, types, **__: list(types))

@@ -1,0 +1,218 @@
+"""Optimizers for which frozen means frozen, bit for bit.
+
+A stopped gradient is a zero gradient, and an optimizer that decays weights or has
+momentum moves a weight whose gradient is zero. `freeze` hides the frozen leaves from
+the optimizer instead: no state, no decay, no momentum, no part in any norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import stopgrad_jax._jax as _jax
+
+from ._address import Where, printed, selected
+from ._errors import beats
+
+__all__ = ["freeze", "migrate_state"]
+
+
+def freeze(
+    optimizer: optax.GradientTransformation, where: Where
+) -> optax.GradientTransformationExtraArgs:
+    """Hide the leaves that `where` selects from an optimizer.
+
+    Forward: updates of the other leaves are those of the optimizer on them alone; that
+    of a frozen leaf is -0.0, which leaves every bit of it as it is.
+    Backward: gradients at frozen leaves are ignored; to not compute them, differentiate
+    by one part of `sg.partition`.
+
+    Args:
+      optimizer: any optax transformation, or whatever has `init` and `update`.
+      where: what to freeze: a path from the parameters' root, a list of paths, a
+        boolean pytree, or a predicate (path, leaf). Leaves that carry no gradient are
+        always frozen.
+
+    Returns:
+      An optax transformation. Its state is the optimizer's own, with
+      `optax.MaskedNode()` at frozen leaves. `update(updates, state, params)` takes all
+      gradients, or None at leaves that do not train.
+
+    Raises:
+      AddressError: `where` selects no leaf that carries a gradient.
+      ValueError: a leaf that trains has no gradient, or the structures differ.
+
+    Example:
+        >>> import jax, optax, stopgrad_jax as sg
+        >>> params = {"encoder": 1.0, "head": 1.0}
+        >>> tx = sg.freeze(optax.adamw(0.1, weight_decay=0.1), "encoder")
+        >>> state = tx.init(params)
+        >>> gradients = {"encoder": None, "head": 2.0}
+        >>> updates, state = tx.update(gradients, state, params)
+        >>> new = optax.apply_updates(params, updates)
+        >>> print(new["encoder"], f"{new['head']:.3f}")
+        1.0 0.890
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
+        pair = (optimizer.init, optimizer.update)
+        optimizer = optax.GradientTransformationExtraArgs(*pair)
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: Any) -> Any:
+        return inner.init(_hidden(params, _trains(params, where, "init(params)")))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        called = "update(updates, state, params)"
+        tree = params if params is not None else _with_places(updates)
+        trains = _trains(tree, where, called)
+        wanted = _wanted(updates, tree, trains, called)
+        hidden = None if params is None else _hidden(params, trains)
+        new, state = inner.update(wanted, state, hidden, **extra)
+        return _filled(new, tree, trains), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def migrate_state(
+    state: Any,
+    old: optax.GradientTransformation,
+    new: optax.GradientTransformation,
+    params: Any,
+) -> Any:
+    """Carry an optimizer's state over to the same optimizer with another `where`.
+
+    For freezing or thawing in mid-training.
+
+    Forward: what both states hold (moments of leaves that train in both, counts,
+    accumulated gradients, hyperparameters) is kept; what only the new one holds (leaves
+    that are thawed) is fresh; what only the old one held is dropped.
+    Backward: none.
+
+    Args:
+      state: a state of `old`.
+      old: the optimizer so far, frozen or not.
+      new: the same optimizer under another `freeze`, or under none.
+      params: the parameters.
+
+    Returns:
+      A state of `new`.
+
+    Raises:
+      ValueError: `state` is no state of `old`, or the two are not the same optimizer.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, stopgrad_jax as sg
+        >>> params = {"encoder": 1.0, "head": 1.0}
+        >>> old = optax.sgd(0.1, momentum=0.9)
+        >>> _, state = old.update({"encoder": 2.0, "head": 3.0}, old.init(params))
+        >>> new = sg.freeze(old, "encoder")
+        >>> state = sg.migrate_state(state, old, new, params)
+        >>> print(state[0].trace["encoder"], state[0].trace["head"])
+        MaskedNode() 3.0
+    """
+    called = "migrate_state(state, old, new, params)"
+    expected = jax.eval_shape(lambda: old.init(params))
+    fresh = new.init(params)
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(
+            beats(
+                called,
+                f"state is a state of old, {jax.tree.structure(expected)}",
+                str(jax.tree.structure(state)),
+                "the state that old.init or old.update returned",
+            )
+        )
+    _require_same_optimizer(expected, fresh, called)
+    known = dict(jax.tree_util.tree_flatten_with_path(state)[0])
+    flat, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    return structure.unflatten([known.get(path, leaf) for path, leaf in flat])
+
+
+def _trains(tree: Any, where: Where, called: str) -> list[bool]:
+    frozen = selected(tree, where, f"freeze(optimizer, {where!r:.60}).{called}")
+    leaves = jax.tree.leaves(tree)
+    pairs = zip(leaves, frozen, strict=True)
+    return [_jax.carries_gradient(leaf) and not f for leaf, f in pairs]
+
+
+def _with_places(gradients: Any) -> Any:
+    """Put a number where a gradient is None, so that the place has a path."""
+    return jax.tree.map(
+        lambda g: -0.0 if g is None else g, gradients, is_leaf=lambda g: g is None
+    )
+
+
+def _hidden(tree: Any, trains: list[bool]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    pairs = zip(leaves, trains, strict=True)
+    return structure.unflatten([x if t else optax.MaskedNode() for x, t in pairs])
+
+
+def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
+    """Return the gradients of the leaves that train, in a tree that hides the rest."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    try:
+        leaves = structure.flatten_up_to(gradients)
+    except (ValueError, TypeError):
+        raise ValueError(
+            beats(
+                called,
+                f"gradients have the structure of params, {structure}",
+                str(jax.tree.structure(gradients)),
+                "jax.grad(loss)(params), or None at frozen leaves",
+            )
+        ) from None
+    for (path, _), gradient, train in zip(flat, leaves, trains, strict=True):
+        if train and gradient is None:
+            raise ValueError(
+                beats(
+                    called,
+                    "a gradient at each leaf that trains",
+                    f'None at "{printed(path)}", which is not frozen',
+                    f'sg.freeze(optimizer, [..., "{printed(path)}"]), or '
+                    'unconnected_gradients="zero"',
+                )
+            )
+    pairs = zip(leaves, trains, strict=True)
+    return structure.unflatten([g if t else optax.MaskedNode() for g, t in pairs])
+
+
+def _filled(updates: Any, tree: Any, trains: list[bool]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    triples = zip(structure.flatten_up_to(updates), leaves, trains, strict=True)
+    return structure.unflatten([u if t else _nothing(x) for u, x, t in triples])
+
+
+def _nothing(leaf: Any) -> Any:
+    """Return the update that leaves every bit as it is: -0.0 + -0.0 is -0.0."""
+    if _jax.carries_gradient(leaf):
+        zero = complex(-0.0, -0.0) if jnp.iscomplexobj(leaf) else -0.0
+        return jnp.full_like(leaf, zero)
+    if isinstance(leaf, bool | int):
+        return jnp.zeros_like(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
+        return None  # a string, a function, a key: nothing can be added to it
+    return jnp.zeros_like(leaf)
+
+
+def _require_same_optimizer(old: Any, new: Any, called: str) -> None:
+    def skeleton(state: Any) -> Any:
+        hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        return jax.tree.structure(state, is_leaf=hidden)
+
+    if skeleton(old) != skeleton(new):
+        raise ValueError(
+            beats(
+                called,
+                f"new is the optimizer of old under another freeze: {skeleton(old)}",
+                str(skeleton(new)),
+                "new.init(params), to begin with a fresh state",
+            )
+        )
