@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import stopgrad_jax._jax as _jax
@@ -270,7 +271,7 @@ def _refuse_crossed(low: Any, high: Any, called: str) -> None:
     if any(map(_jax.is_traced, (*lows, *highs))) or len(lows) != len(highs):
         return
     for one, other in zip(lows, highs, strict=True):
-        if jnp.any(jnp.asarray(one) > jnp.asarray(other)):
+        if np.any(np.asarray(one) > np.asarray(other)):
             raise ValueError(
                 beats(
                     called,
@@ -296,7 +297,7 @@ def _norm_limit(max_norm: Any, called: str) -> jax.Array:
     if limit.ndim:
         came = type_of(limit)
         raise ValueError(beats(called, "max_norm is a scalar", came, "max_norm=1.0"))
-    if not _jax.is_traced(limit) and limit < 0:
+    if not _jax.is_traced(max_norm) and np.asarray(max_norm) < 0:
         came = f"max_norm={max_norm}"
         instead = "sg.reverse_gradient, to turn a gradient round"
         raise ValueError(beats(called, "max_norm is not negative", came, instead))

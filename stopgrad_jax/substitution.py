@@ -125,8 +125,8 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
       fun: any function. A value it closes over must not be differentiated by: pass it
         as an argument.
       backward: a function of the cotangent (a tree like `out`, None where that carries
-        no gradient), fun's result and fun's positional arguments (defaults filled in;
-        keyword-only ones as keywords). It returns a tuple with one cotangent for each:
+        no gradient), fun's result and the arguments that fun was called with (keywords
+        at their positions, keyword-only ones as keywords). It returns a tuple with one cotangent for each:
         a tree like the argument, or None where nothing flows. It is traced when the
         function is called.
 
@@ -219,13 +219,24 @@ def _stopped(tree: Any) -> Any:
 
 
 def _by_position(fun: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Bring keywords to their positions, defaults filled in."""
+    """Bring keywords to their positions; defaults only where one comes before them."""
+    if not kwargs:
+        return args, kwargs
     try:
         bound = inspect.signature(fun).bind(*args, **kwargs)
     except ValueError:  # a builtin that cannot be asked
         return args, kwargs
+    given = dict(bound.arguments)
     bound.apply_defaults()
+    for name in reversed(bound.signature.parameters):
+        if name not in given:
+            bound.arguments.pop(name)
+        elif bound.signature.parameters[name].kind not in _ONLY_KEYWORDS:
+            break
     return bound.args, bound.kwargs
+
+
+_ONLY_KEYWORDS = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
 
 
 def _attached(

@@ -219,7 +219,8 @@ def _ask(eqn: Any) -> Sequence[Bits]:
 
 def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
     def tangents(operands: Any, moves: Any) -> Any:
-        return jax.jvp(_restricted(eqn, operands, moved, results), moves, moves)[1]
+        primals = tuple(operands[k] for k in moved)
+        return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
 
     avals = [_jax.shape_of(atom.aval) for atom in eqn.invars]
     moves = tuple(avals[k] for k in moved)

@@ -142,6 +142,15 @@ def _zeros(values: Arrays) -> list[Any]:
     return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in values]
 
 
+def _pull(rule: Rule, cts: Arrays, residuals: Arrays) -> Arrays:
+    def array(x: Any) -> Any:  # a literal of a program is a bare number
+        known = isinstance(x, jax.Array)
+        return x if known else jnp.asarray(x, getattr(x, "dtype", None))
+
+    cts = [array(ad.instantiate_zeros(ct)) for ct in cts]
+    return rule.pull(cts, [array(x) for x in residuals])
+
+
 def _is_zero(x: Any) -> bool:
     return type(x) is ad.Zero
 
@@ -157,9 +166,9 @@ def _gate_jvp(primals: Arrays, tangents: Arrays, *, rule: Rule, split: Any) -> A
         raise ValueError(rule.only_sources)
     if all(map(_is_zero, dots)):
         return out, _zeros(out)
-    dots = [ad.instantiate_zeros(dot) for dot in dots]
     if rule.linear:
-        return out, rule.pull(dots, parameters)
+        return out, _pull(rule, dots, parameters)
+    dots = [ad.instantiate_zeros(dot) for dot in dots]
     residuals = (*out, *parameters) if rule.reads_values else parameters
     types = tuple(jax.typeof(x).to_tangent_aval() for x in out)
     operands = (*dots, *residuals)
@@ -180,8 +189,7 @@ def _pullback_jvp(primals: Arrays, tangents: Arrays, **params: Any) -> Any:
 def _gate_transpose(cts: Arrays, *operands: Any, rule: Rule, split: Any) -> Any:
     """Transpose the gate itself, for `jax.linear_transpose`."""
     values, sources, parameters = _parts(operands, split)
-    cts = [jnp.asarray(ad.instantiate_zeros(ct)) for ct in cts]
-    pulled = rule.pull(cts, parameters)
+    pulled = _pull(rule, cts, parameters)
     wanted = map(ad.is_undefined_primal, sources)
     pulled = [ct if w else None for ct, w in zip(pulled, wanted, strict=True)]
     return [None] * len(values) + pulled + [None] * len(parameters)
@@ -193,7 +201,7 @@ def _pullback_transpose(
     dots, residuals = operands[:count], operands[count:]
     if all(map(_is_zero, cts)):
         return [None] * len(operands)
-    pulled = rule.pull([ad.instantiate_zeros(ct) for ct in cts], residuals)
+    pulled = _pull(rule, cts, residuals)
     pulled = [
         _jax.vary(ct, _jax.varying(dot.aval)) if ad.is_undefined_primal(dot) else None
         for ct, dot in zip(pulled, dots, strict=True)
