@@ -1,5 +1,5 @@
 # Each target sets up what it needs in a local virtual environment.
-.PHONY: demo test check notebooks bench test-peers test-oldest test-strict clean
+.PHONY: demo test check notebooks support-matrix bench test-peers test-oldest test-strict clean
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
@@ -23,6 +23,9 @@ check: .venv/ready
 
 notebooks: .venv/ready
 	.venv/bin/python notebooks/run.py --update
+
+support-matrix: .venv/ready
+	cd tests && ../.venv/bin/python test_conformance.py
 
 bench: .venv-peers/ready
 	.venv-peers/bin/python benchmarks/run.py

@@ -126,9 +126,9 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
         as an argument.
       backward: a function of the cotangent (a tree like `out`, None where that carries
         no gradient), fun's result and the arguments that fun was called with (keywords
-        at their positions, keyword-only ones as keywords). It returns a tuple with one cotangent for each:
-        a tree like the argument, or None where nothing flows. It is traced when the
-        function is called.
+        at their positions, keyword-only ones as keywords). It returns a tuple with one
+        cotangent for each: a tree like the argument, or None where nothing flows. It is
+        traced when the function is called.
 
     Returns:
       A function with fun's signature.

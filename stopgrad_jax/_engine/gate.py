@@ -189,6 +189,15 @@ def _pullback_jvp(primals: Arrays, tangents: Arrays, **params: Any) -> Any:
 def _gate_transpose(cts: Arrays, *operands: Any, rule: Rule, split: Any) -> Any:
     """Transpose the gate itself, for `jax.linear_transpose`."""
     values, sources, parameters = _parts(operands, split)
+    if rule.reads_values:
+        raise NotImplementedError(
+            beats(
+                rule.name,
+                "a linear function, for jax.linear_transpose",
+                "a function with a backward pass of its own",
+                "jax.vjp(fun, x)[1]",
+            )
+        )
     pulled = _pull(rule, cts, parameters)
     wanted = map(ad.is_undefined_primal, sources)
     pulled = [ct if w else None for ct, w in zip(pulled, wanted, strict=True)]

@@ -1,0 +1,159 @@
+"""The conformance matrix: every function, under every transform, in every context."""
+
+import itertools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import CASES, CONTEXTS, TREES
+from conformance_cells import ERRORS, TRANSFORMS, Program, expected_error
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "support-matrix.md"
+DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
+STRICT = bool(os.environ.get("STOPGRAD_STRICT"))
+
+
+def assert_cells(case, context, cells, dtype="float32"):
+    """Check cells (tree, transform) of one case in one context, compiled together."""
+    programs = {
+        tree: Program(CASES[case], CONTEXTS[context], tree, dtype) for tree in TREES
+    }
+    compiled, traced = [], []
+    for tree, transform in cells:
+        error = expected_error(case, context, transform, dtype)
+        run = lambda p=programs[tree], transform=transform: p.jax(transform)
+        if error:
+            kind, words = ERRORS[error]
+            with pytest.raises(kind, match=words):
+                jax.jit(run).lower()
+        elif "shard_map" in context and tree == "empty":
+            # XLA fails on some second derivatives of empty shards, ours or not; of an
+            # empty array the shape is all that there is to check.
+            traced.append((tree, transform, jax.eval_shape(run)))
+        else:
+            compiled.append((tree, transform, run))
+    results = jax.jit(lambda: [run() for *_, run in compiled])()
+    pairs = zip(compiled, results, strict=True)
+    traced += [(tree, transform, result) for (tree, transform, _), result in pairs]
+    wrong = []
+    for tree, transform, result in traced:
+        expected = programs[tree].closed_form(transform)
+        if not _agree(result, expected, dtype):
+            wrong.append((tree, transform, result, expected))
+    assert not wrong
+
+
+def _agree(result, expected, dtype):
+    if result.shape != expected.shape or result.dtype != dtype:
+        return False
+    if not result.size:
+        return True
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    got = np.asarray(result).astype(expected.dtype)
+    return np.allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(STRICT, reason="the covering array below runs with the switches")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("case", CASES)
+def test_float32(case, context):
+    """The full product: 15 functions, 11 transforms, 11 contexts, 5 trees."""
+    assert_cells(case, context, itertools.product(TREES, TRANSFORMS))
+
+
+def covering(*axes):
+    """Rows in which every pair of values of two axes occurs, greedily few."""
+    missing = {
+        (i, a, j, b)
+        for (i, one), (j, other) in itertools.combinations(enumerate(axes), 2)
+        for a in one
+        for b in other
+    }
+    count = len(missing)
+    while missing:
+        i, a, j, b = min(missing, key=str)
+        row = [None] * len(axes)
+        row[i], row[j] = a, b
+        for k, axis in enumerate(axes):
+            if row[k] is None:
+                row[k] = max(axis, key=lambda v, k=k: _new(row, k, v, missing))
+        pairs = itertools.combinations(enumerate(row), 2)
+        missing -= {(i, a, j, b) for (i, a), (j, b) in pairs}
+        yield tuple(row)
+    assert count
+
+
+def _new(row, k, value, missing):
+    seen = [*row[:k], value, *row[k + 1 :]]
+    pairs = itertools.combinations(enumerate(seen), 2)
+    return sum((i, a, j, b) in missing for (i, a), (j, b) in pairs)
+
+
+ROWS = sorted(covering(CASES, CONTEXTS, TRANSFORMS, TREES, DTYPES))
+
+
+def test_the_covering_array_covers():
+    axes = (CASES, CONTEXTS, TRANSFORMS, TREES, DTYPES)
+    for (i, one), (j, other) in itertools.combinations(enumerate(axes), 2):
+        assert {(row[i], row[j]) for row in ROWS} == set(itertools.product(one, other))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_dtypes(case):
+    """Every pair of function, context, transform, tree and dtype, at least once."""
+    rows = [row for row in ROWS if row[0] == case]
+    for _, context, transform, tree, dtype in rows:
+        with jax.enable_x64(dtype == "float64" or jax.config.jax_enable_x64):
+            assert_cells(case, context, [(tree, transform)], dtype)
+
+
+def page():
+    """Write the support matrix."""
+    lines = [
+        "# Support matrix",
+        "",
+        "Written by `tests/test_conformance.py`, which checks each cell against a",
+        "closed form, or against the error that is named: `make support-matrix`.",
+        "",
+        "Functions by transforms, in every context but `while`:",
+        "",
+        *_table(TRANSFORMS, lambda case, t: expected_error(case, "jit", t)),
+        "",
+        "In a `while` loop JAX has forward mode only:",
+        "",
+        *_table(TRANSFORMS, lambda case, t: expected_error(case, "while", t)),
+        "",
+        "Where it says no:",
+        "",
+        *(f"- {number}: {reason}." for number, reason in enumerate(ERRORS, 1)),
+        "",
+        "At complex64 `clip_gradient` is no (6) everywhere.",
+        "",
+        "Contexts: " + "; ".join(CONTEXTS) + ".",
+        "",
+        "Trees: " + ", ".join(TREES) + ". Dtypes: " + ", ".join(DTYPES) + ": the full",
+        f"product at float32, every pair of values beyond ({len(ROWS)} cells).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(columns, error):
+    numbers = {reason: number for number, reason in enumerate(ERRORS, 1)}
+    yield "| | " + " | ".join(columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for case in CASES:
+        cells = [error(case, column) for column in columns]
+        marks = [f"no ({numbers[e]})" if e else "yes" for e in cells]
+        yield f"| `{case}` | " + " | ".join(marks) + " |"
+
+
+def test_the_page_is_this_matrix():
+    assert PAGE.read_text() == page(), "stale: run `make support-matrix`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
