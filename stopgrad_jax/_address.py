@@ -231,8 +231,7 @@ def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
         )
     paths = [path for path, _ in _leaves(tree)]
     inside = [any(p == top or p.startswith(top + "/") for top in tops) for p in paths]
-    chosen = [i != text.startswith("!") for i in inside]
-    return _some_gradient(tree, chosen, address, called)
+    return [i != text.startswith("!") for i in inside]
 
 
 def _instead(wanted: str, known: list[str]) -> str:

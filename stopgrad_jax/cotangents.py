@@ -243,11 +243,25 @@ class _NormClip:
         total = sum(squares[1:], squares[0])
         if self.axes:
             total = jax.lax.psum(total, self.axes)
-        limit = parameters[0].astype(dtype)
-        small = total <= limit * limit  # False where the norm is nan
-        norm = jnp.sqrt(jnp.where(small, jnp.ones_like(total), total))
-        factor = jnp.where(small, jnp.ones_like(total), limit / norm)
-        return [in_dtype_of_both(jnp.multiply, ct, factor.astype(dtype)) for ct in cts]
+        factor = _shrink(total, parameters[0].astype(dtype))
+        return [in_dtype_of_both(jnp.multiply, ct, factor) for ct in cts]
+
+
+@jax.custom_jvp
+def _shrink(square: jax.Array, limit: jax.Array) -> jax.Array:
+    """Return min(1, limit / norm), 1 for a norm of 0, nan for one of nan."""
+    smallest = jnp.finfo(square.dtype).tiny
+    return jnp.minimum(limit / jnp.sqrt(jnp.maximum(square, smallest)), 1)
+
+
+@_shrink.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    # By hand, since a zero cotangent has a norm without derivative: 0 * inf is nan.
+    (square, limit), (square_dot, limit_dot) = primals, tangents
+    factor = _shrink(square, limit)
+    norm = jnp.sqrt(jnp.where(factor < 1, square, jnp.ones_like(square)))
+    slope = limit_dot / norm - limit / (2 * norm**3) * square_dot
+    return factor, jnp.where(factor < 1, slope, jnp.zeros_like(slope))
 
 
 # What is refused --------------------------------------------------------------------

@@ -40,11 +40,14 @@ def freeze(
     Returns:
       An optax transformation. Its state is the optimizer's own, with
       `optax.MaskedNode()` at frozen leaves. `update(updates, state, params)` takes all
-      gradients, or None at leaves that do not train.
+      gradients, or None at leaves that do not train. At strings, functions and keys its
+      updates are None, which `equinox.apply_updates` passes over.
 
     Raises:
       AddressError: `where` selects no leaf that carries a gradient.
-      ValueError: a leaf that trains has no gradient, or the structures differ.
+      ValueError: a leaf that trains has no gradient, the structures differ, or `where`
+        selects other leaves in `update` than in `init` (flax's nnx.Optimizer shows its
+        boxes to `init` only: select by path there).
 
     Example:
         >>> import jax, optax, stopgrad_jax as sg
@@ -62,8 +65,12 @@ def freeze(
         optimizer = optax.GradientTransformationExtraArgs(*pair)
     inner = optax.with_extra_args_support(optimizer)
 
+    selections: dict[tuple[str, ...], list[bool]] = {}  # only to compare, see below
+
     def init(params: Any) -> Any:
-        return inner.init(_hidden(params, _trains(params, where, "init(params)")))
+        trains = _trains(params, where, "init(params)")
+        selections[_places(params)] = trains
+        return inner.init(_hidden(params, trains))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
@@ -71,7 +78,9 @@ def freeze(
         called = "update(updates, state, params)"
         tree = params if params is not None else _with_places(updates)
         trains = _trains(tree, where, called)
-        wanted = _wanted(updates, tree, trains, called)
+        if selections.get(_places(tree), trains) != trains:
+            raise ValueError(_changed(tree, selections[_places(tree)], trains, called))
+        wanted = _wanted(updates, tree, trains, called, params is not None)
         hidden = None if params is None else _hidden(params, trains)
         new, state = inner.update(wanted, state, hidden, **extra)
         return _filled(new, tree, trains), state
@@ -141,6 +150,24 @@ def _trains(tree: Any, where: Where, called: str) -> list[bool]:
     return [_jax.carries_gradient(leaf) and not f for leaf, f in pairs]
 
 
+def _places(tree: Any) -> tuple[str, ...]:
+    """Paths of the leaves, the same with flax's boxes as without."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return tuple(printed(path).removesuffix("/value") for path, _ in flat)
+
+
+def _changed(tree: Any, before: list[bool], now: list[bool], called: str) -> str:
+    triples = zip(_places(tree), before, now, strict=True)
+    path, trained, _ = next(t for t in triples if t[1] != t[2])
+    words = ("frozen", "training") if not trained else ("training", "frozen")
+    return beats(
+        f"freeze(optimizer, where).{called}",
+        "where selects the same leaves as in init",
+        f'"{path}" {words[0]} in init and {words[1]} here',
+        "where as paths: a predicate may be shown other leaves (flax boxes) here",
+    )
+
+
 def _with_places(gradients: Any) -> Any:
     """Put a number where a gradient is None, so that the place has a path."""
     return jax.tree.map(
@@ -154,7 +181,9 @@ def _hidden(tree: Any, trains: list[bool]) -> Any:
     return structure.unflatten([x if t else optax.MaskedNode() for x, t in pairs])
 
 
-def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
+def _wanted(
+    gradients: Any, tree: Any, trains: list[bool], called: str, with_params: bool
+) -> Any:
     """Return the gradients of the leaves that train, in a tree that hides the rest."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     try:
@@ -176,7 +205,10 @@ def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
                     "a gradient at each leaf that trains",
                     f'None at "{printed(path)}", which is not frozen',
                     f'sg.freeze(optimizer, [..., "{printed(path)}"]), or '
-                    'unconnected_gradients="zero"',
+                    'unconnected_gradients="zero"'
+                    if with_params
+                    else "update(updates, state, params): only params tell which "
+                    "leaves carry no gradient",
                 )
             )
     pairs = zip(leaves, trains, strict=True)

@@ -141,6 +141,8 @@ def reverse_gradient(tree: T, scale: Any = 1.0) -> T:
       Ganin and Lempitsky (2015), "Unsupervised Domain Adaptation by Backpropagation".
     """
     called = "reverse_gradient(tree, scale)"
+    if isinstance(scale, float | int) and scale == 1:  # a negation, and no product
+        return leaf_by_leaf(tree, {}, _NEGATE, called)
     return leaf_by_leaf(tree, {"scale": scale}, _REVERSE, called)
 
 
@@ -322,6 +324,10 @@ def _reversed(cts: Any, parameters: Any) -> Any:
     return _scaled(cts, [-parameters[0]])
 
 
+def _negated(cts: Any, parameters: Any) -> Any:
+    return [-cts[0]]
+
+
 def _masked(cts: Any, parameters: Any) -> Any:
     kept = jnp.broadcast_to(parameters[0], cts[0].shape)
     return [jnp.where(kept, cts[0], jnp.zeros_like(cts[0]))]
@@ -333,5 +339,6 @@ def _same(cts: Any, parameters: Any) -> Any:
 
 _SCALE = Rule("scale_gradient", _scaled, linear=True)
 _REVERSE = Rule("reverse_gradient", _reversed, linear=True)
+_NEGATE = Rule("reverse_gradient", _negated, linear=True)
 _MASK = Rule("mask_gradient", _masked, linear=True)
 _SAME = Rule("per_example", _same, linear=True)

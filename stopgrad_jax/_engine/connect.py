@@ -207,7 +207,7 @@ def _ask(eqn: Any) -> Sequence[Bits]:
     results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
     if not moved or not results:
         return [0] * len(eqn.outvars)
-    for ask in (_ask_forward, _ask_reverse):
+    for ask in (_ask_forward, _ask_reverse, _ask_each):
         try:
             return ask(eqn, moved, results)
         except Exception:  # a rule may raise whatever it likes
@@ -229,6 +229,18 @@ def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
     for k, bits in zip(results, summary, strict=True):
         table[k] = sum(1 << i for j, i in enumerate(moved) if bits >> j & 1)
     return table
+
+
+def _ask_each(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
+    """Ask operand by operand: a rule may refuse some of them (with_backward)."""
+    out = [0] * len(eqn.outvars)
+    for k in moved:
+        try:
+            asked = _ask_forward(eqn, [k], results)
+        except Exception:
+            asked = [1 << k if j in results else 0 for j in range(len(out))]
+        out = [old | new for old, new in zip(out, asked, strict=True)]
+    return out
 
 
 def _ask_reverse(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
