@@ -27,7 +27,9 @@ def freeze(
     """Hide the leaves that `where` selects from an optimizer.
 
     Forward: updates of the other leaves are those of the optimizer on them alone; that
-    of a frozen leaf is -0.0, which leaves every bit of it as it is.
+    of a frozen leaf is -0.0, which leaves every bit of it as it is. (Save subnormal
+    numbers, below 1.2e-38, where `optax.apply_updates` runs on its own on a CPU: XLA's
+    addition takes them for zero.)
     Backward: gradients at frozen leaves are ignored; to not compute them, differentiate
     by one part of `sg.partition`.
 
@@ -78,7 +80,7 @@ def freeze(
         called = "update(updates, state, params)"
         tree = params if params is not None else _with_places(updates)
         trains = _trains(tree, where, called)
-        if selections.get(_places(tree), trains) != trains:
+        if params is not None and selections.get(_places(tree), trains) != trains:
             raise ValueError(_changed(tree, selections[_places(tree)], trains, called))
         wanted = _wanted(updates, tree, trains, called, params is not None)
         hidden = None if params is None else _hidden(params, trains)

@@ -191,9 +191,7 @@ def test_with_backward_closes_over_traced_values():
 def test_a_differentiated_closure_is_refused():
     f = lambda w: sg.with_backward(lambda x: x * w, lambda ct, out, x: (ct,))(2.0)
     assert f(3.0) == 6
-    with pytest.raises(
-        ValueError, match=r"that the function closes over[\s\S]*write: "
-    ):
+    with pytest.raises(ValueError, match=r"function closes over[\s\S]*write: "):
         jax.grad(f)(3.0)
     as_argument = sg.with_backward(
         lambda x, w: x * w, lambda ct, out, x, w: (ct * w, ct * 100)

@@ -7,10 +7,10 @@ derivative is that of the *sources*, which the rule turns into cotangents of the
     replace_value     values v      sources x        hand the cotangent on
     with_backward     values f(x)   sources x        backward(ct, f(x), x)
 
-A linear rule acts on tangents too. Any other acts on cotangents only, and needs a
-second primitive: `pullback_p`, linear in the tangents it is given, whose transpose
-is the rule. Both compile to nothing. Under `vmap` the *rule* is mapped: what is one
-value per example has one cotangent per example.
+What becomes of tangents is a second primitive, `pullback_p`, linear in them, whose
+transpose is the rule: a linear rule acts on tangents too, any other passes them on
+unchanged. They compile to nothing but the rule. Under `vmap` the *rule* is mapped: what
+is one value per example has one cotangent per example.
 """
 
 from __future__ import annotations
@@ -166,8 +166,6 @@ def _gate_jvp(primals: Arrays, tangents: Arrays, *, rule: Rule, split: Any) -> A
         raise ValueError(rule.only_sources)
     if all(map(_is_zero, dots)):
         return out, _zeros(out)
-    if rule.linear:
-        return out, _pull(rule, dots, parameters)
     dots = [ad.instantiate_zeros(dot) for dot in dots]
     residuals = (*out, *parameters) if rule.reads_values else parameters
     types = tuple(jax.typeof(x).to_tangent_aval() for x in out)
@@ -178,12 +176,34 @@ def _gate_jvp(primals: Arrays, tangents: Arrays, *, rule: Rule, split: Any) -> A
 def _pullback_jvp(primals: Arrays, tangents: Arrays, **params: Any) -> Any:
     out = pullback_p.bind(*primals, **params)
     dots, residual_dots = tangents[: params["count"]], tangents[params["count"] :]
-    if params["rule"].forward and not all(map(_is_zero, residual_dots)):
-        raise TypeError(params["rule"].forward)
-    if all(map(_is_zero, dots)):
-        return out, [ad.Zero(aval) for aval in params["types"]]
-    dots = [ad.instantiate_zeros(dot) for dot in dots]
-    return out, pullback_p.bind(*dots, *primals[params["count"] :], **params)
+    rule, residuals = params["rule"], primals[params["count"] :]
+    moved = not all(map(_is_zero, residual_dots))
+    if rule.forward and moved:
+        raise TypeError(rule.forward)
+    result: list[Any] = [ad.Zero(aval) for aval in params["types"]]
+    if not all(map(_is_zero, dots)):
+        dots = [ad.instantiate_zeros(dot) for dot in dots]
+        result = pullback_p.bind(*dots, *residuals, **params)
+    if rule.linear and moved:  # a factor that is itself differentiated
+        result = list(
+            map(ad.add_tangents, result, _along(rule, primals, residual_dots))
+        )
+    return out, result
+
+
+def _along(rule: Rule, primals: Arrays, residual_dots: Arrays) -> Arrays:
+    """Differentiate the rule by its parameters."""
+    count = len(primals) - len(residual_dots)
+    moved = [k for k, dot in enumerate(residual_dots) if not _is_zero(dot)]
+
+    def of_parameters(*values: Any) -> Arrays:
+        residuals = list(primals[count:])
+        for k, value in zip(moved, values, strict=True):
+            residuals[k] = value
+        return _pull(rule, primals[:count], residuals)
+
+    values = [primals[count + k] for k in moved]
+    return jax.jvp(of_parameters, values, [residual_dots[k] for k in moved])[1]
 
 
 def _gate_transpose(cts: Arrays, *operands: Any, rule: Rule, split: Any) -> Any:
@@ -278,6 +298,8 @@ def _gate_values(*operands: Any, rule: Rule, split: Any) -> list[Any]:
 def _pullback_values(*operands: Any, rule: Rule, count: int, types: Any) -> list[Any]:
     if rule.forward:
         raise TypeError(rule.forward)
+    if rule.linear:
+        return list(_pull(rule, operands[:count], operands[count:]))
     return list(operands[:count])
 
 
@@ -295,6 +317,6 @@ for _p, _values, _jvp, _transpose, _batch in (
     ad.primitive_jvps[_p] = _jvp
     ad.primitive_transposes[_p] = _transpose
     batching.fancy_primitive_batchers[_p] = _batch
-    mlir.register_lowering(_p, lambda _, *x, values=_values, **p: values(*x, **p))
+    mlir.register_lowering(_p, mlir.lower_fun(_values, multiple_results=True))
 gate_p.def_abstract_eval(_gate_values)
 pullback_p.def_abstract_eval(lambda *_, types, **__: list(types))
