@@ -3,61 +3,31 @@
 (a) `gradients` at a named point against the same function split by hand;
 (b) trace, and trace + lower + compile, of `gradients` against `jax.grad`;
 (c) `edit` with nothing changed against the plain function;
-(d) experiments A and B: steps per second against TensorFlow's session and `jax.jit`.
+(d) experiments A and B: steps per second against TensorFlow's session and `jax.jit`;
+(e) each gate, forward and backward, against hand-written JAX and what users have today;
+(f) a model that is frozen in nine parts of ten, against the usual recipes.
 
 Each figure is the median of several rounds; in each round both sides are measured, one
 after the other. The table is printed and written to build/benchmarks.json.
 """
 
 import functools
-import gc
 import importlib.util
 import json
 import pathlib
 import platform
 import statistics
-import time
 
+import freezing
+import gates
 import jax
 import programs
+from measure import repeated, seconds, side_by_side
 from tqdm import tqdm
 
 import stopgrad_jax as sg
 
 OUT = pathlib.Path(__file__).parents[1] / "build" / "benchmarks.json"
-
-
-def seconds(fun):
-    """Time one call, results awaited, without the collector's pauses of others."""
-    gc.collect()
-    start = time.perf_counter()
-    jax.block_until_ready(fun())
-    return time.perf_counter() - start
-
-
-def side_by_side(ours, theirs, rounds=5, warm=True):
-    """Return the median seconds of both and their ratio; the first may warm up."""
-    pairs = []
-    for number in range(rounds + warm):  # in turns: which goes first costs it something
-        if number % 2:
-            pairs.append((seconds(ours), seconds(theirs)))
-        else:
-            pairs.append((seconds(theirs), seconds(ours))[::-1])
-    pairs = pairs[warm:]
-    mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-    ratio = statistics.median(a / b for a, b in pairs)
-    return {"ours": mine, "theirs": other, "ratio": ratio}
-
-
-def repeated(fun, *args, times):
-    """Return a function that makes many calls, to time what is short."""
-
-    def run():
-        for _ in range(times):
-            out = fun(*args)
-        return out
-
-    return run
 
 
 def named_point():
@@ -144,6 +114,7 @@ def main():
     """Run all of it, print the table, write the file."""
     rows = {}
     parts = (named_point, tracing, compiling, identity_edit, experiments)
+    parts += (gates.rows, freezing.rows)
     for part in tqdm(parts, desc="benchmarks"):
         for name, row in part():
             rows[name] = row
