@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ import jax
 
 import stopgrad_jax._jax as _jax
 
-from ._errors import AddressError, beats, function_name, quoted
+from ._errors import AddressError, beats, function_name, quoted, shortened
 
 RETURN = "return"
 
@@ -168,7 +169,7 @@ def selected(tree: Any, where: Where, called: str) -> list[bool]:
     elif _is_predicate(where):
         _check_predicate(where, called)
         pairs = _leaves_or_boxes(tree)
-        chosen = [bool(where(path, leaf)) for path, leaf in pairs]
+        chosen = [_asked(where, path, leaf, called) for path, leaf in pairs]
     elif addresses := _as_addresses(where):
         each = [_at_address(tree, address, called) for address in addresses]
         chosen = [any(column) for column in zip(*each, strict=True)]
@@ -179,6 +180,8 @@ def selected(tree: Any, where: Where, called: str) -> list[bool]:
 
 def _is_predicate(where: Where) -> bool:
     # A module of booleans may be callable too, but it is a tree and no leaf.
+    if isinstance(where, functools.partial):  # jax.tree_util.Partial is a tree too
+        return True
     return callable(where) and jax.tree.leaves(where) == [where]
 
 
@@ -196,6 +199,20 @@ def _check_predicate(where: Callable[..., Any], called: str) -> None:
         ) from None
     except ValueError:  # a builtin that cannot be asked
         pass
+
+
+def _asked(where: Callable[..., Any], path: str, leaf: Any, called: str) -> bool:
+    answer = where(path, leaf)
+    if isinstance(answer, bool) or _is_bool(answer):
+        return bool(answer)
+    raise TypeError(
+        beats(
+            called,
+            "a function in where answers True or False",
+            f'{answer!r:.60} for "{path}"',
+            "where=lambda path, leaf: bool(...)",
+        )
+    )
 
 
 def _as_addresses(where: Where) -> list[Any]:
@@ -216,31 +233,62 @@ def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
             )
         )
     text = str(address)
-    wanted = text.removeprefix("!")
-    known = [path for path, _ in nodes(tree) if path]
-    tops = matching(wanted, known)
+    every = [above for above, _ in _with_prefixes(tree)]
+    known = list(dict.fromkeys(path for above in every for path in above))
+    negated = text.startswith("!") and text not in known
+    wanted = text[1:] if negated else text
+    tops = [wanted] if wanted in known else matching(wanted, known)
     if not tops:
+        leaves = quoted(path for path, _ in _leaves(tree))
         raise AddressError(
             beats(
                 called,
                 "where must match a path of the tree",
-                f'"{wanted}", which matches nothing; paths are '
-                f"{quoted(path for path, _ in _leaves(tree))}",
-                _instead(wanted, known),
+                f'"{wanted}", which matches nothing; '
+                + (f"paths are {leaves}" if known else "the tree is one leaf"),
+                _instead(wanted, known) if known else "the call without where",
             )
         )
-    paths = [path for path, _ in _leaves(tree)]
-    inside = [any(p == top or p.startswith(top + "/") for top in tops) for p in paths]
-    return [i != text.startswith("!") for i in inside]
+    _refuse_two_meanings(tree, tops, called)
+    return [negated != any(path in tops for path in above) for above in every]
+
+
+def _with_prefixes(tree: Any) -> list[tuple[list[str], Any]]:
+    """For each leaf: the printed paths of all that it lies in, its own last."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [
+        ([printed(path[:k]) for k in range(1, len(path) + 1)], leaf)
+        for path, leaf in flat
+    ]
+
+
+def _refuse_two_meanings(tree: Any, tops: list[str], called: str) -> None:
+    """Refuse a path that spells two places, as "a/b" does where a key holds "/"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    places: dict[str, set[Any]] = {top: set() for top in tops}
+    for path, _ in flat:
+        for k in range(1, len(path) + 1):
+            if printed(path[:k]) in places:
+                places[printed(path[:k])].add(path[:k])
+    for top, meant in places.items():
+        if len(meant) > 1:
+            raise AddressError(
+                beats(
+                    called,
+                    "a path means one place",
+                    f'"{top}", which means {len(meant)}: a key of the tree holds "/"',
+                    "a function of (path, leaf), or a tree of booleans",
+                )
+            )
 
 
 def _instead(wanted: str, known: list[str]) -> str:
     if has_wildcard(wanted):
         deeper = matching(f"**/{wanted}", known)
         return f'"**/{wanted}"' if deeper else "a pattern such as " + quoted(known[:3])
-    near = nearest(wanted, known)
     ends = [p for p in known if p.endswith("/" + wanted)]
-    return quoted([*ends, *near], most=3) if ends or near else quoted(known, most=3)
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
+    return quoted([*ends, *near] or known, most=3)
 
 
 def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
@@ -249,7 +297,7 @@ def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
     try:
         every = jax.tree.leaves(jax.tree.broadcast(mask, tree))
     except ValueError as error:
-        came = str(error).split("\n")[0]
+        came = shortened(error)
         raise ValueError(beats(called, expected, came, "sg.mask(tree, path)")) from None
     wrong = [x for x in every if not isinstance(x, bool) and not _is_bool(x)]
     if wrong:
@@ -291,3 +339,19 @@ def _leaves_or_boxes(tree: Any) -> list[tuple[str, Any]]:
     boxes = {p: n for p, n in nodes(tree) if type(n).__module__.startswith("flax.")}
     pairs = ((path.removesuffix("/value"), path, leaf) for path, leaf in _leaves(tree))
     return [(path, boxes.get(box, leaf)) for box, path, leaf in pairs]
+
+
+def leaves_like(tree: Any, like: Any) -> list[Any]:
+    """Leaves of `tree` at the leaves of `like`; None stands for a whole subtree.
+
+    Raises a ValueError where the structures differ.
+    """
+    if tree is None:
+        return [None] * len(jax.tree.leaves(like))
+    is_child = lambda node: node is not like  # noqa: E731
+    children, structure = jax.tree.flatten(like, is_leaf=is_child)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return [tree]
+    parts = structure.flatten_up_to(tree)
+    pairs = zip(parts, children, strict=True)
+    return [leaf for part, child in pairs for leaf in leaves_like(part, child)]

@@ -45,3 +45,9 @@ def quoted(names: Iterable[Any], most: int = 8) -> str:
     if len(shown) > most:
         text += f" and {len(shown) - most} more"
     return text or "none"
+
+
+def shortened(error: Exception, most: int = 300) -> str:
+    """Return another library's message on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[: most - 3] + "..."

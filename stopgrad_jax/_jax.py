@@ -270,6 +270,21 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009 (gone from JAX 0.12)
 
 
+def vary_exactly(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Bring a cotangent to the axes of its value: summed over those it has too many."""
+    excess = varying(jax.typeof(x)) - axes
+    return vary(jax.lax.psum(x, tuple(excess)) if excess else x, axes)
+
+
+def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Give a value the other's sharding, where shardings are part of the type."""
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    if sharding is None or not sharding.mesh._any_axis_explicit:
+        return x
+    same = jax.typeof(x).sharding == sharding
+    return x if same else jax.sharding.reshard(x, sharding)
+
+
 def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype alone: no mesh, no varying axes, no tracer."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

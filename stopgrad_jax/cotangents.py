@@ -19,15 +19,16 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
-from ._engine.gate import Rule, program
+from ._engine.gate import Rule, program, varying_together
 from ._engine.gated import (
     all_at_once,
     axis_index,
     in_dtype_of_both,
     leaf_by_leaf,
+    ranked,
     require_gradient,
 )
-from ._errors import beats, function_name, type_of
+from ._errors import beats, function_name, shortened, type_of
 
 __all__ = [
     "clip_gradient",
@@ -83,7 +84,9 @@ def clip_gradient_norm(
     """Scale the gradient down to a norm, if its norm is larger.
 
     The norm is that of the whole tree: all its cotangents together, also of leaves
-    that nobody differentiates by.
+    that nobody differentiates by. It is summed in float32 at least; squares that leave
+    that range (a norm above 1.8e19) count as infinite, as in optax, and the gradient
+    comes out as 0.
 
     Forward: the tree itself.
     Backward: cotangent * max_norm / max(norm, max_norm); nan where the norm is nan.
@@ -117,7 +120,8 @@ def clip_gradient_norm(
       Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent
       neural networks".
     """
-    called = "clip_gradient_norm(tree, max_norm)"
+    over = "" if axis_name is None else f", axis_name={axis_name!r}"
+    called = f"clip_gradient_norm(tree, max_norm{over})"
     limit = _norm_limit(max_norm, called)
     names = () if axis_name is None else axis_name
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -187,6 +191,9 @@ def transform_gradient(
     is_optax = hasattr(fn, "init") and hasattr(fn, "update")
     name = "an optax transformation" if is_optax else function_name(fn)
     called = f"transform_gradient(tree, {name})"
+    if not is_optax and not callable(fn):
+        expected = "a function of the cotangent, or an optax transformation"
+        raise TypeError(beats(called, expected, repr(fn)[:60], "lambda ct: ..."))
     leaves, structure = jax.tree.flatten(tree)
     require_gradient(leaves, called)
     function: Callable[[Any], Any] = _stateless(fn, called) if is_optax else fn  # pyright: ignore
@@ -198,8 +205,12 @@ def transform_gradient(
         ct = structure.unflatten([next(given) if c else None for c in carries])
         return _same_types(ct, function(ct), called)
 
+    arrays = [_jax.vary(x, varying_together(arrays)) for x in arrays]
     pull, closed_over = program(flat, *arrays)
-    rule = Rule("transform_gradient", pull)
+    axes = varying_together(arrays, closed_over)
+    if axes != varying_together(arrays):  # what it closes over varies over more
+        pull, closed_over = program(flat, *(_jax.vary(x, axes) for x in arrays))
+    rule = Rule("transform_gradient", pull, typed=True)
     return all_at_once(tree, closed_over, rule, called)
 
 
@@ -219,7 +230,7 @@ def _below(cts: Any, parameters: Any) -> Any:
 
 
 def _finite(cts: Any, parameters: Any) -> Any:
-    value = jnp.broadcast_to(parameters[0].astype(cts[0].dtype), cts[0].shape)
+    value = ranked(parameters[0].astype(cts[0].dtype), cts[0])
     return [jnp.where(jnp.isfinite(cts[0]), cts[0], value)]
 
 
@@ -236,7 +247,7 @@ class _NormClip:
     axes: tuple[str, ...]
 
     def __call__(self, cts: Any, parameters: Any) -> Any:
-        # In float32 at least: the squares of a bf16 or f16 vector do not fit.
+        # In float32 at least: a float16 cannot hold the square of 300.
         real = (jnp.finfo(ct.dtype).dtype for ct in cts)
         dtype = max(jnp.dtype("float32"), *real, key=lambda d: d.itemsize)
         squares = [jnp.sum(jnp.square(jnp.abs(ct).astype(dtype))) for ct in cts]
@@ -282,8 +293,10 @@ def _refuse_complex(tree: Any, called: str) -> None:
 
 def _refuse_crossed(low: Any, high: Any, called: str) -> None:
     lows, highs = jax.tree.leaves(low), jax.tree.leaves(high)
-    if any(map(_jax.is_traced, (*lows, *highs))) or len(lows) != len(highs):
-        return
+    longest = max(len(lows), len(highs))
+    lows, highs = (x * longest if len(x) == 1 else x for x in (lows, highs))
+    if not all(map(_is_known, (*lows, *highs))) or len(lows) != len(highs):
+        return  # what else is wrong with them is said when they are used
     for one, other in zip(lows, highs, strict=True):
         if np.any(np.asarray(one) > np.asarray(other)):
             raise ValueError(
@@ -294,6 +307,11 @@ def _refuse_crossed(low: Any, high: Any, called: str) -> None:
                     f"clip_gradient(x, {other}, {one})",
                 )
             )
+
+
+def _is_known(x: Any) -> bool:
+    numbers = bool | int | float | np.ndarray | np.generic | jax.Array
+    return isinstance(x, numbers) and not _jax.is_traced(x)
 
 
 def _norm_limit(max_norm: Any, called: str) -> jax.Array:
@@ -326,7 +344,7 @@ def _require_varying(tree: Any, name: str, called: str) -> None:
         if _jax.carries_gradient(leaf) and name not in _jax.varying(jax.typeof(leaf)):
             raise ValueError(
                 beats(
-                    f"{called[:-1]}, axis_name={name!r})",
+                    called,
                     f"a value that is spread over {name!r}, to be summed over it",
                     f"{type_of(jnp.asarray(leaf))}, the same on each device of "
                     f"{name!r}: it would count once for each",
@@ -355,7 +373,7 @@ def _stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
                 beats(
                     called,
                     "an optax transformation that needs no parameters",
-                    str(error).split("\n")[0],
+                    shortened(error),
                     "it in the optimizer's chain, where parameters are",
                 )
             ) from error
@@ -382,7 +400,9 @@ def _same_types(ct: Any, out: Any, called: str) -> list[Any]:
                     called,
                     f"the function keeps shape and dtype, {type_of(old)}",
                     type_of(new),
-                    "new.astype(ct.dtype)" if old.shape == new.shape else "new[...]",
+                    "new.astype(ct.dtype)"
+                    if old.shape == new.shape
+                    else f"a function that returns shape {old.shape}",
                 )
             )
     return results

@@ -15,8 +15,8 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
-from ._address import Where, printed, selected
-from ._errors import beats
+from ._address import Where, leaves_like, printed, selected
+from ._errors import beats, shortened, type_of
 
 __all__ = ["freeze", "migrate_state"]
 
@@ -34,7 +34,9 @@ def freeze(
     by one part of `sg.partition`.
 
     Args:
-      optimizer: any optax transformation, or whatever has `init` and `update`.
+      optimizer: any optax transformation, or whatever has `init` and `update`. (What
+        is given to `update` by keyword reaches it as it is: `optax.lbfgs` wants a
+        `value_fn` of the trained leaves alone.)
       where: what to freeze: a path from the parameters' root, a list of paths, a
         boolean pytree, or a predicate (path, leaf). Leaves that carry no gradient are
         always frozen.
@@ -62,11 +64,19 @@ def freeze(
         >>> print(new["encoder"], f"{new['head']:.3f}")
         1.0 0.890
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            beats(
+                "freeze(optimizer, where)",
+                "an optax transformation",
+                f"{optimizer!r:.60}",
+                "sg.freeze(optax.adam(1e-3), where)",
+            )
+        )
     if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
         pair = (optimizer.init, optimizer.update)
         optimizer = optax.GradientTransformationExtraArgs(*pair)
     inner = optax.with_extra_args_support(optimizer)
-
     selections: dict[tuple[str, ...], list[bool]] = {}  # only to compare, see below
 
     def init(params: Any) -> Any:
@@ -78,14 +88,15 @@ def freeze(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         called = "update(updates, state, params)"
-        tree = params if params is not None else _with_places(updates)
-        trains = _trains(tree, where, called)
-        if params is not None and selections.get(_places(tree), trains) != trains:
-            raise ValueError(_changed(tree, selections[_places(tree)], trains, called))
-        wanted = _wanted(updates, tree, trains, called, params is not None)
-        hidden = None if params is None else _hidden(params, trains)
-        new, state = inner.update(wanted, state, hidden, **extra)
-        return _filled(new, tree, trains), state
+        if params is None:
+            return _update_alone(inner, where, updates, state, extra)
+        trains = _trains(params, where, called)
+        if selections.get(_places(params), trains) != trains:
+            before = selections[_places(params)]
+            raise ValueError(_changed(params, before, trains, called))
+        wanted = _wanted(updates, params, trains, called)
+        new, state = inner.update(wanted, state, _hidden(params, trains), **extra)
+        return _filled(new, params, trains), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -130,12 +141,12 @@ def migrate_state(
     called = "migrate_state(state, old, new, params)"
     expected = jax.eval_shape(lambda: old.init(params))
     fresh = new.init(params)
-    if jax.tree.structure(state) != jax.tree.structure(expected):
+    if _described(state) != _described(expected):
         raise ValueError(
             beats(
                 called,
-                f"state is a state of old, {jax.tree.structure(expected)}",
-                str(jax.tree.structure(state)),
+                f"state is a state of old on these params, {_described(expected)}",
+                str(_described(state)),
                 "the state that old.init or old.update returned",
             )
         )
@@ -170,11 +181,44 @@ def _changed(tree: Any, before: list[bool], now: list[bool], called: str) -> str
     )
 
 
-def _with_places(gradients: Any) -> Any:
-    """Put a number where a gradient is None, so that the place has a path."""
-    return jax.tree.map(
-        lambda g: -0.0 if g is None else g, gradients, is_leaf=lambda g: g is None
+def _update_alone(
+    inner: Any, where: Where, updates: Any, state: Any, extra: Any
+) -> Any:
+    """Update without parameters: a None is frozen if `where` says so, else no leaf."""
+    called = "update(updates, state)"
+    is_none = lambda g: g is None  # noqa: E731
+    # A number stands for each None, so that the place has a path.
+    places = jax.tree.map(lambda g: -0.0 if g is None else g, updates, is_leaf=is_none)
+    if callable(where) and not isinstance(where, str):
+        raise TypeError(
+            beats(
+                f"freeze(optimizer, where).{called}",
+                "params, for a function in where to be asked of",
+                "none",
+                "update(updates, state, params)",
+            )
+        )
+    trains = _trains(places, where, called)
+    gradients = jax.tree.leaves(updates, is_leaf=is_none)
+    structure = jax.tree.structure(places)
+    pairs = zip(gradients, trains, strict=True)
+    hidden = [g if t else optax.MaskedNode() for g, t in pairs]
+    try:
+        new, state = inner.update(structure.unflatten(hidden), state, None, **extra)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            beats(
+                f"freeze(optimizer, where).{called}",
+                "gradients that fit the optimizer's state",
+                shortened(error),
+                "update(updates, state, params): only params tell which leaves carry "
+                "no gradient",
+            )
+        ) from error
+    triples = zip(
+        structure.flatten_up_to(new), jax.tree.leaves(places), trains, strict=True
     )
+    return structure.unflatten([u if t else _nothing(x) for u, x, t in triples]), state
 
 
 def _hidden(tree: Any, trains: list[bool]) -> Any:
@@ -183,13 +227,11 @@ def _hidden(tree: Any, trains: list[bool]) -> Any:
     return structure.unflatten([x if t else optax.MaskedNode() for x, t in pairs])
 
 
-def _wanted(
-    gradients: Any, tree: Any, trains: list[bool], called: str, with_params: bool
-) -> Any:
+def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
     """Return the gradients of the leaves that train, in a tree that hides the rest."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     try:
-        leaves = structure.flatten_up_to(gradients)
+        leaves = leaves_like(gradients, tree)
     except (ValueError, TypeError):
         raise ValueError(
             beats(
@@ -207,10 +249,7 @@ def _wanted(
                     "a gradient at each leaf that trains",
                     f'None at "{printed(path)}", which is not frozen',
                     f'sg.freeze(optimizer, [..., "{printed(path)}"]), or '
-                    'unconnected_gradients="zero"'
-                    if with_params
-                    else "update(updates, state, params): only params tell which "
-                    "leaves carry no gradient",
+                    'unconnected_gradients="zero"',
                 )
             )
     pairs = zip(leaves, trains, strict=True)
@@ -236,17 +275,36 @@ def _nothing(leaf: Any) -> Any:
     return jnp.zeros_like(leaf)
 
 
-def _require_same_optimizer(old: Any, new: Any, called: str) -> None:
-    def skeleton(state: Any) -> Any:
-        hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-        return jax.tree.structure(state, is_leaf=hidden)
+def _described(state: Any) -> dict[str, str]:
+    """Return the path and the type of each array, but for its weakness."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {printed(path): type_of(jax.typeof(x)) for path, x in flat}
 
-    if skeleton(old) != skeleton(new):
+
+def _require_same_optimizer(old: Any, new: Any, called: str) -> None:
+    """Compare two states, but for what is hidden in either."""
+
+    def is_hidden(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    flat = [
+        jax.tree_util.tree_flatten_with_path(s, is_leaf=is_hidden)[0]
+        for s in (old, new)
+    ]
+    hidden = {path for pairs in flat for path, x in pairs if is_hidden(x)}
+
+    def seen(pairs: Any) -> set[Any]:
+        paths = {path for path, _ in pairs}
+        above = {p: {p[:k] for k in range(len(p) + 1)} for p in paths}
+        return {printed(p) for p in paths if not above[p] & hidden}
+
+    ours, theirs = map(seen, flat)
+    if ours != theirs:
         raise ValueError(
             beats(
                 called,
-                f"new is the optimizer of old under another freeze: {skeleton(old)}",
-                str(skeleton(new)),
+                f"new is the optimizer of old under another freeze: {sorted(ours)}",
+                str(sorted(theirs)),
                 "new.init(params), to begin with a fresh state",
             )
         )

@@ -7,8 +7,10 @@ carried in a scan or mapped, and receive no gradient of their own.
 A gate acts on the whole cotangent of the value it is given. A value that `vmap` maps
 is one value per example, and so is a varying value in `shard_map` one per shard; a
 value that is not mapped is one value for all, gated once, on the sum (`per_example`
-makes it one per example). With `shard_map(check_vma=False)` JAX cannot tell the two
-apart, and every device gates its own cotangent.
+makes it one per example). What takes a whole tree (a norm, a function of a tree) takes
+it as one value: mapped or varying where any of its leaves is. With
+`shard_map(check_vma=False)` JAX cannot tell the two apart, and every device gates its
+own cotangent.
 
 Linear gates (scale, reverse, mask) have, to every order and in both modes, the
 derivatives of `x -> x0 + s * (x - x0)`. The others act on cotangents only: tangents
@@ -28,7 +30,13 @@ import stopgrad_jax._jax as _jax
 
 from ._address import Where, selected
 from ._engine.gate import Refusal, Rule
-from ._engine.gated import axis_index, in_dtype_of_both, leaf_by_leaf, require_gradient
+from ._engine.gated import (
+    axis_index,
+    in_dtype_of_both,
+    leaf_by_leaf,
+    ranked,
+    require_gradient,
+)
 from ._errors import beats
 
 __all__ = [
@@ -218,12 +226,13 @@ def mask_gradient(tree: T, mask: Any) -> T:
     """
     called = "mask_gradient(tree, mask)"
     for m in jax.tree.leaves(mask):
-        if not jnp.issubdtype(jnp.result_type(m), jnp.bool_):
+        dtype = getattr(m, "dtype", type(m))
+        if dtype not in (bool, jnp.bool_):
             raise TypeError(
                 beats(
                     called,
                     "mask is boolean",
-                    f"dtype {jnp.result_type(m)}",
+                    f"{getattr(dtype, '__name__', dtype)}",
                     "mask != 0, or sg.scale_gradient for a factor",
                 )
             )
@@ -249,6 +258,7 @@ def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
 
     Raises:
       NameError: there is no axis of that name here.
+      ValueError: no axis is named.
       TypeError: the tree has no leaf that carries a gradient.
 
     Example:
@@ -263,6 +273,10 @@ def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     called = f"per_example(tree, {axis_name!r})"
+    if not names:
+        raise ValueError(
+            beats(called, "an axis", "none", 'sg.per_example(tree, "batch")')
+        )
     places = {name: axis_index(name, called) for name in names}
     return leaf_by_leaf(tree, places, _SAME, called)
 
@@ -321,7 +335,7 @@ def _scaled(cts: Any, parameters: Any) -> Any:
 
 
 def _reversed(cts: Any, parameters: Any) -> Any:
-    return _scaled(cts, [-parameters[0]])
+    return [in_dtype_of_both(lambda ct, p: ct * -p, cts[0], parameters[0])]
 
 
 def _negated(cts: Any, parameters: Any) -> Any:
@@ -329,8 +343,8 @@ def _negated(cts: Any, parameters: Any) -> Any:
 
 
 def _masked(cts: Any, parameters: Any) -> Any:
-    kept = jnp.broadcast_to(parameters[0], cts[0].shape)
-    return [jnp.where(kept, cts[0], jnp.zeros_like(cts[0]))]
+    kept = ranked(parameters[0], cts[0])
+    return [jnp.where(kept, cts[0], jnp.zeros((), cts[0].dtype))]
 
 
 def _same(cts: Any, parameters: Any) -> Any:

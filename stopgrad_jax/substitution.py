@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
+from ._address import leaves_like
 from ._engine.gate import Rule, gate, program
 from ._engine.gated import require_gradient
 from ._errors import beats, function_name, type_of
@@ -155,7 +156,8 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         positional, keywords = _by_position(fun, args, kwargs)
-        out = call(*_stopped(positional), **_stopped(keywords))
+        # Keyword-only arguments are not stopped: a derivative by one must be refused.
+        out = call(*_stopped(positional), **keywords)
         return _attached(out, positional, keywords, backward, called)
 
     return wrapped
@@ -197,8 +199,10 @@ def _fitting(new: Any, source: jax.Array, called: str, names: Any) -> jax.Array:
             )
         )
     exact = not jnp.issubdtype(value.dtype, jnp.inexact)
-    if exact or getattr(value, "weak_type", False):
-        return value.astype(source.dtype)
+    weak = getattr(value, "weak_type", False)
+    real = jnp.iscomplexobj(source) or not jnp.iscomplexobj(value)
+    if exact or (weak and real):
+        return _jax.sharded_like(value.astype(source.dtype), source)
     if value.dtype != source.dtype:
         raise TypeError(
             beats(
@@ -208,7 +212,7 @@ def _fitting(new: Any, source: jax.Array, called: str, names: Any) -> jax.Array:
                 f"value.astype({str(source.dtype)!r})",
             )
         )
-    return value
+    return _jax.sharded_like(value, source)
 
 
 def _stopped(tree: Any) -> Any:
@@ -271,6 +275,7 @@ def _attached(
         "with_backward",
         pull,
         reads_values=True,
+        typed=True,
         forward=_no_forward_mode(called),
         only_sources=_closed_over(called),
     )
@@ -284,9 +289,7 @@ def _attached(
 def _cotangents(pulled: Any, args: tuple, called: str) -> list[Any]:
     """Check what a backward pass returned: a cotangent or None for each leaf."""
     if not isinstance(pulled, tuple | list) or len(pulled) != len(args):
-        came = type(pulled).__name__
-        if isinstance(pulled, tuple | list):
-            came = f"{len(pulled)}"
+        came = _kind(pulled)
         raise TypeError(
             beats(
                 called,
@@ -297,23 +300,19 @@ def _cotangents(pulled: Any, args: tuple, called: str) -> list[Any]:
         )
     out = []
     for number, (ct, arg) in enumerate(zip(pulled, args, strict=True)):
-        leaves, structure = jax.tree.flatten(arg)
-        if ct is None:
-            out += [None] * len(leaves)
-            continue
         try:
-            cts = structure.flatten_up_to(ct)
-        except (ValueError, TypeError):
+            cts = leaves_like(ct, arg)
+        except ValueError:
             raise TypeError(
                 beats(
                     called,
                     f"the cotangent of argument {number} is a tree like it, "
-                    f"{structure}, with None where nothing flows",
+                    f"{jax.tree.structure(arg)}, with None where nothing flows",
                     str(jax.tree.structure(ct)),
                     "jax.tree.map(..., argument), or None for the whole",
                 )
             ) from None
-        pairs = zip(cts, leaves, strict=True)
+        pairs = zip(cts, jax.tree.leaves(arg), strict=True)
         out += [_cotangent(c, leaf, number, called) for c, leaf in pairs]
     return out
 
@@ -331,7 +330,8 @@ def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
             )
         )
     ct, leaf = jnp.asarray(ct), jnp.asarray(leaf)
-    if jnp.issubdtype(ct.dtype, jnp.inexact) and getattr(ct, "weak_type", False):
+    real = jnp.iscomplexobj(leaf) or not jnp.iscomplexobj(ct)
+    if getattr(ct, "weak_type", False) and real:
         ct = ct.astype(leaf.dtype)
     if (ct.shape, ct.dtype) != (leaf.shape, leaf.dtype):
         raise TypeError(
@@ -345,6 +345,12 @@ def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
             )
         )
     return ct
+
+
+def _kind(pulled: Any) -> str:
+    if isinstance(pulled, tuple | list):
+        return f"{len(pulled)}"
+    return type_of(pulled) if hasattr(pulled, "dtype") else type(pulled).__name__
 
 
 def _no_forward_mode(called: str) -> str:
@@ -361,9 +367,9 @@ def _closed_over(called: str) -> str:
     return beats(
         called,
         "a derivative by its arguments",
-        "one by a value that the function closes over, which its backward pass does "
-        "not know",
-        "that value as an argument, or sg.stop_gradient of it",
+        "one by a value that the function closes over (or takes by keyword only), "
+        "for which its backward pass has no cotangent",
+        "that value as a positional argument, or sg.stop_gradient of it",
     )
 
 

@@ -92,7 +92,7 @@ CASES = {
         lambda x, p, _: sg.mask_gradient(x, p > 2.5), lambda p: float(p > 2.5)
     ),
     "per_example": _linear(
-        lambda x, p, axis: sg.per_example(x, axis or ()), lambda p: 1.0
+        lambda x, p, axis: sg.per_example(x, axis) if axis else x, lambda p: 1.0
     ),
     "partition, combine": _linear(
         lambda x, p, _: sg.combine(*sg.partition(x, lambda path, leaf: True)),

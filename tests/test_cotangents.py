@@ -239,3 +239,36 @@ def test_what_cannot_be_right_is_refused(words, run):
     kind, call = REFUSED[words]
     with pytest.raises(kind, match=words + BEATS):
         run(lambda: call())()
+
+
+def _sharded_sum(part):
+    def of_shard(w, x):
+        return jax.lax.psum(jnp.sum(part(w, x)), "d")
+
+    return jax.shard_map(of_shard, mesh=mesh(), in_specs=(P(), P("d")), out_specs=P())
+
+
+def test_a_function_of_values_that_vary_over_different_axes():
+    w, x = jnp.float32(2.0), f32(1.0, 2.0, 3.0, 4.0)
+    closes_over_shards = _sharded_sum(
+        lambda w, x: sg.transform_gradient(w, lambda ct: ct * x[0])
+    )
+    assert jax.grad(closes_over_shards)(w, x) == 10
+
+    def product(w, x):
+        w, x = sg.transform_gradient(
+            (w, x), lambda ct: jax.tree.map(lambda c: 2 * c, ct)
+        )
+        return w * x
+
+    np.testing.assert_array_equal(
+        jax.grad(_sharded_sum(product), (0, 1))(w, x)[1], 4 * jnp.ones(4)
+    )
+    assert jax.grad(_sharded_sum(product))(w, x) == 20
+
+
+def test_a_norm_over_an_axis_along_which_one_leaf_varies():
+    gate = lambda w, x: sg.clip_gradient_norm((w, x), 1.0, axis_name="i")
+    mapped = jax.vmap(gate, (None, 0), axis_name="i")
+    with pytest.raises(ValueError, match=f"mapped over 'i'{BEATS}"):
+        mapped(jnp.float32(1.0), X)

@@ -243,3 +243,37 @@ def test_what_cannot_be_right():
     other = p | {"head": p["head"] + 1}
     with pytest.raises((ValueError, sg.AddressError), match=r"where[\s\S]*write: "):
         boxed.update(gradients(other), boxed.init(p), other)
+
+
+def test_without_params_none_is_frozen_or_no_leaf():
+    p = {"a": f32(1.0), "bias": None, "h": f32(2.0)}
+    tx = sg.freeze(optax.adam(0.1), "a")
+    updates, _ = tx.update({"a": None, "bias": None, "h": p["h"]}, tx.init(p))
+    assert updates["bias"] is None
+    assert np.signbit(updates["a"])
+    asks = sg.freeze(optax.sgd(0.1), lambda path, leaf: leaf.ndim == 1)
+    with pytest.raises(TypeError, match=f"params, for a function in where{BEATS}"):
+        asks.update({"w": jnp.ones((2, 2)), "b": None}, None)
+
+
+def test_none_for_a_frozen_subtree():
+    p = {"enc": {"w": f32(1.0), "b": f32(2.0)}, "h": f32(3.0)}
+    tx = sg.freeze(optax.sgd(0.1), "enc")
+    updates, _ = tx.update({"enc": None, "h": p["h"]}, tx.init(p), p)
+    assert jax.tree.structure(updates) == jax.tree.structure(p)
+
+
+def test_states_that_migrate_and_those_that_do_not():
+    p = {"a": jnp.ones(3), "h": jnp.ones(2)}
+    for make in (optax.sm3, optax.adafactor, optax.lion):
+        inner = make(0.1)
+        tx = sg.freeze(inner, "a")
+        thawed = sg.migrate_state(tx.init(p), tx, inner, p)
+        assert jax.tree.structure(thawed) == jax.tree.structure(inner.init(p))
+        back = sg.migrate_state(thawed, inner, tx, p)
+        assert jax.tree.structure(back) == jax.tree.structure(tx.init(p))
+    adam = optax.adam(0.1)
+    with pytest.raises(ValueError, match=f"a state of old on these params{BEATS}"):
+        sg.migrate_state(adam.init({"w": jnp.ones(3)}), adam, adam, {"w": jnp.ones(5)})
+    with pytest.raises(TypeError, match=f"an optax transformation{BEATS}"):
+        sg.freeze(optax.adam, "a")

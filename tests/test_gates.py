@@ -23,7 +23,9 @@ GATES = {
     "transform": lambda x: sg.transform_gradient(x, jnp.negative),
     "optax": lambda x: sg.transform_gradient(x, optax.clip_by_global_norm(1.0)),
     "nonfinite": sg.replace_nonfinite_gradient,
-    "per_example": lambda x: sg.per_example(x, ()),
+    "per_example": lambda x: jax.vmap(lambda _: sg.per_example(x, "i"), axis_name="i")(
+        jnp.arange(2)
+    )[0],
     "prevent": sg.prevent_gradient,
     "replace": lambda x: sg.replace_value(jnp.zeros_like(x), x),
     "straight_through": sg.straight_through(lambda x: x, jnp.zeros_like),
@@ -355,3 +357,33 @@ def test_gates_in_the_query():
     assert grads == [None, 2.0]
     edited = sg.edit(lambda x: sg.name(x, "h") ** 2, {"h": sg.reverse_gradient})
     assert jax.grad(edited)(3.0) == -6
+
+
+@pytest.mark.parametrize("scale", [np.uint8(1), jnp.uint8(1), True, jnp.array(True)])
+def test_an_unsigned_scale_is_reversed(scale):
+    assert jax.grad(lambda x: sg.reverse_gradient(x, scale))(2.0) == -1
+    assert jax.jvp(lambda x: sg.reverse_gradient(x, scale), (2.0,), (1.0,))[1] == -1
+
+
+def test_explicit_shardings():
+    """Where shardings are part of the type, in jax.set_mesh."""
+    explicit = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    gates = {
+        "mask": lambda y: sg.mask_gradient(y, jnp.arange(8) > 2),
+        "mask, one": lambda y: sg.mask_gradient(y, True),
+        "scale": lambda y: sg.scale_gradient(y, 0.5),
+        "clip": lambda y: sg.clip_gradient(y, -0.5, 0.5),
+        "norm": lambda y: sg.clip_gradient_norm(y, 1.0),
+        "nonfinite": sg.replace_nonfinite_gradient,
+        "transform": lambda y: sg.transform_gradient(y, lambda ct: 2 * ct),
+        "replace": lambda y: sg.replace_value(y, jnp.zeros(8)),
+        "straight": lambda y: sg.straight_through(jnp.round)(y),
+    }
+    for name, gate in gates.items():
+        f = lambda y, gate=gate: jnp.sum(gate(y) ** 2)
+        y = jnp.arange(8.0)
+        expected = jax.grad(f)(y)
+        with jax.set_mesh(explicit):
+            ours = jax.grad(f)(jax.device_put(y, NamedSharding(explicit, P("d"))))
+            assert jax.typeof(ours).sharding.spec == P("d"), name
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, err_msg=name)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import f32
+from jax.sharding import PartitionSpec as P
+from programs import f32, mesh
 from test_gates import assert_same_bits, every_value
 
 import stopgrad_jax as sg
@@ -268,3 +269,59 @@ def test_no_gate_is_traced_again():
     count = len(traces)
     f(2.0)
     assert len(traces) == count
+
+
+def test_a_keyword_only_argument_is_not_differentiated_in_silence():
+    g = sg.with_backward(
+        lambda x, *, scale: x * scale, lambda ct, out, x, *, scale: (ct * scale,)
+    )
+    assert jax.grad(lambda x: g(x, scale=3.0))(2.0) == 3
+    with pytest.raises(ValueError, match="takes by keyword only"):
+        jax.grad(lambda s: g(2.0, scale=s))(3.0)
+
+
+def test_with_backward_in_shard_map():
+    """A backward that sums over devices, and one that leaves it to us."""
+    w, x = jnp.float32(2.0), f32(1.0, 2.0, 3.0, 4.0)
+
+    def total(backward):
+        g = sg.with_backward(lambda w, x: w * x, backward)
+
+        def of_shard(w, x):
+            return jax.lax.psum(jnp.sum(g(w, x) * x), "d")
+
+        return jax.shard_map(
+            of_shard, mesh=mesh(), in_specs=(P(), P("d")), out_specs=P()
+        )
+
+    summed = lambda ct, out, w, x: (jax.lax.psum(jnp.sum(ct * x), "d"), ct * w)
+    plain = lambda ct, out, w, x: (jnp.sum(ct * x), ct * w)
+    for backward in (summed, plain):
+        ours = jax.grad(total(backward), (0, 1))(w, x)
+        assert ours[0] == np.sum(np.arange(1, 5) ** 2)
+        np.testing.assert_array_equal(ours[1], 2 * w * x)
+    replicated = sg.with_backward(
+        lambda x: jax.lax.psum(x**2, "d"), lambda ct, out, x: (ct * 2 * x,)
+    )
+    f = jax.shard_map(
+        lambda x: jnp.sum(replicated(x)), mesh=mesh(), in_specs=P("d"), out_specs=P()
+    )
+    assert f(x) == 30
+    np.testing.assert_array_equal(jax.grad(f)(x), 2 * x)
+
+
+def test_a_complex_value_is_not_cut_to_a_real_one():
+    with pytest.raises(TypeError, match="value has the dtype of x" + BEATS):
+        sg.replace_value(1.0, 1j)
+    g = sg.with_backward(jnp.sin, lambda ct, out, x: (2j,))
+    with pytest.raises(TypeError, match="the cotangent of argument 0 is" + BEATS):
+        g(1.0)
+
+
+def test_cotangents_may_be_numbers_and_none_for_a_subtree():
+    g = sg.with_backward(
+        lambda tree: tree["a"]["x"] * tree["b"],
+        lambda ct, out, tree: ({"a": None, "b": 2},),
+    )
+    grads = jax.grad(g)({"a": {"x": 3.0}, "b": 5.0})
+    assert grads == {"a": {"x": 0.0}, "b": 2.0}

@@ -206,3 +206,25 @@ def test_parts_that_do_not_fit():
         sg.combine({"a": 1.0}, {"a": 2.0})
     with pytest.raises(ValueError, match=f"both parts have one structure{BEATS}"):
         sg.combine({"a": 1.0}, {"b": None})
+
+
+def test_keys_with_slashes_and_stars():
+    haiku = {"mlp/linear": {"w": 1.0}, "mlp": {"w": 2.0}, "out": {"w": 3.0}}
+    assert chosen(haiku, "mlp") == {"mlp/w"}
+    assert chosen(haiku, "!mlp") == {"mlp/linear/w", "out/w"}
+    assert chosen(haiku, "mlp/linear") == {"mlp/linear/w"}
+    assert chosen({"a*": 1.0, "ab": 2.0}, "a*") == {"a*"}
+    assert chosen({"!a": 1.0, "b": 2.0}, "!a") == {"!a"}
+    with pytest.raises(sg.AddressError, match=f"a path means one place{BEATS}"):
+        sg.mask({"a/b": 1.0, "a": {"b": 2.0}}, "a/b")
+    with pytest.raises(sg.AddressError, match=r'write: "mlp/linear"'):
+        sg.mask({"mlp/linear": {"w": 1.0}}, "mlp")
+    with pytest.raises(sg.AddressError, match=r"the tree is one leaf\n  write: "):
+        sg.stop_gradient(jnp.ones(2), "w")
+
+
+def test_predicates_of_other_kinds():
+    starts = jax.tree_util.Partial(lambda head, path, leaf: path.startswith(head), "a")
+    assert chosen({"a": 1.0, "b": 2.0}, starts) == {"a"}
+    with pytest.raises(TypeError, match=f"answers True or False{BEATS}"):
+        sg.mask({"a": jnp.ones(2)}, lambda path, leaf: leaf > 0)

@@ -42,6 +42,8 @@ class Rule:
       forward: why a tangent cannot be computed through this gate, if it cannot.
       only_sources: what to say if the values are differentiated by anything else.
       axes: names of the axes that `pull` sums over.
+      typed: `pull` is a traced program: its operands keep the types they were traced
+        with (in `shard_map`: the axes they vary over).
     """
 
     name: str
@@ -51,6 +53,7 @@ class Rule:
     forward: str | None = None
     only_sources: str | None = None
     axes: tuple[str, ...] = ()
+    typed: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -114,14 +117,19 @@ def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
     return Program(jaxpr, len(consts)), consts
 
 
+def varying_together(*groups: Arrays) -> frozenset[str]:
+    """Mesh axes that any of the values varies over."""
+    axes = (_jax.varying(jax.typeof(x)) for group in groups for x in group)
+    return frozenset().union(*axes)
+
+
 def gate(values: Arrays, sources: Arrays, parameters: Arrays, rule: Rule) -> list[Any]:
     """Return the values; their derivative is the rule's, of the sources."""
-    axes = frozenset().union(
-        *(_jax.varying(jax.typeof(x)) for x in (*values, *sources, *parameters))
-    )
-    # One varying set for all, or the transpose would miss a sum over devices.
-    values = [_jax.vary(x, axes) for x in values]
-    sources = [_jax.vary(x, axes) for x in sources]
+    if not rule.reads_values:  # a function's result has its own type, and keeps it
+        # One varying set for all, or the transpose would miss a sum over devices.
+        axes = varying_together(values, sources, parameters)
+        values = [_jax.vary(x, axes) for x in values]
+        sources = [_jax.vary(x, axes) for x in sources]
     return gate_p.bind(
         *values, *sources, *parameters, rule=rule, split=(len(values), len(sources))
     )
@@ -148,7 +156,11 @@ def _pull(rule: Rule, cts: Arrays, residuals: Arrays) -> Arrays:
         return x if known else jnp.asarray(x, getattr(x, "dtype", None))
 
     cts = [array(ad.instantiate_zeros(ct)) for ct in cts]
-    return rule.pull(cts, [array(x) for x in residuals])
+    residuals = [array(x) for x in residuals]
+    if not rule.typed:
+        axes = varying_together(cts)
+        residuals = [_jax.vary(x, axes) for x in residuals]
+    return rule.pull(cts, residuals)
 
 
 def _is_zero(x: Any) -> bool:
@@ -232,7 +244,9 @@ def _pullback_transpose(
         return [None] * len(operands)
     pulled = _pull(rule, cts, residuals)
     pulled = [
-        _jax.vary(ct, _jax.varying(dot.aval)) if ad.is_undefined_primal(dot) else None
+        _jax.vary_exactly(ct, _jax.varying(dot.aval))
+        if ad.is_undefined_primal(dot)
+        else None
         for ct, dot in zip(pulled, dots, strict=True)
     ]
     return pulled + [None] * len(residuals)
@@ -254,9 +268,9 @@ def _in_front(axis: Any, args: Arrays, dims: Sequence[int | None]) -> list[Any]:
 
 def _gate_batch(axis: Any, args: Arrays, dims: Any, *, rule: Rule, split: Any) -> Any:
     values = split[0]
+    if axis.name in rule.axes and any(d is None for d in dims[:values]):
+        raise ValueError(_not_mapped(rule, axis.name))
     if all(d is None for d in dims):
-        if axis.name in rule.axes:
-            raise ValueError(_not_mapped(rule, axis.name))
         return gate_p.bind(*args, rule=rule, split=split), [None] * values
     end = sum(split)
     front = _in_front(axis, args[:end], dims[:end])

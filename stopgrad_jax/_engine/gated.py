@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import beats, shortened, type_of
 
 from .gate import Rule, gate
 
@@ -82,12 +82,15 @@ def axis_index(name: str, called: str) -> jax.Array:
 
 def in_dtype_of_both(pull: Callable[[Any, Any], Any], ct: Any, p: Any) -> Any:
     """Apply `pull` in the wider dtype of the two, and round once."""
-    wider = (
-        jnp.issubdtype(p.dtype, jnp.inexact) and p.dtype.itemsize > ct.dtype.itemsize
-    )
+    inexact = jnp.issubdtype(p.dtype, jnp.inexact)
+    wider = inexact and p.dtype.itemsize > ct.dtype.itemsize
     dtype = p.dtype if wider else ct.dtype
-    p = jnp.broadcast_to(p, ct.shape)
-    return pull(ct.astype(dtype), p.astype(dtype)).astype(ct.dtype)
+    return pull(ct.astype(dtype), ranked(p.astype(dtype), ct)).astype(ct.dtype)
+
+
+def ranked(p: Any, ct: Any) -> Any:
+    """Bring a parameter to the rank of the cotangent; a scalar stays one."""
+    return jax.lax.expand_dims(p, range(ct.ndim - p.ndim)) if p.ndim else p
 
 
 def _for_each_leaf(parameter: Any, tree: Any, name: str, called: str) -> list[Any]:
@@ -99,8 +102,8 @@ def _for_each_leaf(parameter: Any, tree: Any, name: str, called: str) -> list[An
                 called,
                 f"{name} is one array, or a tree of them with the structure of the "
                 "tree or a prefix of it",
-                str(error).split("\n")[0],
-                f"{name} with the tree's structure, {jax.tree.structure(tree)}",
+                shortened(error),
+                f"one {name} for all, or a tree of them",
             )
         ) from None
 
