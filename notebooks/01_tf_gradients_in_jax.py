@@ -76,32 +76,46 @@ def trick(xx):
     return xx + jax.lax.stop_gradient(jnp.round(xx) - xx)
 
 
+def exact(xx):
+    """Round, with the gradient of the identity, by its name."""
+    return sg.straight_through(jnp.round)(xx)
+
+
 heading("Rounding 2.3: the value and its gradient")
 print(f"{'code':<42}{'value':>6}{'jax.grad':>10}{'sg.gradients':>14}")
 codes = {
     "round(xx)": plain,
     "xx + stop_gradient(round(xx) - xx)": trick,
+    "sg.straight_through(jnp.round)(xx)": exact,
 }
 for code, fun in codes.items():
     value, slope, ours = fun(2.3), jax.grad(fun)(2.3), sg.gradients(fun, "xx")(2.3)
     print(f"{code:<42}{value:>6}{slope:>10}{ours!s:>14}")
 assert sg.gradients(plain, "xx")(2.3) is None
 assert sg.gradients(trick, "xx")(2.3) == 1.0
+assert exact(2.3) == 2.0
+assert jax.grad(exact)(2.3) == sg.gradients(exact, "xx")(2.3) == 1.0
 
 # %% [markdown]
 # `jax.grad` answers 0 for plain rounding. `sg.gradients` answers `None`: it is not that
-# the gradient happens to be zero here, it can never be anything else.
+# the gradient happens to be zero here, it can never be anything else. The last row says
+# in one call what the trick means: the value of `round`, the gradient of its argument.
 #
 # One warning about the trick: its value is only *almost* that of `f`, because the two
-# `xx` need not cancel in floating point.
+# `xx` need not cancel in floating point. `sg.straight_through` subtracts nothing, and
+# its value is that of `f` in every bit.
 
 # %%
 heading("Where the two xx do not cancel (float32)")
-print(f"{'xx':>12}{'sign(xx)':>12}{'xx + stop_gradient(sign(xx) - xx)':>38}")
+print(f"{'xx':>12}{'sign(xx)':>12}{'xx + stop_gradient(sign(xx) - xx)':>38}", end="")
+print(f"{'sg.straight_through(jnp.sign)(xx)':>38}")
 for xx in (3.0, 1e8, jnp.inf):
     xx = jnp.float32(xx)
     almost = xx + jax.lax.stop_gradient(jnp.sign(xx) - xx)
-    print(f"{xx:>12.0f}{jnp.sign(xx):>12}{almost:>38}")
+    exactly = sg.straight_through(jnp.sign)(xx)
+    print(f"{xx:>12.0f}{jnp.sign(xx):>12}{almost:>38}{exactly:>38}")
+    assert exactly == jnp.sign(xx)
+    assert (almost == jnp.sign(xx)) == (xx == 3.0)
 
 # %% [markdown]
 # ## 2. Five experiments, TensorFlow beside JAX

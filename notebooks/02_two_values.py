@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.ticker import PercentFormatter
 from sklearn.datasets import load_digits
 
 import stopgrad_jax as sg
@@ -88,7 +89,7 @@ for call, (gate, expected) in entrywise.items():
 # %% [markdown]
 # Two gates need pictures of another kind. `clip_gradient_norm` looks at a vector as a
 # whole, so we draw the length that goes in against the length that comes out.
-# `replace_nonfinite_gradient` is about the three floats that are not numbers.
+# `replace_nonfinite_gradient` is about `inf`, `-inf` and `nan`: they become 0.
 
 # %%
 direction = jnp.array([0.6, 0.8])
@@ -162,10 +163,11 @@ handles = [
         color=orange,
         linewidth=2.5,
         marker="o",
-        label="with the gate, where the mask is False or the gradient no number",
+        label="with the gate, where the mask is False or the gradient not finite",
     ),
 ]
 fig.legend(handles=handles, loc="outside lower center", ncols=3)
+fig.get_layout_engine().set(hspace=0.06)
 fig.suptitle("What each gate does to the gradient (the value passes unchanged)")
 plt.show()
 
@@ -225,40 +227,59 @@ assert counts[3] > 10**5
 
 # %%
 heading("sign in bfloat16: some of the inputs")
-print(f"{'x':>12}{'sign(x)':>10}{'textbook line':>16}{'straight_through':>20}")
-for x in (0.3, 3.0, 100.0, 200.0, 1000.0, jnp.inf):
+print(f"{'x':>8}{'sign(x)':>10}{'textbook line':>16}{'straight_through':>20}")
+for x in (0.5, 256.0, 258.0, 260.0, 1000.0, jnp.inf):
     x = jnp.bfloat16(x)
     row = jnp.sign(x), textbook(jnp.sign)(x), sg.straight_through(jnp.sign)(x)
-    cells = [f"{float(v):.6g}" for v in (x, *row)]
-    print(f"{cells[0]:>12}{cells[1]:>10}{cells[2]:>16}{cells[3]:>20}")
-assert jnp.isnan(textbook(jnp.sign)(jnp.bfloat16(jnp.inf)))
-assert sg.straight_through(jnp.sign)(jnp.bfloat16(jnp.inf)) == 1
+    cells = [f"{float(v):g}" for v in (x, *row)]
+    print(f"{cells[0]:>8}{cells[1]:>10}{cells[2]:>16}{cells[3]:>20}")
 
 # %%
-positive = every_bf16[(every_bf16 > 1e-4) & (every_bf16 < 1e5)]
+positive = every_bf16[(every_bf16 >= 1) & (every_bf16 < 1e5)]
+by_line = np.float32(textbook(jnp.sign)(positive))
+exactly = np.float32(sg.straight_through(jnp.sign)(positive))
 fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-lines = {
-    "x + stop_gradient(sign(x) - x)": (textbook(jnp.sign), orange, ".", 3),
-    "sg.straight_through(jnp.sign)(x)": (sg.straight_through(jnp.sign), blue, "", 0),
-}
-for label, (f, color, marker, size) in lines.items():
-    y = np.float32(f(positive))
-    style = {"marker": marker, "markersize": size} if marker else {"linewidth": 2}
-    style["linestyle"] = "none" if marker else "-"
-    ax.plot(np.float32(positive), y, color=color, label=label, **style)
+ax.plot(
+    np.float32(positive),
+    by_line,
+    ".",
+    color=orange,
+    markersize=9,
+    label="x + stop_gradient(sign(x) - x)",
+)
+ax.plot(
+    np.float32(positive),
+    exactly,
+    color=blue,
+    linewidth=2,
+    label="sg.straight_through(jnp.sign)(x)",
+)
 ax.set_xscale("log")
-ax.set_ylim(-0.1, 1.6)
-ax.set_title("The sign of each positive bfloat16: it should be 1")
+ax.set_xlim(1, 1e5)
+ax.set(ylim=(-0.4, 2.4), yticks=[0, 1, 2])
+ax.set_title("The sign of each bfloat16 from 1 to 100,000: it should be 1")
 ax.set_xlabel("x (log scale)")
 ax.set_ylabel("Value that goes forward")
 ax.grid(alpha=0.3)
-ax.legend(loc="lower left", markerscale=3)
+ax.legend(loc="upper left")
 plt.show()
+small, large = positive <= 256, positive >= 512
+assert np.all(by_line[small] == 1)
+assert set(by_line[~small & ~large]) == {0.0, 2.0}
+assert np.all(by_line[large] == 0)
+assert np.all(exactly == 1)
+assert jnp.isnan(textbook(jnp.sign)(jnp.bfloat16(jnp.inf)))
+assert sg.straight_through(jnp.sign)(jnp.bfloat16(jnp.inf)) == 1
 
 # %% [markdown]
-# Below 1 the line is off by up to one step of bfloat16; above 100 by a large part of the
-# answer; for large `x` nothing is left of the sign, and at infinity the answer is nan.
-# `sg.straight_through` hands on the value itself, so no arithmetic can spoil it.
+# In bfloat16 the line gives the right sign up to 256. From there to 512 it gives 0 or
+# 2, above that 0, and at infinity nan: wrong for almost half of all bfloat16.
+#
+# Rounding to the nearest whole number happens to be safe, except at infinity: a number
+# and its rounding are so close that their difference is exact. Once values move
+# further, as to the nearest of four numbers, almost one in five is a little off.
+#
+# `sg.straight_through` hands on the value itself: no arithmetic, no error.
 #
 # ## 3. Second derivatives
 #
@@ -407,8 +428,8 @@ def dense(layer, x):
 
 def conv(layer, x):
     """Convolve by 3 by 3, as a matrix product: fast inside a scan on CPUs."""
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = [x[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    size = x.shape[1] - 2
+    patches = [x[:, i : i + size, j : j + size] for i in range(3) for j in range(3)]
     return dense(layer, jnp.concatenate(patches, -1))
 
 
@@ -440,8 +461,13 @@ def accuracy(params, images, labels):
 
 # %% [markdown]
 # The whole training is one compiled program: a scan over 20 blocks of a scan over 30
-# steps each. The run without reversal differs in one number only, `strength` 0 for 1:
-# the same seeds give the same first weights and the same batches.
+# steps each, for five seeds at once (`jax.vmap`). The run without reversal differs in
+# one number only, `strength` 0 for 1: the same seeds give the same first weights and
+# the same batches.
+#
+# The layers and the learning rate were chosen by a small search: with other seeds, but
+# by the accuracy on these very scanners moved by 1 and 2. In earnest, where the second
+# scanner has no labels, they would have to be chosen by other means.
 
 
 # %%
@@ -476,7 +502,7 @@ def train(keys, others, test_images, strength):
         carry = params, optimizer.init(params), key
         return jax.lax.scan(block, carry, jnp.arange(steps).reshape(20, -1))[1]
 
-    return jax.lax.map(run, keys)
+    return jax.vmap(run)(keys)
 
 
 seeds = 5
@@ -484,23 +510,213 @@ keys = jax.random.split(jax.random.key(0), seeds)
 curves, domain_losses = {}, {}
 for name, scanner in scanners.items():
     data = jnp.array(scanner(images[unlabeled])), jnp.array(scanner(images[test]))
-    for strength in (0.0, 1.0):
-        right, losses = train(keys, *data, strength)
+    for strength in (0, 1):
+        right, losses = train(keys, *data, float(strength))
         curves[name, strength] = np.asarray(right)
         domain_losses[name, strength] = float(losses[:, -1].mean())
-    print(f"{name}: trained {seeds} times without and {seeds} times with reversal")
+    print(f"{name}: trained without and with reversal, {seeds} seeds each")
 
 # %%
 heading(f"Accuracy on {len(test)} test images of the second scanner, {seeds} seeds")
-print(f"{'':<24}{'without':>9}{'with':>8}{'without':>18}{'with':>14}{'domain loss':>22}")
-print(f"{'second scanner':<24}{'mean':>9}{'mean':>8}{'worst to best':>32}{'with':>22}")
+print(f"{'':<22}{'mean':^16}{'worst to best seed':^26}{'domain loss':^18}")
+print(f"{'second scanner':<22}{'without':>8}{'with':>8}", end="")
+print(f"{'without':>13}{'with':>13}{'without':>9}{'with':>9}")
 for name in scanners:
-    ends = [curves[name, strength][:, -1] for strength in (0.0, 1.0)]
-    means = "".join(f"{e.mean():>8.1%}" for e in ends)
-    ranges = "".join(f"{e.min():>8.0%} to {e.max():.0%}" for e in ends)
-    print(f"{name:<24} {means}{ranges:>32}{domain_losses[name, 1.0]:>22.3f}")
+    ends = [curves[name, strength][:, -1] for strength in (0, 1)]
+    means = "".join(f"{end.mean():>8.1%}" for end in ends)
+    ranges = [f"{end.min():.0%} to {end.max():.0%}" for end in ends]
+    losses = "".join(f"{domain_losses[name, strength]:>9.2f}" for strength in (0, 1))
+    print(f"{name:<22}{means}{ranges[0]:>13}{ranges[1]:>13}{losses}")
 for name in ("moved by 1", "moved by 2"):
-    gain = curves[name, 1.0][:, -1].mean() - curves[name, 0.0][:, -1].mean()
-    assert gain > 0.04, (name, gain)
-for strength in (0.0, 1.0):
+    without, reversed_ = (curves[name, strength][:, -1].mean() for strength in (0, 1))
+    assert reversed_ > without + 0.05
+for strength in (0, 1):
     assert curves["inverted, moved by 1", strength][:, -1].mean() < 0.3
+for name in scanners:
+    assert domain_losses[name, 0] < 0.45
+    assert domain_losses[name, 1] > 0.55
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", sharey=True)
+trained = np.linspace(0, steps, 21)[1:]
+looks = {0: ("without reversal", orange), 1: ("with reversal", blue)}
+for ax, name in zip(axes, scanners, strict=True):
+    for strength, (label, color) in looks.items():
+        runs = curves[name, strength]
+        ax.plot(trained, runs.mean(0), color=color, linewidth=2, label=label)
+        ax.fill_between(trained, runs.min(0), runs.max(0), color=color, alpha=0.2)
+    ax.axhline(0.1, color="0.5", linestyle="--", label="guessing")
+    ax.set(title=name, xlim=(0, steps), ylim=(0, 1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.grid(alpha=0.3)
+fig.suptitle("Accuracy on the second scanner (mean, and worst to best of five seeds)")
+axes[0].set_ylabel("Test accuracy")
+axes[1].set_xlabel("Training steps")
+handles, labels = axes[0].get_legend_handles_labels()
+fig.legend(handles, labels, loc="outside lower center", ncols=3)
+plt.show()
+
+# %% [markdown]
+# A domain head that can only guess has a loss of log 2, which is 0.69. Without reversal
+# it does far better than that; with reversal it is reduced to guessing, on all three
+# scanners. For moved digits that is what was wanted: the features of both scanners now
+# look alike, and the label head, which never saw a label of the second scanner, reads
+# many more of its digits.
+#
+# For inverted digits reversal does not help: both runs stay near guessing, although the
+# domain head is fooled there too. Reversal only asks that the features of all images
+# *together* look alike. It does not ask that a 3 looks like a 3, and for images as
+# different as these it does not come about by itself.
+#
+# ## 5. Frozen means frozen
+#
+# We train a small network on the digits 0 to 4, then keep its encoder and give it a new
+# head for the digits 5 to 9. The encoder shall not move. The usual recipe stops the
+# gradient at the encoder's weights, and trains with AdamW.
+
+# %%
+encoder_shapes = {"layer1": (64, 48), "layer2": (48, 32)}
+low, high = digits.target < 5, digits.target >= 5
+flat = jnp.array(images.reshape(-1, 64))
+low_data = flat[low], jnp.array(digits.target[low])
+high_data = flat[high], jnp.array(digits.target[high] - 5)
+
+
+def read(params, images):
+    """Score each image for each of five digits."""
+    x = jax.nn.relu(dense(params["encoder"]["layer1"], images))
+    x = jax.nn.relu(dense(params["encoder"]["layer2"], x))
+    return dense(params["head"]["out"], x)
+
+
+def loss(params, images, labels):
+    """Mean cross-entropy."""
+    scores = read(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+
+
+def part_right(params, images, labels):
+    """Part of the images read rightly."""
+    return float(jnp.mean(jnp.argmax(read(params, images), 1) == labels))
+
+
+def drift(params, start):
+    """Largest change of any weight of the encoder."""
+    pairs = zip(
+        jax.tree.leaves(params["encoder"]),
+        jax.tree.leaves(start["encoder"]),
+        strict=True,
+    )
+    return jnp.max(jnp.array([jnp.max(jnp.abs(now - old)) for now, old in pairs]))
+
+
+def fit(params, optimizer, gradient, data, steps):
+    """Train; return the parameters, the optimizer's state and the drift by step."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(gradient(params, *data), state, params)
+        new = optax.apply_updates(params, updates)
+        return (new, state), drift(new, start)
+
+    start = params
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps))
+    (params, state), drifts = run((params, optimizer.init(params)))
+    return params, state, np.asarray(drifts)
+
+
+key1, key2, key3 = jax.random.split(jax.random.key(0), 3)
+pretrained = {
+    "encoder": init(key1, encoder_shapes),
+    "head": init(key2, {"out": (32, 5)}),
+}
+pretrained, _, _ = fit(pretrained, optax.adam(3e-3), jax.grad(loss), low_data, 200)
+start = {**pretrained, "head": init(key3, {"out": (32, 5)})}
+print(f"digits 0 to 4 after pretraining: {part_right(pretrained, *low_data):.1%}")
+
+# %% [markdown]
+# A stopped gradient is a gradient of *zero*, and to AdamW zero is a gradient like any
+# other: the weight still decays, and the optimizer still keeps two moments of it.
+#
+# `sg.freeze` hides the encoder from the optimizer, and `sg.partition` differentiates by
+# the rest alone, so that nothing is computed for the encoder in the first place.
+
+# %%
+optimizer = optax.adamw(3e-3, weight_decay=0.1)
+
+
+def stopped_gradient(params, images, labels):
+    """Compute the gradient with a stop at the encoder."""
+
+    def stopped_loss(params):
+        held = jax.lax.stop_gradient(params["encoder"])
+        return loss({**params, "encoder": held}, images, labels)
+
+    return jax.grad(stopped_loss)(params)
+
+
+def head_gradient(params, images, labels):
+    """Compute the gradient of the head alone; None at the encoder."""
+    trained, rest = sg.partition(params, "head")
+    return jax.grad(lambda part: loss(sg.combine(part, rest), images, labels))(trained)
+
+
+recipes = {
+    "stop_gradient, adamw": (optimizer, stopped_gradient),
+    "sg.freeze(adamw)": (sg.freeze(optimizer, "encoder"), head_gradient),
+}
+encoder_sizes = {leaf.shape for leaf in jax.tree.leaves(start["encoder"])}
+fine_tuning = 500
+tuned, drifts, unmoved, like_encoder = {}, {}, {}, {}
+heading(f"Fine-tuning on the digits 5 to 9: {fine_tuning} steps, the encoder frozen")
+print(f"{'':<22}{'encoder':^22}{'optimizer state, bytes':>28}{'accuracy':>11}")
+print(f"{'recipe':<22}{'drift':>10}{'same bits':>12}", end="")
+print(f"{'in all':>13}{'encoder':>15}{'5 to 9':>11}")
+for name, (rule, gradient) in recipes.items():
+    fitted = fit(start, rule, gradient, high_data, fine_tuning)
+    tuned[name], state, drifts[name] = fitted
+    pairs = zip(
+        jax.tree.leaves(tuned[name]["encoder"]),
+        jax.tree.leaves(start["encoder"]),
+        strict=True,
+    )
+    unmoved[name] = all(same_bits(now, old) for now, old in pairs)
+    held = jax.tree.leaves(state)
+    in_all = sum(leaf.nbytes for leaf in held)
+    like_encoder[name] = sum(x.nbytes for x in held if x.shape in encoder_sizes)
+    bits = "yes" if unmoved[name] else "no"
+    print(f"{name:<22}{drifts[name][-1]:>10.4f}{bits:>12}{in_all:>13,}", end="")
+    print(f"{like_encoder[name]:>15,}{part_right(tuned[name], *high_data):>11.1%}")
+usual, ours = recipes
+assert drifts[usual][-1] > 0.01
+assert not unmoved[usual]
+assert unmoved[ours]
+assert np.all(drifts[ours] == 0)
+assert like_encoder[ours] == 0
+# Two moments of 4 bytes for each weight of the encoder.
+assert like_encoder[usual] == 8 * sum(x.size for x in jax.tree.leaves(start["encoder"]))
+
+# Weight decay alone: every weight shrinks by the same factor, step by step.
+factor = (1 - 3e-3 * 0.1) ** fine_tuning
+for layer in encoder_shapes:
+    decayed = tuned[usual]["encoder"][layer]["w"]
+    expected = factor * start["encoder"][layer]["w"]
+    np.testing.assert_allclose(decayed, expected, rtol=1e-3)
+print(f"\nthe usual recipe leaves {factor:.1%} of each weight of the encoder")
+
+# %%
+fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+for name, color in zip(recipes, (orange, blue), strict=True):
+    ax.plot(range(1, fine_tuning + 1), drifts[name], color=color, lw=2.5, label=name)
+ax.set_title("How far the frozen encoder moves while the head is tuned")
+ax.set_xlabel("Fine-tuning steps")
+ax.set_ylabel("Largest change of a weight")
+ax.set_xlim(0, fine_tuning)
+ax.grid(alpha=0.3)
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# The drift is weight decay and nothing else: each step takes a little off every weight,
+# whether or not a gradient comes back. Under `sg.freeze` the encoder is the one that
+# went in, bit for bit, and the optimizer's state has no array of its shape.

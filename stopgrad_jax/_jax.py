@@ -43,6 +43,18 @@ def subjaxpr(eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any])
     return Jaxpr((), list(invars), list(outvars), list(eqns), effects, info)
 
 
+def closed_over(closed: Any) -> tuple[Jaxpr, list[Any]]:
+    """Split a closed jaxpr: its constants become the first inputs.
+
+    From JAX 0.11 a jaxpr holds its constants: kept, they would leak their trace.
+    """
+    jaxpr, consts = opened(closed)
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    info = core.DebugInfo("stopgrad_jax", "rule", None, None)
+    effects = jaxpr.effects
+    return Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, effects, info), list(consts)
+
+
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Run a jaxpr's equations with their own source lines and name stacks."""
     return jax.core.eval_jaxpr(jaxpr, consts, *args)

@@ -22,3 +22,10 @@ for switch in os.environ.get("STOPGRAD_STRICT", "").split():
 def run(request):
     """Call a function as it is, or jitted."""
     return jax.jit if request.param == "jit" else lambda fun: fun
+
+
+@pytest.fixture
+def standard_promotion():
+    """Let optax and flax promote: they do not pass with strict promotion themselves."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -11,6 +11,7 @@ from programs import f32
 
 import stopgrad_jax as sg
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 BEATS = r"[\s\S]*got: [\s\S]*write: "
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1),
@@ -131,7 +132,8 @@ def test_us1():
 
 def test_us10():
     """No gradient of the frozen shape in the program, no state of it either."""
-    p = {"enc": jnp.zeros((64, 32)), "head": jnp.zeros(32)}
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    p = {"enc": zeros(64, 32), "head": zeros(32)}
     loss = lambda p: jnp.sum(jnp.tanh(p["enc"]) @ p["head"])
     tx = sg.freeze(optax.adamw(1e-3), "enc")
 

@@ -98,7 +98,7 @@ WRAPS = {
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("gate", PAIRS)
 def test_no_instruction_more_than_by_hand(gate, wrap):
-    x, p = jnp.arange(1.0, 9.0), f32(0.3)[0]
+    x, p = f32(*range(1, 9)), f32(0.3)[0]
 
     def counts(gate):
         loss = lambda x, p: jnp.sum(jnp.sin(WRAPS[wrap](gate)(x, p)) ** 2)

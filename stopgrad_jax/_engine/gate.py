@@ -90,7 +90,7 @@ class Program:
     def __call__(self, cts: Arrays, residuals: Arrays) -> Arrays:
         split = len(residuals) - self.consts
         consts, others = residuals[split:], residuals[:split]
-        return _jax.evaluate(self.jaxpr, consts, [*others, *cts])
+        return _jax.evaluate(self.jaxpr, (), [*consts, *others, *cts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
     the gate as a parameter.
     """
     closed = jax.make_jaxpr(lambda *args: fun(*args))(*examples)
-    jaxpr, consts = _jax.opened(closed)
+    jaxpr, consts = _jax.closed_over(closed)
     return Program(jaxpr, len(consts)), consts
 
 
