@@ -8,7 +8,6 @@ them is not linear in its vector. What value a gate acts on is told in `gates.py
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,16 +18,12 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
-from ._engine.gate import Rule, program, varying_together
-from ._engine.gated import (
-    all_at_once,
-    axis_index,
-    in_dtype_of_both,
-    leaf_by_leaf,
-    ranked,
-    require_gradient,
-)
-from ._errors import beats, function_name, shortened, type_of
+from ._engine.functions import same_types, stateless
+from ._engine.gate import varying_together
+from ._engine.gated import all_at_once, axis_index, leaf_by_leaf, require_gradient
+from ._engine.rule import Rule, program
+from ._engine.rules import ABOVE, BELOW, BETWEEN, FINITE, NormClip
+from ._errors import beats, function_name, type_of
 
 __all__ = [
     "clip_gradient",
@@ -71,11 +66,11 @@ def clip_gradient(tree: T, min: Any, max: Any) -> T:
             beats(called, "a bound", "None and None", "clip_gradient(x, -1.0, 1.0)")
         )
     if max is None:
-        return leaf_by_leaf(tree, {"min": min}, _ABOVE, called)
+        return leaf_by_leaf(tree, {"min": min}, ABOVE, called)
     if min is None:
-        return leaf_by_leaf(tree, {"max": max}, _BELOW, called)
+        return leaf_by_leaf(tree, {"max": max}, BELOW, called)
     _refuse_crossed(min, max, called)
-    return leaf_by_leaf(tree, {"min": min, "max": max}, _BETWEEN, called)
+    return leaf_by_leaf(tree, {"min": min, "max": max}, BETWEEN, called)
 
 
 def clip_gradient_norm(
@@ -127,7 +122,7 @@ def clip_gradient_norm(
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         _require_varying(tree, name, called)
-    rule = Rule("clip_gradient_norm", _NormClip(names), axes=names)
+    rule = Rule("clip_gradient_norm", NormClip(names), axes=names)
     return all_at_once(tree, [limit], rule, called)
 
 
@@ -155,7 +150,7 @@ def replace_nonfinite_gradient(tree: T, value: Any = 0.0) -> T:
         0.0
     """
     called = "replace_nonfinite_gradient(tree, value)"
-    return leaf_by_leaf(tree, {"value": value}, _FINITE, called)
+    return leaf_by_leaf(tree, {"value": value}, FINITE, called)
 
 
 def transform_gradient(
@@ -196,14 +191,14 @@ def transform_gradient(
         raise TypeError(beats(called, expected, repr(fn)[:60], "lambda ct: ..."))
     leaves, structure = jax.tree.flatten(tree)
     require_gradient(leaves, called)
-    function: Callable[[Any], Any] = _stateless(fn, called) if is_optax else fn  # pyright: ignore
+    function: Callable[[Any], Any] = stateless(fn, called) if is_optax else fn  # pyright: ignore
     carries = [_jax.carries_gradient(x) for x in leaves]
     arrays = [jnp.asarray(x) for x, c in zip(leaves, carries, strict=True) if c]
 
     def flat(*cts: Any) -> list[Any]:
         given = iter(cts)
         ct = structure.unflatten([next(given) if c else None for c in carries])
-        return _same_types(ct, function(ct), called)
+        return same_types(ct, function(ct), called)
 
     arrays = [_jax.vary(x, varying_together(arrays)) for x in arrays]
     pull, closed_over = program(flat, *arrays)
@@ -212,67 +207,6 @@ def transform_gradient(
         pull, closed_over = program(flat, *(_jax.vary(x, axes) for x in arrays))
     rule = Rule("transform_gradient", pull, typed=True)
     return all_at_once(tree, closed_over, rule, called)
-
-
-# The rules ------------------------------------------------------------------------
-
-
-def _between(cts: Any, parameters: Any) -> Any:
-    return _above(_below(cts, parameters[1:]), parameters)
-
-
-def _above(cts: Any, parameters: Any) -> Any:
-    return [in_dtype_of_both(jnp.maximum, cts[0], parameters[0])]
-
-
-def _below(cts: Any, parameters: Any) -> Any:
-    return [in_dtype_of_both(jnp.minimum, cts[0], parameters[0])]
-
-
-def _finite(cts: Any, parameters: Any) -> Any:
-    value = ranked(parameters[0].astype(cts[0].dtype), cts[0])
-    return [jnp.where(jnp.isfinite(cts[0]), cts[0], value)]
-
-
-_BETWEEN = Rule("clip_gradient", _between)
-_ABOVE = Rule("clip_gradient", _above)
-_BELOW = Rule("clip_gradient", _below)
-_FINITE = Rule("replace_nonfinite_gradient", _finite)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NormClip:
-    """Scale cotangents down to a norm."""
-
-    axes: tuple[str, ...]
-
-    def __call__(self, cts: Any, parameters: Any) -> Any:
-        # In float32 at least: a float16 cannot hold the square of 300.
-        real = (jnp.finfo(ct.dtype).dtype for ct in cts)
-        dtype = max(jnp.dtype("float32"), *real, key=lambda d: d.itemsize)
-        squares = [jnp.sum(jnp.square(jnp.abs(ct).astype(dtype))) for ct in cts]
-        total = sum(squares[1:], squares[0])
-        if self.axes:
-            total = jax.lax.psum(total, self.axes)
-        factor = _shrink(total, parameters[0].astype(dtype))
-        return [in_dtype_of_both(jnp.multiply, ct, factor) for ct in cts]
-
-
-@jax.custom_jvp
-def _shrink(square: jax.Array, limit: jax.Array) -> jax.Array:
-    """Return min(1, limit / norm), 1 for a norm of 0, nan for one of nan."""
-    smallest = jnp.finfo(square.dtype).tiny
-    return jnp.minimum(limit / jnp.sqrt(jnp.maximum(square, smallest)), 1)
-
-
-@_shrink.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    # By hand, since a zero cotangent has a norm without derivative: 0 * inf is nan.
-    (square, limit), (square_dot, limit_dot) = primals, tangents
-    factor = _shrink(square, limit)
-    norm = jnp.sqrt(jnp.where(factor < 1, square, jnp.ones_like(square)))
-    slope = limit_dot / norm - limit / (2 * norm**3) * square_dot
-    return factor, jnp.where(factor < 1, slope, jnp.zeros_like(slope))
 
 
 # What is refused --------------------------------------------------------------------
@@ -352,57 +286,3 @@ def _require_varying(tree: Any, name: str, called: str) -> None:
                     f"sg.per_example(x, {name!r}) first",
                 )
             )
-
-
-def _stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
-    def update(ct: Any) -> Any:
-        state = transformation.init(ct)
-        if jax.tree.leaves(state):
-            raise ValueError(
-                beats(
-                    called,
-                    "an optax transformation without state: a gate has none",
-                    f"state {jax.tree.structure(state)}",
-                    "it in the optimizer's chain, or a function of the cotangent",
-                )
-            )
-        try:
-            return transformation.update(ct, state, None)[0]
-        except ValueError as error:
-            raise ValueError(
-                beats(
-                    called,
-                    "an optax transformation that needs no parameters",
-                    shortened(error),
-                    "it in the optimizer's chain, where parameters are",
-                )
-            ) from error
-
-    return update
-
-
-def _same_types(ct: Any, out: Any, called: str) -> list[Any]:
-    leaves, structure = jax.tree.flatten(ct)
-    if jax.tree.structure(out) != structure:
-        raise TypeError(
-            beats(
-                called,
-                f"the function returns a tree like its argument, {structure}",
-                str(jax.tree.structure(out)),
-                "jax.tree.map(function_of_a_leaf, ct)",
-            )
-        )
-    results = [jnp.asarray(x) for x in jax.tree.leaves(out)]
-    for old, new in zip(leaves, results, strict=True):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise TypeError(
-                beats(
-                    called,
-                    f"the function keeps shape and dtype, {type_of(old)}",
-                    type_of(new),
-                    "new.astype(ct.dtype)"
-                    if old.shape == new.shape
-                    else f"a function that returns shape {old.shape}",
-                )
-            )
-    return results

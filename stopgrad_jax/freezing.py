@@ -15,8 +15,9 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
-from ._address import Where, leaves_like, printed, selected
+from ._address import printed
 from ._errors import beats, shortened, type_of
+from ._where import Where, leaves_like, selected
 
 __all__ = ["freeze", "migrate_state"]
 

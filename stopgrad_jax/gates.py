@@ -28,16 +28,11 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
-from ._address import Where, selected
-from ._engine.gate import Refusal, Rule
-from ._engine.gated import (
-    axis_index,
-    in_dtype_of_both,
-    leaf_by_leaf,
-    ranked,
-    require_gradient,
-)
+from ._engine.gated import axis_index, leaf_by_leaf, require_gradient
+from ._engine.rule import Refusal, Rule
+from ._engine.rules import MASK, NEGATE, REVERSE, SAME, SCALE
 from ._errors import beats
+from ._where import Where, selected
 
 __all__ = [
     "mask_gradient",
@@ -118,7 +113,7 @@ def scale_gradient(tree: T, scale: Any) -> T:
         >>> print(jax.grad(lambda x: sg.scale_gradient(x, 0.5) ** 2)(3.0))
         3.0
     """
-    return leaf_by_leaf(tree, {"scale": scale}, _SCALE, "scale_gradient(tree, scale)")
+    return leaf_by_leaf(tree, {"scale": scale}, SCALE, "scale_gradient(tree, scale)")
 
 
 def reverse_gradient(tree: T, scale: Any = 1.0) -> T:
@@ -150,8 +145,8 @@ def reverse_gradient(tree: T, scale: Any = 1.0) -> T:
     """
     called = "reverse_gradient(tree, scale)"
     if isinstance(scale, float | int) and scale == 1:  # a negation, and no product
-        return leaf_by_leaf(tree, {}, _NEGATE, called)
-    return leaf_by_leaf(tree, {"scale": scale}, _REVERSE, called)
+        return leaf_by_leaf(tree, {}, NEGATE, called)
+    return leaf_by_leaf(tree, {"scale": scale}, REVERSE, called)
 
 
 def reversal_schedule(
@@ -236,7 +231,7 @@ def mask_gradient(tree: T, mask: Any) -> T:
                     "mask != 0, or sg.scale_gradient for a factor",
                 )
             )
-    return leaf_by_leaf(tree, {"mask": mask}, _MASK, called)
+    return leaf_by_leaf(tree, {"mask": mask}, MASK, called)
 
 
 def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
@@ -278,7 +273,7 @@ def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
             beats(called, "an axis", "none", 'sg.per_example(tree, "batch")')
         )
     places = {name: axis_index(name, called) for name in names}
-    return leaf_by_leaf(tree, places, _SAME, called)
+    return leaf_by_leaf(tree, places, SAME, called)
 
 
 def prevent_gradient(tree: T, message: str = "") -> T:
@@ -325,34 +320,3 @@ def prevent_gradient(tree: T, message: str = "") -> T:
     )
     rule = Rule("prevent_gradient", Refusal(text), forward=text)
     return leaf_by_leaf(tree, {}, rule, "prevent_gradient(tree)")
-
-
-# The rules: (cotangents, parameters) -> cotangents, for one leaf ----------------------
-
-
-def _scaled(cts: Any, parameters: Any) -> Any:
-    return [in_dtype_of_both(jnp.multiply, cts[0], parameters[0])]
-
-
-def _reversed(cts: Any, parameters: Any) -> Any:
-    return [in_dtype_of_both(lambda ct, p: ct * -p, cts[0], parameters[0])]
-
-
-def _negated(cts: Any, parameters: Any) -> Any:
-    return [-cts[0]]
-
-
-def _masked(cts: Any, parameters: Any) -> Any:
-    kept = ranked(parameters[0], cts[0])
-    return [jnp.where(kept, cts[0], jnp.zeros((), cts[0].dtype))]
-
-
-def _same(cts: Any, parameters: Any) -> Any:
-    return cts
-
-
-_SCALE = Rule("scale_gradient", _scaled, linear=True)
-_REVERSE = Rule("reverse_gradient", _reversed, linear=True)
-_NEGATE = Rule("reverse_gradient", _negated, linear=True)
-_MASK = Rule("mask_gradient", _masked, linear=True)
-_SAME = Rule("per_example", _same, linear=True)

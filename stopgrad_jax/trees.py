@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from ._address import Where, printed, selected
+from ._address import printed
 from ._errors import beats
+from ._where import Where, selected
 
 __all__ = ["combine", "mask", "partition"]
 

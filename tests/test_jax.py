@@ -1,6 +1,7 @@
 """The facts about JAX that `_jax.py` rests on, on every version that is supported."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +128,59 @@ def test_plain_sharded_gradients_count_as_leaks():
     fun = jax.jit(jax.grad(functools.partial(sharded)))
     with jax.checking_leaks(), pytest.raises(Exception, match="Leaked trace"):
         fun(f32(0.7)[0], f32(1, 2, 3, 4))
+
+
+def test_constants_become_inputs():
+    """On 0.10 a closed jaxpr has them beside it, from 0.11 in it."""
+
+    def traced(x):
+        closed = jax.make_jaxpr(lambda y: y * x + 1)(2.0)
+        jaxpr, consts = _jax.closed_over(closed)
+        assert not getattr(jaxpr, "consts", ())
+        assert len(jaxpr.invars) == len(consts) + 1
+        return _jax.evaluate(jaxpr, (), [*consts, jnp.float32(3)])[0]
+
+    assert jax.jit(traced)(jnp.float32(5)) == 16
+
+
+def test_a_cotangent_is_brought_to_the_axes_of_its_value():
+    def of_shard(w, x):
+        ct = w * x
+        assert _jax.varying(jax.typeof(ct)) == {"d"}
+        summed = _jax.vary_exactly(ct, frozenset())
+        assert _jax.varying(jax.typeof(summed)) == frozenset()
+        return summed, _jax.vary_exactly(w, frozenset("d")) * x
+
+    summed, varied = jax.shard_map(
+        of_shard, mesh=mesh(), in_specs=(P(), P("d")), out_specs=(P(), P("d"))
+    )(jnp.float32(2), f32(1, 2, 3, 4))
+    np.testing.assert_array_equal(summed, [20.0])
+    np.testing.assert_array_equal(varied, [2.0, 4.0, 6.0, 8.0])
+
+
+def test_the_line_that_is_running():
+    place = _jax.line_here()
+    assert re.search(r"test_jax\.py:\d+$", place)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "carries"),
+    [
+        (1.0, True),
+        (1j, True),
+        (np.float64(1), True),
+        (np.ones(2, np.int32), False),
+        (True, False),
+        (3, False),
+        ("x", False),
+        (None, False),
+        (jnp.tanh, False),
+        (np.array(["x"]), False),
+        (np.array([None]), False),
+        (jax.ShapeDtypeStruct((2,), jnp.bfloat16), True),
+        (jax.random.key(0), False),
+        (np.zeros(2, jax.dtypes.float0), False),
+    ],
+)
+def test_what_carries_a_gradient(leaf, carries):
+    assert _jax.carries_gradient(leaf) is carries

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, shortened, type_of
 
-from .gate import Rule, gate
+from .gate import gate
+from .rule import Rule
 
 # (cotangent, parameters) -> cotangent, for one array
 Pull = Callable[..., Any]

@@ -1,0 +1,231 @@
+"""`where`: which leaves of a bare pytree are meant.
+
+A path, a list of paths, a tree of booleans, or a function of (path, leaf): the same
+language in every function that takes one. Paths are those of `_address.py`, from the
+tree's root.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import stopgrad_jax._jax as _jax
+
+from ._address import (
+    Address,
+    Op,
+    Point,
+    has_wildcard,
+    is_address,
+    matching,
+    nodes,
+    printed,
+)
+from ._errors import AddressError, beats, function_name, quoted, shortened
+
+Where = Any  # an address, a list of them, a boolean (prefix) pytree, or a predicate
+
+
+def selected(tree: Any, where: Where, called: str) -> list[bool]:
+    """Tell for each leaf of a tree whether `where` selects it, in JAX's order.
+
+    A leaf that carries no gradient is never selected. What selects nothing raises.
+    """
+    leaves = jax.tree.leaves(tree)
+    if where is None:
+        chosen = [True] * len(leaves)
+    elif _is_predicate(where):
+        _check_predicate(where, called)
+        pairs = _leaves_or_boxes(tree)
+        chosen = [_asked(where, path, leaf, called) for path, leaf in pairs]
+    elif addresses := _as_addresses(where):
+        each = [_at_address(tree, address, called) for address in addresses]
+        chosen = [any(column) for column in zip(*each, strict=True)]
+    else:
+        chosen = _at_mask(tree, where, called)
+    return _some_gradient(tree, chosen, where, called)
+
+
+def _is_predicate(where: Where) -> bool:
+    # A module of booleans may be callable too, but it is a tree and no leaf.
+    if isinstance(where, functools.partial):  # jax.tree_util.Partial is a tree too
+        return True
+    return callable(where) and jax.tree.leaves(where) == [where]
+
+
+def _check_predicate(where: Callable[..., Any], called: str) -> None:
+    try:
+        inspect.signature(where).bind("path", None)
+    except TypeError:
+        raise TypeError(
+            beats(
+                called,
+                "a function in where is asked of each leaf: (path, leaf) -> bool",
+                f"{function_name(where)}{inspect.signature(where)}",
+                'where=lambda path, leaf: ..., or a path such as "encoder"',
+            )
+        ) from None
+    except ValueError:  # a builtin that cannot be asked
+        pass
+
+
+def _asked(where: Callable[..., Any], path: str, leaf: Any, called: str) -> bool:
+    answer = where(path, leaf)
+    if isinstance(answer, bool) or _is_bool(answer):
+        return bool(answer)
+    raise TypeError(
+        beats(
+            called,
+            "a function in where answers True or False",
+            f'{answer!r:.60} for "{path}"',
+            "where=lambda path, leaf: bool(...)",
+        )
+    )
+
+
+def _as_addresses(where: Where) -> list[Any]:
+    if is_address(where):
+        return [where]
+    is_list = isinstance(where, list | tuple | set | frozenset)
+    return list(where) if is_list and all(map(is_address, where)) else []
+
+
+def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
+    if isinstance(address, Point | Op):
+        raise TypeError(
+            beats(
+                called,
+                "where selects leaves of a tree, by their paths",
+                repr(address),
+                'a path such as "encoder/**/kernel"',
+            )
+        )
+    text = str(address)
+    every = [above for above, _ in _with_prefixes(tree)]
+    known = list(dict.fromkeys(path for above in every for path in above))
+    negated = text.startswith("!") and text not in known
+    wanted = text[1:] if negated else text
+    tops = [wanted] if wanted in known else matching(wanted, known)
+    if not tops:
+        leaves = quoted(path for path, _ in _leaves(tree))
+        raise AddressError(
+            beats(
+                called,
+                "where must match a path of the tree",
+                f'"{wanted}", which matches nothing; '
+                + (f"paths are {leaves}" if known else "the tree is one leaf"),
+                _instead(wanted, known) if known else "the call without where",
+            )
+        )
+    _refuse_two_meanings(tree, tops, called)
+    return [negated != any(path in tops for path in above) for above in every]
+
+
+def _with_prefixes(tree: Any) -> list[tuple[list[str], Any]]:
+    """For each leaf: the printed paths of all that it lies in, its own last."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [
+        ([printed(path[:k]) for k in range(1, len(path) + 1)], leaf)
+        for path, leaf in flat
+    ]
+
+
+def _refuse_two_meanings(tree: Any, tops: list[str], called: str) -> None:
+    """Refuse a path that spells two places, as "a/b" does where a key holds "/"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    places: dict[str, set[Any]] = {top: set() for top in tops}
+    for path, _ in flat:
+        for k in range(1, len(path) + 1):
+            if printed(path[:k]) in places:
+                places[printed(path[:k])].add(path[:k])
+    for top, meant in places.items():
+        if len(meant) > 1:
+            raise AddressError(
+                beats(
+                    called,
+                    "a path means one place",
+                    f'"{top}", which means {len(meant)}: a key of the tree holds "/"',
+                    "a function of (path, leaf), or a tree of booleans",
+                )
+            )
+
+
+def _instead(wanted: str, known: list[str]) -> str:
+    if has_wildcard(wanted):
+        deeper = matching(f"**/{wanted}", known)
+        return f'"**/{wanted}"' if deeper else "a pattern such as " + quoted(known[:3])
+    ends = [p for p in known if p.endswith("/" + wanted)]
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
+    return quoted([*ends, *near] or known, most=3)
+
+
+def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
+    expected = "where is a path, a list of them, a function of (path, leaf), or a "
+    expected += "tree of booleans with the structure of the tree or a prefix of it"
+    try:
+        every = jax.tree.leaves(jax.tree.broadcast(mask, tree))
+    except ValueError as error:
+        came = shortened(error)
+        raise ValueError(beats(called, expected, came, "sg.mask(tree, path)")) from None
+    wrong = [x for x in every if not isinstance(x, bool) and not _is_bool(x)]
+    if wrong:
+        came = f"{wrong[0]!r:.60} of type {type(wrong[0]).__name__}"
+        raise TypeError(beats(called, expected, came, "sg.mask(tree, path)"))
+    return [bool(x) for x in every]
+
+
+def _is_bool(x: Any) -> bool:
+    return str(getattr(x, "dtype", "")) == "bool" and getattr(x, "ndim", 1) == 0
+
+
+def _some_gradient(
+    tree: Any, chosen: list[bool], where: Where, called: str
+) -> list[bool]:
+    leaves = _leaves(tree)
+    pairs = zip(chosen, leaves, strict=True)
+    chosen = [c and _jax.carries_gradient(leaf) for c, (_, leaf) in pairs]
+    if not any(chosen):
+        carry = [path for path, leaf in leaves if _jax.carries_gradient(leaf)]
+        raise AddressError(
+            beats(
+                called,
+                "at least one leaf that carries a gradient (float or complex)",
+                "none" if where is None else f"none where {where!r:.60}",
+                f"a selection of {quoted(carry)}" if carry else "a tree with one",
+            )
+        )
+    return chosen
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(printed(path), leaf) for path, leaf in flat]
+
+
+def _leaves_or_boxes(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with their paths; for one in a flax box, the box."""
+    boxes = {p: n for p, n in nodes(tree) if type(n).__module__.startswith("flax.")}
+    pairs = ((path.removesuffix("/value"), path, leaf) for path, leaf in _leaves(tree))
+    return [(path, boxes.get(box, leaf)) for box, path, leaf in pairs]
+
+
+def leaves_like(tree: Any, like: Any) -> list[Any]:
+    """Leaves of `tree` at the leaves of `like`; None stands for a whole subtree.
+
+    Raises a ValueError where the structures differ.
+    """
+    if tree is None:
+        return [None] * len(jax.tree.leaves(like))
+    is_child = lambda node: node is not like  # noqa: E731
+    children, structure = jax.tree.flatten(like, is_leaf=is_child)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return [tree]
+    parts = structure.flatten_up_to(tree)
+    pairs = zip(parts, children, strict=True)
+    return [leaf for part, child in pairs for leaf in leaves_like(part, child)]
