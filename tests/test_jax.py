@@ -134,7 +134,7 @@ def test_constants_become_inputs():
     """On 0.10 a closed jaxpr has them beside it, from 0.11 in it."""
 
     def traced(x):
-        closed = jax.make_jaxpr(lambda y: y * x + 1)(2.0)
+        closed = jax.make_jaxpr(lambda y: y * x + 1)(jnp.float32(2))
         jaxpr, consts = _jax.closed_over(closed)
         assert not getattr(jaxpr, "consts", ())
         assert len(jaxpr.invars) == len(consts) + 1

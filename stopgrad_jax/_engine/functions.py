@@ -26,6 +26,8 @@ def stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
         try:
             return transformation.update(ct, state, None)[0]
         except ValueError as error:
+            if "params" not in str(error):
+                raise
             raise ValueError(
                 beats(
                     called,
