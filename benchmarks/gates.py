@@ -16,6 +16,11 @@ from programs import instructions
 
 import stopgrad_jax as sg
 
+if importlib.util.find_spec("rlax"):
+    import rlax  # here, since it cannot be imported after TensorFlow
+else:
+    rlax = None
+
 SIZES = (10**3, 10**6, 10**8)
 
 
@@ -85,9 +90,7 @@ def pairs():
             lambda x, p: _rounded(x),
         ),
     }
-    if importlib.util.find_spec("rlax"):
-        import rlax
-
+    if rlax:
         out["clip, rlax"] = clip, lambda x, p: rlax.clip_gradient(x, -p, p)
     if importlib.util.find_spec("equinox"):
         out["straight_through, equinox"] = ste, lambda x, p: _equinox()(x)
