@@ -203,7 +203,7 @@ def test_a_replicated_value_in_shard_map(gate):
 
     def grad(check, gate=ours):
         def of_shard(w, xs):
-            return jax.lax.psum(jnp.sum((gate(w) * xs) ** 2), "d")
+            return jax.lax.psum(jnp.sum((gate(w)[None] * xs) ** 2), "d")
 
         return jax.grad(
             jax.shard_map(
