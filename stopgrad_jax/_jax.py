@@ -176,12 +176,12 @@ def _is_jax_closure(f: Any) -> bool:
 
 def line_of(eqn: Any) -> str:
     """Return `file:line` of the user's code that made this equation, or ""."""
-    summary = source_info_util.summarize(eqn.source_info)  # "file:line:col (name)"
-    return _file_and_line(summary.split(" ")[0])
+    return _file_and_line(eqn.source_info)
 
 
-def _file_and_line(place: str) -> str:
-    parts = place.split(":")
+def _file_and_line(source_info: Any) -> str:
+    summary = source_info_util.summarize(source_info)  # "file:line:col (name)"
+    parts = summary.split(" ")[0].split(":")
     while len(parts) > 1 and parts[-2].isdigit():
         parts.pop()  # the column
     return ":".join(parts) if len(parts) > 1 and parts[-1].isdigit() else ""
@@ -200,8 +200,7 @@ def callers_of(eqn: Any) -> tuple[str, ...]:
 
 def line_here() -> str:
     """Return `file:line` of the user's code that is running, or ""."""
-    place = source_info_util.summarize(source_info_util.current()).split(" ")[0]
-    return _file_and_line(place)
+    return _file_and_line(source_info_util.current())
 
 
 # Traces -------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def carries_gradient(leaf: Any) -> bool:
     if isinstance(leaf, float | complex):
         return True
     arrays = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    return isinstance(leaf, arrays) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return isinstance(leaf, arrays) and is_differentiable(leaf)
 
 
 def varying(aval: Any) -> frozenset[str]:

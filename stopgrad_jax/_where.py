@@ -40,7 +40,7 @@ def selected(tree: Any, where: Where, called: str) -> list[bool]:
     leaves = jax.tree.leaves(tree)
     if where is None:
         chosen = [True] * len(leaves)
-    elif _is_predicate(where):
+    elif is_predicate(where):
         _check_predicate(where, called)
         pairs = _leaves_or_boxes(tree)
         chosen = [_asked(where, path, leaf, called) for path, leaf in pairs]
@@ -52,7 +52,8 @@ def selected(tree: Any, where: Where, called: str) -> list[bool]:
     return _some_gradient(tree, chosen, where, called)
 
 
-def _is_predicate(where: Where) -> bool:
+def is_predicate(where: Where) -> bool:
+    """Tell a function of (path, leaf) from everything else that selects."""
     # A module of booleans may be callable too, but it is a tree and no leaf.
     if isinstance(where, functools.partial):  # jax.tree_util.Partial is a tree too
         return True

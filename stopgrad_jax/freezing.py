@@ -17,7 +17,7 @@ import stopgrad_jax._jax as _jax
 
 from ._address import printed
 from ._errors import beats, shortened, type_of
-from ._where import Where, leaves_like, selected
+from ._where import Where, is_predicate, leaves_like, selected
 
 __all__ = ["freeze", "migrate_state"]
 
@@ -190,7 +190,7 @@ def _update_alone(
     is_none = lambda g: g is None  # noqa: E731
     # A number stands for each None, so that the place has a path.
     places = jax.tree.map(lambda g: -0.0 if g is None else g, updates, is_leaf=is_none)
-    if callable(where) and not isinstance(where, str):
+    if is_predicate(where):
         raise TypeError(
             beats(
                 f"freeze(optimizer, where).{called}",
@@ -202,10 +202,9 @@ def _update_alone(
     trains = _trains(places, where, called)
     gradients = jax.tree.leaves(updates, is_leaf=is_none)
     structure = jax.tree.structure(places)
-    pairs = zip(gradients, trains, strict=True)
-    hidden = [g if t else optax.MaskedNode() for g, t in pairs]
+    wanted = _masked(structure, gradients, trains)
     try:
-        new, state = inner.update(structure.unflatten(hidden), state, None, **extra)
+        new, state = inner.update(wanted, state, None, **extra)
     except (TypeError, ValueError) as error:
         raise ValueError(
             beats(
@@ -216,14 +215,14 @@ def _update_alone(
                 "no gradient",
             )
         ) from error
-    triples = zip(
-        structure.flatten_up_to(new), jax.tree.leaves(places), trains, strict=True
-    )
-    return structure.unflatten([u if t else _nothing(x) for u, x, t in triples]), state
+    return _filled(new, places, trains), state
 
 
 def _hidden(tree: Any, trains: list[bool]) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
+    return _masked(jax.tree.structure(tree), jax.tree.leaves(tree), trains)
+
+
+def _masked(structure: Any, leaves: list[Any], trains: list[bool]) -> Any:
     pairs = zip(leaves, trains, strict=True)
     return structure.unflatten([x if t else optax.MaskedNode() for x, t in pairs])
 
@@ -253,8 +252,7 @@ def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
                     'unconnected_gradients="zero"',
                 )
             )
-    pairs = zip(leaves, trains, strict=True)
-    return structure.unflatten([g if t else optax.MaskedNode() for g, t in pairs])
+    return _masked(structure, leaves, trains)
 
 
 def _filled(updates: Any, tree: Any, trains: list[bool]) -> Any:

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
@@ -111,3 +112,23 @@ def primitives(fun, *args):
                 yield from walk(inner)
 
     return list(walk(jax.make_jaxpr(fun)(*args)))
+
+
+def every_value(dtype):
+    """All values of an 8- or 16-bit float; a million bit patterns of a wider one."""
+    dtype = jnp.dtype(dtype)
+    if dtype.itemsize <= 2:
+        size = 8 * dtype.itemsize
+        bits = np.arange(2**size, dtype=f"uint{size}")
+    else:
+        count = 10**6 * dtype.itemsize // 4
+        bits = np.random.default_rng(0).integers(0, 2**32, count, dtype=np.uint32)
+    special = np.array([np.inf, -np.inf, np.nan, -0.0, 0.0, 1e-40], np.float32)
+    return jnp.asarray(np.concatenate([bits.view(dtype), special.astype(dtype)]))
+
+
+def assert_same_bits(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(
+        np.array(a).view(np.uint8), np.array(b).view(np.uint8)
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from programs import f32
+from programs import assert_same_bits, f32
 
 import stopgrad_jax as sg
 
@@ -45,12 +45,6 @@ def train(tx, p, state, steps, grads=gradients):
         updates, state = tx.update(grads(p, step), state, p)
         p = optax.apply_updates(p, updates)
     return p, state
-
-
-def assert_same_bits(a, b):
-    a, b = (np.array(x) for x in (a, b))
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import f32, mesh
+from programs import assert_same_bits, every_value, f32, mesh
 
 import stopgrad_jax as sg
 
@@ -31,26 +31,6 @@ GATES = {
     "straight_through": sg.straight_through(lambda x: x, jnp.zeros_like),
     "with_backward": sg.with_backward(lambda x: x, lambda ct, out, x: (ct,)),
 }
-
-
-def every_value(dtype):
-    """All values of an 8- or 16-bit float; a million bit patterns of a wider one."""
-    dtype = jnp.dtype(dtype)
-    if dtype.itemsize <= 2:
-        size = 8 * dtype.itemsize
-        bits = np.arange(2**size, dtype=f"uint{size}")
-    else:
-        count = 10**6 * dtype.itemsize // 4
-        bits = np.random.default_rng(0).integers(0, 2**32, count, dtype=np.uint32)
-    special = np.array([np.inf, -np.inf, np.nan, -0.0, 0.0, 1e-40], np.float32)
-    return jnp.asarray(np.concatenate([bits.view(dtype), special.astype(dtype)]))
-
-
-def assert_same_bits(a, b):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(
-        np.array(a).view(np.uint8), np.array(b).view(np.uint8)
-    )
 
 
 DTYPES = ["bfloat16", "float16", "float32", "float64", "complex64", "float8_e4m3fn"]

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from programs import f32, mesh
-from test_gates import assert_same_bits, every_value
+from programs import assert_same_bits, every_value, f32, mesh
 
 import stopgrad_jax as sg
 

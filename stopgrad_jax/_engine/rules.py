@@ -41,6 +41,7 @@ REVERSE = Rule("reverse_gradient", _reversed, linear=True)
 NEGATE = Rule("reverse_gradient", _negated, linear=True)
 MASK = Rule("mask_gradient", _masked, linear=True)
 SAME = Rule("per_example", _same, linear=True)
+VALUE_OF = Rule("replace_value", _same, linear=True)
 
 
 def _between(cts: Any, parameters: Any) -> Any:
@@ -99,10 +100,3 @@ def _(primals: Any, tangents: Any) -> Any:
     norm = jnp.sqrt(jnp.where(factor < 1, square, jnp.ones_like(square)))
     slope = limit_dot / norm - limit / (2 * norm**3) * square_dot
     return factor, jnp.where(factor < 1, slope, jnp.zeros_like(slope))
-
-
-def _value_of(cts: Any, parameters: Any) -> Any:
-    return cts
-
-
-VALUE_OF = Rule("replace_value", _value_of, linear=True)
