@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.extend import core, source_info_util
 
@@ -196,6 +198,73 @@ def callers_of(eqn: Any) -> tuple[str, ...]:
     """Names of the functions on the stack when the equation was made."""
     traceback = eqn.source_info.traceback
     return tuple(f.function_name for f in traceback.frames) if traceback else ()
+
+
+class Frame(NamedTuple):
+    """A call on the Python stack: its code and the place that was running.
+
+    `code` is None, and the columns are 0, where JAX tells nothing but a line.
+    """
+
+    code: types.CodeType | None
+    file: str
+    function: str
+    line: int
+    col: int = 0
+    end_line: int = 0
+    end_col: int = 0
+
+
+def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
+    """Return the calls that made an equation, outermost first, without JAX's own.
+
+    The second value tells whether the innermost of them called `jax.random`. In a
+    nested jaxpr the frames begin inside it. From `Traceback.raw_frames`, which is
+    not documented; without it, from the one frame that is.
+    """
+    traceback = eqn.source_info.traceback
+    if traceback is None:
+        return (), False
+    if not hasattr(traceback, "raw_frames"):
+        return _summarized(eqn), False
+    frames, sampler, last = [], False, ""
+    locate = type(traceback).code_addr2location
+    for code, address in zip(*traceback.raw_frames(), strict=True):
+        if code not in _SKIPPED:
+            _SKIPPED[code] = code.co_filename.startswith(_OWN)
+        if not _SKIPPED[code]:
+            frame = _FRAMES.get((code, address))
+            if frame is None:
+                place = locate(code, address)
+                frame = Frame(code, code.co_filename, code.co_qualname, *place)
+                _FRAMES[code, address] = frame
+            if not frames:
+                sampler = last.endswith(_RANDOM)
+            frames.append(frame)
+        last = code.co_filename
+    return tuple(reversed(frames)), sampler
+
+
+_FRAMES: dict[Any, Frame] = {}
+_SKIPPED: dict[Any, bool] = {}
+_OWN = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(file)), "")
+    for file in (jax.__file__, jaxlib.__file__, __file__)
+)
+_RANDOM = os.path.join("jax", "_src", "random.py")
+
+
+def _summarized(eqn: Any) -> tuple[Frame, ...]:
+    file, _, line = line_of(eqn).rpartition(":")
+    callers = callers_of(eqn)
+    return (Frame(None, file, callers[0] if callers else "", int(line)),) if file else ()
+
+
+def rule_site(eqn: Any) -> str:
+    """Return `file:line` of the function that has this custom rule, or ""."""
+    debug_info = opened(eqn.params["call_jaxpr"])[0].debug_info
+    place = debug_info.func_src_info.partition(" at ")[2] if debug_info else ""
+    return place
 
 
 def line_here() -> str:

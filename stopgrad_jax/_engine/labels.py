@@ -1,0 +1,191 @@
+"""From an equation to the user's own words: statement, variable, expression, callers.
+
+JAX notes the Python stack at each equation. Its own frames and ours are left out;
+what is left is the *path* of an equation: the user's calls, outermost first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import stopgrad_jax._jax as _jax
+
+from .syntax import Source, Statement, source_of
+
+_COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")
+_LIBRARIES = tuple(
+    os.path.join(os.path.realpath(sysconfig.get_path(key)), "")
+    for key in ("stdlib", "purelib", "platlib")
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spot:
+    """One expression of the user's code that was running; one object for each."""
+
+    frame: _jax.Frame
+    function: str
+
+    @property
+    def source(self) -> Source:
+        """The file's text."""
+        return source_of(self.frame.file)
+
+    @functools.cached_property
+    def is_current(self) -> bool:
+        """Whether the text is still that of the running program."""
+        code, place = self.frame.code, self.position
+        return code is not None and self.source.is_current(
+            code.co_name, code.co_firstlineno, place
+        )
+
+    @property
+    def position(self) -> tuple[int, int, int, int]:
+        """Line, column, end line and end column, in bytes."""
+        return tuple(self.frame[3:])
+
+    @functools.cached_property
+    def statement(self) -> Statement | None:
+        """The statement it is in; None without source or if that has changed."""
+        if not self.is_current:
+            return None
+        is_lambda = self.function.endswith("<lambda>")
+        return self.source.statement(self.position, is_lambda)
+
+    @functools.cached_property
+    def expression(self) -> str:
+        """Its text, on one line; "source changed" if that was edited since."""
+        if self.is_current:
+            return self.source.expression(self.position)
+        known = self.frame.code is not None and self.source.rows(1, 1)
+        return "(source changed)" if known else ""
+
+    @functools.cached_property
+    def callee(self) -> str:
+        """Name of the function that it calls, or ""."""
+        return self.source.callee(self.position) if self.is_current else ""
+
+    @functools.cached_property
+    def is_comparison(self) -> bool:
+        """Whether it is `a < b` or the like."""
+        return self.is_current and self.source.is_comparison(self.position)
+
+    @functools.cached_property
+    def file(self) -> str:
+        """The file as it is printed: short, clickable, and the cell in a notebook."""
+        return printed_file(self.frame.file)
+
+    @property
+    def place(self) -> str:
+        """`file:line`."""
+        return f"{self.file}:{self.frame.line}"
+
+    def holds(self, other: Spot) -> bool:
+        """Whether the other expression is this one or a part of it."""
+        if self.frame.code is not other.frame.code:
+            return False
+        mine, its = self.position, other.position
+        return mine[:2] <= its[:2] and its[2:] <= mine[2:]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Path:
+    """The user's calls that made an equation, outermost first; equal ones are one.
+
+    `library`: the innermost call is another library's. `sampler`: it is of
+    `jax.random`.
+    """
+
+    spots: tuple[Spot, ...]
+    library: bool = False
+    sampler: bool = False
+
+
+class Labels:
+    """Reads paths off equations; `fun`'s own package counts as the user's code."""
+
+    def __init__(self, fun: Callable[..., Any] | None = None) -> None:
+        self._home = _home(fun)
+        self._spots: dict[Any, Spot] = {}
+        self._paths: dict[Any, Path] = {}
+        self._users: dict[str, bool] = {}
+        self.nowhere = Path(())
+
+    def path(self, eqn: Any, outer: Path) -> Path:
+        """Return the path of an equation in a part of the program reached by `outer`.
+
+        Bodies of jitted helpers of JAX have no frames: they are where they are called.
+        """
+        frames, sampler = _jax.frames_of(eqn)
+        key = (outer, frames, sampler)
+        if key not in self._paths:
+            self._paths[key] = self._path(outer, frames, sampler)
+        return self._paths[key]
+
+    def _path(self, outer: Path, frames: Sequence[_jax.Frame], sampler: bool) -> Path:
+        if not frames:
+            spots, library = outer.spots, outer.library
+            key = (spots, library, outer.sampler or sampler)
+        else:
+            spots = list(outer.spots)
+            library = False
+            for frame in frames:
+                library = not self.is_users(frame.file)
+                if not library:
+                    self._push(spots, frame)
+            key = (tuple(spots), library, sampler)
+        return self._paths.setdefault(key, Path(*key))
+
+    def _push(self, spots: list[Spot], frame: _jax.Frame) -> None:
+        name = frame.code.co_name if frame.code else ""
+        function = frame.function
+        if name in _COMPREHENSIONS:  # a part of the statement around it
+            function = function.rpartition(".<locals>")[0] or function
+            if spots and spots[-1].frame.file == frame.file:
+                spots.pop()
+        key = (frame, function)
+        if key not in self._spots:
+            self._spots[key] = Spot(frame, function)
+        spots.append(self._spots[key])
+
+    def is_users(self, file: str) -> bool:
+        """Tell the user's files from those of installed libraries."""
+        if file not in self._users:
+            real = os.path.realpath(file)
+            library = real.startswith(_LIBRARIES) or file.startswith("<frozen")
+            at_home = self._home and real.startswith(self._home)
+            self._users[file] = bool(at_home) or not library
+        return self._users[file]
+
+
+def _home(fun: Any) -> str:
+    """Folder of the outermost package that a function is defined in, or ""."""
+    while hasattr(fun, "__wrapped__") or hasattr(fun, "func"):
+        fun = getattr(fun, "__wrapped__", None) or fun.func
+    module = sys.modules.get((getattr(fun, "__module__", None) or "").split(".")[0])
+    file = getattr(module, "__file__", None)
+    if not file or not os.path.basename(file).startswith("__init__"):
+        return ""
+    return os.path.join(os.path.dirname(os.path.realpath(file)), "")
+
+
+def printed_file(file: str) -> str:
+    """Return a path as it is printed: relative, from the package, or `In[2]`."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    named = getattr(getattr(shell, "compile", None), "format_code_name", None)
+    cell = named(file) if named else None
+    if cell:
+        return cell[1]
+    for library in _LIBRARIES[1:]:
+        if file.startswith(library):
+            return file[len(library) :]
+    if file.startswith("<") or not os.path.isabs(file):
+        return file
+    relative = os.path.relpath(file)
+    return file if relative.startswith(os.pardir) else relative
