@@ -5,6 +5,9 @@ from .cotangents import clip_gradient as clip_gradient
 from .cotangents import clip_gradient_norm as clip_gradient_norm
 from .cotangents import replace_nonfinite_gradient as replace_nonfinite_gradient
 from .cotangents import transform_gradient as transform_gradient
+from .diagnosis.contracts import assert_gradient as assert_gradient
+from .diagnosis.contracts import assert_no_gradient as assert_no_gradient
+from .diagnosis.flow import flow as flow
 from .freezing import freeze as freeze
 from .freezing import migrate_state as migrate_state
 from .gates import mask_gradient as mask_gradient
@@ -31,11 +34,14 @@ from .trees import partition as partition
 
 __all__ = [
     "AddressError",
+    "assert_gradient",
+    "assert_no_gradient",
     "capture",
     "clip_gradient",
     "clip_gradient_norm",
     "combine",
     "edit",
+    "flow",
     "freeze",
     "gradients",
     "mask",

@@ -227,7 +227,7 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
         return (), False
     if not hasattr(traceback, "raw_frames"):
         return _summarized(eqn), False
-    frames, sampler, last = [], False, ""
+    frames, sampler = [], False
     locate = type(traceback).code_addr2location
     for code, address in zip(*traceback.raw_frames(), strict=True):
         if code not in _SKIPPED:
@@ -238,10 +238,9 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
                 place = locate(code, address)
                 frame = Frame(code, code.co_filename, code.co_qualname, *place)
                 _FRAMES[code, address] = frame
-            if not frames:
-                sampler = last.endswith(_RANDOM)
             frames.append(frame)
-        last = code.co_filename
+        elif not frames and code.co_filename.endswith(_RANDOM):
+            sampler = True
     return tuple(reversed(frames)), sampler
 
 
@@ -257,7 +256,9 @@ _RANDOM = os.path.join("jax", "_src", "random.py")
 def _summarized(eqn: Any) -> tuple[Frame, ...]:
     file, _, line = line_of(eqn).rpartition(":")
     callers = callers_of(eqn)
-    return (Frame(None, file, callers[0] if callers else "", int(line)),) if file else ()
+    return (
+        (Frame(None, file, callers[0] if callers else "", int(line)),) if file else ()
+    )
 
 
 def rule_site(eqn: Any) -> str:
@@ -265,6 +266,11 @@ def rule_site(eqn: Any) -> str:
     debug_info = opened(eqn.params["call_jaxpr"])[0].debug_info
     place = debug_info.func_src_info.partition(" at ")[2] if debug_info else ""
     return place
+
+
+def is_own(file: str) -> bool:
+    """Tell a file of JAX, or of this package."""
+    return file.startswith(_OWN)
 
 
 def line_here() -> str:

@@ -192,7 +192,7 @@ CAUSES = {
     "argmax returns int": lambda x: jnp.argmax(jnp.stack([x, 2 * x])).astype(
         jnp.float32
     ),
-    "nothing that ys are computed from uses it": lambda x: jnp.float32(6.0),
+    "no y is computed from it": lambda x: jnp.float32(6.0),
     "returns bool": lambda x: (x > 1).astype(jnp.float32),
 }
 
@@ -203,7 +203,7 @@ def test_unconnected_says_why_and_where(reason, fun, wrap):
     ask = sg.gradients(wrap(fun), 0, unconnected_gradients="error")
     raises(ValueError, reason, lambda: ask(f32(2.0)[0]))
     line = fun.__code__.co_firstlineno
-    if "nothing" not in reason:
+    if "no y" not in reason:
         raises(ValueError, f"test_errors.py:{line}", lambda: ask(f32(2.0)[0]))
 
 
@@ -216,7 +216,7 @@ def test_unconnected_inside_loops_and_branches_and_by_this_call():
 
     line = g.__code__.co_firstlineno + 2
     ask = sg.gradients(g, ["x", "y"], unconnected_gradients="error")
-    raises(ValueError, "x: stop_gradient (", lambda: ask(*f32(1.0, 2.0)))
+    raises(ValueError, "x: stop_gradient, on purpose (", lambda: ask(*f32(1.0, 2.0)))
     raises(ValueError, f"test_errors.py:{line})", lambda: ask(*f32(1.0, 2.0)))
     h = lambda x: sg.name(x * 2, "h") * 3
     ask = sg.gradients(h, "x", stop_gradients="h", unconnected_gradients="error")

@@ -163,6 +163,9 @@ NONE = {
     "cast": lambda x: (3 * x).astype(int).astype(jnp.float32),
     "compared": lambda x: jnp.where(x > 0, jnp.float32(1), jnp.float32(2)),
     "argmax": lambda x: jnp.argmax(jnp.stack([x, x * 2])).astype(jnp.float32),
+    "overwritten": lambda x: (
+        jnp.zeros(2, jnp.float32).at[0].set(x).at[0].set(jnp.float32(1)).sum()
+    ),
     "unused": lambda x: jnp.float32(3),
     "one_hot": lambda x: jax.nn.one_hot(x.astype(int), 3)[0],
     "sampled": lambda x: jax.random.categorical(
@@ -175,9 +178,6 @@ CONNECTED = {
     "times zero": lambda x: x * 0,
     "branch not taken": lambda x: jax.lax.cond(False, jnp.sin, lambda x: x, x),
     "dead relu": lambda x: jax.nn.relu(-x),
-    "overwritten": lambda x: (
-        jnp.zeros(2, jnp.float32).at[0].set(x).at[0].set(jnp.float32(1)).sum()
-    ),
     "clipped": lambda x: jnp.clip(x, 5, 6),
     "no rounds": lambda x: jax.lax.fori_loop(0, 0, lambda i, c: c * 2, x),
     "plain": jnp.sin,

@@ -1,104 +1,204 @@
-"""Why a value is not connected to another: where its gradient ends, and by what."""
+"""Where gradients end although their values go on, and why.
+
+A *cut* is an expression of the user's code that a gradient enters and does not leave,
+while its value does. What JAX or a library stops inside a call that passes the
+gradient on as a whole (softmax subtracts a stopped maximum) is none.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import stopgrad_jax._jax as _jax
 
-from .connect import Reach, read
-from .nested import Nested, nested
-from .walk import Found, Match, Plan, live
+from .connect import Bits
+from .graph import Graph, Op, Value
+from .labels import Path, Spot, printed_place
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """An equation at which a gradient ends although its value goes on."""
+    """An expression at which gradients end.
+
+    Attributes:
+      reason: "stop_gradient", "zero_derivative", "integer", "comparison", "sampled",
+        "zero_rule", "overwritten", "held", or "unknown".
+      words: the same in words; `brief` in fewer.
+      op: the number of the operation at which they end.
+      ops: the numbers of all operations of the expression.
+      lost: the sources whose gradient ends here, as bits.
+      path: where it is, from the outermost call of the user's.
+    """
 
     reason: str
-    line: str
+    words: str
+    brief: str
+    op: int
+    ops: range
+    lost: Bits
+    path: Path
+
+    @property
+    def spot(self) -> Spot | None:
+        """The user's expression, or None where there is no source."""
+        return self.path.spots[-1] if self.path.spots else None
+
+    @property
+    def place(self) -> str:
+        """`file:line`, or "" where there is no source."""
+        return self.spot.place if self.spot else ""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is told only where nothing else explains a zero."""
+        return self.reason == "comparison"
 
 
-class Causes:
-    """Follows one source forward and lists the cuts on its way to the sinks."""
+class Analysis:
+    """What reaches what in a graph, from some sources to some sinks.
 
-    def __init__(self, reach: Reach, held: Callable[[Found], bool]) -> None:
-        self._reach, self._held = reach, held
-
-    def cuts(
-        self,
-        jaxpr: Any,
-        plan: Plan | None,
-        sources: Sequence[int],
-        sinks: Sequence[bool],
-        line: str = "",
-    ) -> Iterator[Cut]:
-        """Yield each cut of a gradient that starts at the `sources`.
-
-        `sources` holds a bit for each input and for each found value, `sinks` a flag
-        for each result and for each found value: is its value asked for?
-        """
-        env, _ = self._reach.follow(jaxpr, plan, sources)
-        _, used = live(jaxpr, plan, sinks)
-        matches = {m.index: m for m in plan.matches} if plan else {}
-        n, m, end = len(jaxpr.invars), len(jaxpr.outvars), 0
-        for index, eqn in enumerate(jaxpr.eqns):
-            match, start = matches.get(index), end
-            if match is not None:
-                end += len(match.inside) + len(match.own)
-            inner = nested(eqn)
-            here = _jax.line_of(eqn) or line
-            bits = [read(env, atom) for atom in eqn.invars]
-            asked = [v in used for v in eqn.outvars]
-            if inner is not None and not inner.rule:
-                results = [read(env, v) for v in eqn.outvars]
-                found = sources[n + start : n + end], sinks[m + start : m + end]
-                below = _bodies(inner, match, bits, results, asked, *found)
-                for arguments in below:
-                    yield from self.cuts(*arguments, here)
-            elif any(bits) and any(asked):
-                if not all(self._reach.through(eqn, bits)):
-                    yield Cut(_reason(eqn), here)
-                elif match and any(map(self._held, match.own)):
-                    yield Cut("it is held constant by stop_gradients", here)
-
-
-def _bodies(
-    inner: Nested,
-    match: Match | None,
-    operands: Sequence[int],
-    results: Sequence[int],
-    asked: Sequence[bool],
-    sources: Sequence[int],
-    sinks: Sequence[bool],
-) -> Iterator[tuple[Any, Plan | None, list[int], list[bool]]]:
-    """Yield the arguments of `cuts` for each body of an equation.
-
-    `operands` and `results` are the bits outside, `asked` tells which results are
-    used; `sources` and `sinks` are those of the values found inside.
+    `tangent[v]` and `value[v]` hold the sources (as bits) that reach value v through
+    derivatives, and at all; `arrives[v]` and `used[v]` tell whether the gradient of
+    the sinks comes back to it, and whether they are computed from it.
     """
-    plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
-    for body, plan in zip(inner.bodies, plans, strict=True):
-        count = len(plan.found) if plan else 0
-        inputs = [operands[k] for k in body.operands]
-        outputs = [k is not None and asked[k] for k in body.results]
-        for out, back in body.feedback:  # what a loop hands on, it uses
-            k = body.results[out]
-            inputs[back] |= 0 if k is None else results[k]
-            outputs[out] = True
-        yield body.jaxpr, plan, [*inputs, *sources[:count]], [*outputs, *sinks[:count]]
-        sources, sinks = sources[count:], sinks[count:]
+
+    def __init__(
+        self, graph: Graph, sources: Sequence[Iterable[Value]], sinks: Iterable[Value]
+    ) -> None:
+        self.graph, self.sinks = graph, list(sinks)
+        self.sources = [list(values) for values in sources]
+        self._start = [(v, 1 << k) for k, vs in enumerate(self.sources) for v in vs]
+        self.tangent = graph.forward(self._start, graph.grads)
+        self.value = graph.forward(self._start, graph.feeds)
+        self.arrives = graph.backward(self.sinks, graph.grads)
+        self.used = graph.backward(self.sinks, graph.feeds)
+
+    def reached(self, bits: Sequence[Bits], sinks: Iterable[Value]) -> Bits:
+        """Return the sources that reach any of the sinks."""
+        return functools.reduce(int.__or__, (bits[v] for v in sinks), 0)
+
+    @functools.cached_property
+    def unmasked(self) -> Bits:
+        """The sources of which some way to the sinks passes no relu, max or the like."""
+        return self._without(lambda op: op.masks)
+
+    @functools.cached_property
+    def sure(self) -> Bits:
+        """The sources of which some way passes only rules that are known."""
+        return self._without(lambda op: not op.known)
+
+    def _without(self, blocked: object) -> Bits:
+        graph = self.graph
+        if not any(map(blocked, graph.ops)):  # type: ignore[arg-type]
+            return self.reached(self.tangent, self.sinks)
+        bits = graph.forward(self._start, graph.grads, blocked)  # type: ignore[arg-type]
+        return self.reached(bits, self.sinks)
+
+    def on_the_way(self, source: Bits, kind: str) -> list[Op]:
+        """Operations that mask, or whose rule is unknown, on a source's way."""
+        return [
+            op
+            for op in self.graph.ops
+            if (op.masks if kind == "masks" else not op.known)
+            and any(self.tangent[v] & source and self.arrives[v] for v in op.values)
+        ]
+
+    @functools.cached_property
+    def cuts(self) -> list[Cut]:
+        """All cuts on the way to the sinks, in program order."""
+        return list(self._cuts())
+
+    def _cuts(self) -> Iterator[Cut]:
+        ops, first = self.graph.ops, 0
+        for k in range(len(ops) + 1):
+            spots = ops[k].path.spots if k < len(ops) else None
+            same = first < k < len(ops) and spots and spots == ops[first].path.spots
+            if k and not same:
+                yield from self._cut(range(first, k))
+            if not same:
+                first = k
+
+    def _cut(self, group: range) -> Iterator[Cut]:
+        """Yield the cut that an expression is, if it is one."""
+        lost = {k: bits for k in group if (bits := self._lost(k))}
+        if not lost:
+            return
+        everything = functools.reduce(int.__or__, lost.values())
+        gone = everything & ~self._leaving(group)
+        if not gone:
+            return
+        for k, bits in lost.items():
+            if bits & gone:
+                op = self.graph.ops[k]
+                yield Cut(*why(op), k, group, gone, op.path)
+                return
+
+    def _lost(self, number: int) -> Bits:
+        """Sources whose gradient would come to an operation and does not leave it."""
+        graph, op, out = self.graph, self.graph.ops[number], 0
+        used = [v for v in op.values if self.used[v]]
+        if not used or op.join:
+            return 0
+        passed = {s for v in used for s in graph.grads[v]}
+        left = self.reached(self.tangent, used) if op.overwrites else 0
+        for source in graph.feeds[used[0]]:
+            if bits := self.tangent[source]:
+                out |= bits & ~left if op.overwrites else 0
+                out |= 0 if source in passed or op.overwrites else bits
+        return out
+
+    def _leaving(self, group: range) -> Bits:
+        """Sources whose gradient leaves an expression, or would, were there one."""
+        graph, bits = self.graph, 0
+        sinks = set(self.sinks)
+        for k in group:
+            for value in graph.ops[k].values:
+                if not self.used[value]:
+                    continue
+                outside = any(r not in group for r in graph.readers[value])
+                if outside or value in sinks:
+                    bits |= self.tangent[value]
+        return bits
 
 
-def _reason(eqn: Any) -> str:
-    name = _jax.call_name(eqn) or eqn.primitive.name
-    types = {str(v.aval.dtype) for v in eqn.outvars}
-    if eqn.primitive.name == "stop_gradient":
-        return "stop_gradient"
-    if eqn.primitive.name in _jax.CUSTOM:
-        return f"the custom rule of {name} returns zero"
+def why(op: Op) -> tuple[str, str, str]:
+    """Return the reason for which a gradient ends at an operation, and its words."""
+    eqn, primitive = op.eqn, op.eqn.primitive.name
+    spot = op.path.spots[-1] if op.path.spots else None
+    name = (spot.callee if spot else "") or _jax.call_name(eqn) or primitive
+    if op.held:
+        words = "held constant by stop_gradients"
+        return "held", words, words
+    if op.overwrites:
+        words = "overwritten: a later write replaces all of it"
+        return "overwritten", words, "overwrites it"
+    if op.path.sampler:
+        words = f"sampled by {name}, and a sample has no derivative"
+        return "sampled", words, "sampled"
+    if primitive == "stop_gradient":
+        return "stop_gradient", "stop_gradient, on purpose", ""
     if not any(_jax.is_differentiable(v.aval) for v in eqn.outvars):
-        return f"{name} returns {', '.join(sorted(types))}, which carries no gradient"
-    return f"the derivative of {name} is zero"
+        types = ", ".join(sorted({str(v.aval.dtype) for v in eqn.outvars}))
+        brief = f"returns {types}"
+        if types == "bool":
+            compares = spot is None or spot.is_comparison or not spot.callee
+            called = "only compared: the comparison" if compares else name
+            words = f"{called} returns bool, and a bool carries no gradient"
+            return "comparison", words, brief
+        kind = "integers carry" if "int" in types else f"{types} carries"
+        return "integer", f"{name} {brief}, {kind} no gradient", brief
+    if primitive in _jax.CUSTOM:
+        rule, at = _jax.call_name(eqn), printed_place(_jax.rule_site(eqn))
+        words = f"the custom rule of {rule} returns zero"
+        return "zero_rule", f"{words} ({at})" if at else words, "its rule returns zero"
+    if primitive == "gate":
+        rule = eqn.params["rule"].name
+        if rule == "with_backward":
+            words = "the backward function returns None for it"
+            return "zero_rule", words, "backward returns None"
+        words = f"{name} takes its value and not its derivative, on purpose"
+        return "zero_rule", words, ""
+    words = f"the derivative of {name} is zero almost everywhere"
+    return "zero_derivative", words, "derivative is zero"

@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
-
-import jax
+from typing import Any
 
 import stopgrad_jax._jax as _jax
 
 from .nested import Nested, nested
-from .signature import signature
+from .overwrite import Overwrites
 from .walk import Found, Match, Plan
 
 Bits = int
@@ -46,11 +44,12 @@ class Reach:
 
     def __init__(
         self,
-        dependence: Dependence | None = None,
+        dependence: Dependence,
         held: Callable[[Found], bool] = lambda found: False,
     ) -> None:
-        self._dependence = dependence or Rules()
+        self._dependence = dependence
         self._held = held
+        self._overwrites = Overwrites()
         self._summaries: dict[Any, Summary] = {}
 
     def summary(self, jaxpr: Any, plan: Plan | None = None) -> Summary:
@@ -74,6 +73,7 @@ class Reach:
         env = dict(zip(jaxpr.invars, sources, strict=False))
         matches = {m.index: m for m in plan.matches} if plan else {}
         found: list[Bits] = []
+        overwritten = self._overwrites(jaxpr, plan.consts if plan else ())
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(env, atom) for atom in eqn.invars]
             match = matches.get(index)
@@ -86,6 +86,10 @@ class Reach:
                 # What is written to a reference may be read from it anywhere later.
                 refs = [atom for atom in eqn.invars if _jax.is_ref(atom.aval)]
                 env.update((ref, bits) for ref in refs)
+                continue
+            if index in overwritten and match is None:
+                left = [read(env, atom) for atom in overwritten[index]]
+                env[eqn.outvars[0]] = _union(left)
                 continue
             if match is None:
                 if any(operands):
@@ -170,118 +174,3 @@ def _apply(bits: Bits, sources: Sequence[Bits]) -> Bits:
         out |= sources[low.bit_length() - 1]
         bits ^= low
     return out
-
-
-class Rules:
-    """Asks JAX's own derivative rules which operands a result depends on.
-
-    An equation is differentiated abstractly, once for each signature, and what the
-    tangents of its results are computed from is read off that program. So there is
-    no table of primitives here, and a rule that changes with JAX changes with it.
-    """
-
-    _KEEP = 4096
-    _known: ClassVar[dict[Any, Sequence[Bits]]] = {}
-
-    def __init__(self) -> None:
-        self._here: dict[Any, Sequence[Bits]] = {}
-
-    def __call__(self, eqn: Any) -> Sequence[Bits]:
-        """Return, for each result, the operands its tangent depends on."""
-        # Keys that hold a user's functions or programs live as long as this call.
-        cache = self._here if _jax.inner_jaxprs(eqn) else self._known
-        key = signature(eqn, literals=False)  # a rule cannot see their values
-        if key not in cache:
-            if len(cache) >= self._KEEP:
-                cache.clear()
-            cache[key] = _ask(eqn)
-        return cache[key]
-
-
-def _ask(eqn: Any) -> Sequence[Bits]:
-    moved = [
-        k
-        for k, atom in enumerate(eqn.invars)
-        if not isinstance(atom, _jax.Literal) and _jax.is_differentiable(atom.aval)
-    ]
-    results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
-    if not moved or not results:
-        return [0] * len(eqn.outvars)
-    for ask in (_ask_forward, _ask_reverse, _ask_each):
-        try:
-            return ask(eqn, moved, results)
-        except Exception:  # a rule may raise whatever it likes
-            continue
-    # No rule that works here: JAX will say so if it is ever needed.
-    everything = sum(1 << k for k in moved)
-    return [everything if k in results else 0 for k in range(len(eqn.outvars))]
-
-
-def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
-    def tangents(operands: Any, moves: Any) -> Any:
-        primals = tuple(operands[k] for k in moved)
-        return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
-
-    avals = [_jax.shape_of(atom.aval) for atom in eqn.invars]
-    moves = tuple(avals[k] for k in moved)
-    summary = _flow(tangents, avals, moves)
-    table = [0] * len(eqn.outvars)
-    for k, bits in zip(results, summary, strict=True):
-        table[k] = sum(1 << i for j, i in enumerate(moved) if bits >> j & 1)
-    return table
-
-
-def _ask_each(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
-    """Ask operand by operand: a rule may refuse some of them (with_backward)."""
-    out = [0] * len(eqn.outvars)
-    for k in moved:
-        try:
-            asked = _ask_forward(eqn, [k], results)
-        except Exception:
-            asked = [1 << k if j in results else 0 for j in range(len(out))]
-        out = [old | new for old, new in zip(out, asked, strict=True)]
-    return out
-
-
-def _ask_reverse(eqn: Any, moved: list[int], results: list[int]) -> list[Bits]:
-    def cotangents(operands: Any, moves: Any) -> Any:
-        primals = [operands[k] for k in moved]
-        function = _restricted(eqn, operands, moved, results)
-        return jax.vjp(function, *primals)[1](list(moves))
-
-    avals = [_jax.shape_of(atom.aval) for atom in eqn.invars]
-    moves = tuple(_jax.shape_of(eqn.outvars[k].aval) for k in results)
-    summary = _flow(cotangents, avals, moves)
-    table = [0] * len(eqn.outvars)
-    for i, bits in zip(moved, summary, strict=True):
-        for j, k in enumerate(results):
-            table[k] |= (bits >> j & 1) << i
-    return table
-
-
-def _restricted(
-    eqn: Any, operands: Sequence[Any], moved: list[int], results: list[int]
-) -> Callable[..., list[Any]]:
-    """Return the equation as a function of some operands, with some results."""
-
-    def function(*values: Any) -> list[Any]:
-        everything = list(operands)
-        for k, value in zip(moved, values, strict=True):
-            everything[k] = value
-        out = _jax.bind(eqn, *everything)
-        return [out[k] for k in results]
-
-    return function
-
-
-def _flow(function: Callable[..., Any], operands: Any, moves: Any) -> list[Bits]:
-    """For each result, the moves (as bits) that it is computed from."""
-    jaxpr, _ = _jax.opened(jax.make_jaxpr(function)(operands, moves))
-    skip = len(jaxpr.invars) - len(moves)
-    return [bits >> skip for bits in Reach(_everything).summary(jaxpr).results]
-
-
-def _everything(eqn: Any) -> list[Bits]:
-    if eqn.primitive.name == "custom_lin":
-        raise TypeError("a custom_vjp has no forward rule to read")
-    return [(1 << len(eqn.invars)) - 1] * len(eqn.outvars)

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Address
 
-from .causes import Causes
+from .causes import Analysis
 from .connect import Reach, read
+from .dependence import Rules
+from .graph import Graph
+from .labels import Labels
 from .rewrite import Actions, Rewriter
 from .select import Program
 from .trace import Value
@@ -35,7 +38,7 @@ class Differentiation:
         self._program = program
         self._xs = sorted(x for x in xs if _jax.is_differentiable(program.types[x]))
         self._held = program.targets_of(stops)
-        self._reach = Reach(held=self._is_held)
+        self._reach = Reach(Rules(), self._is_held)
         plan, jaxpr = program.plan, program.traced.jaxpr
         env, found = self._reach.follow(jaxpr, plan, self._sources(self._xs))
         outputs = [read(env, atom) for atom in jaxpr.outvars]
@@ -52,10 +55,20 @@ class Differentiation:
         plan, jaxpr = self._program.plan, self._program.traced.jaxpr
         if not _jax.is_differentiable(self._program.types[x]):
             return f"{self._program.types[x].dtype} carries no gradient"
-        causes = Causes(self._reach, self._is_held)
-        cuts = causes.cuts(jaxpr, plan, self._sources([x]), self._sinks(ys))
-        found = dict.fromkeys(f"{c.reason} ({c.line})" for c in cuts)
-        return ", ".join(found) or "nothing that ys are computed from uses it"
+        graph = Graph(jaxpr, Labels(), plan, self._is_held)
+        values = {
+            "argument": graph.inputs,
+            "output": graph.outputs,
+            "point": graph.found,
+        }
+
+        def at(place: Value) -> list[int]:
+            value = values[place.kind][place.index]
+            return [] if value is None else [value]
+
+        analysis = Analysis(graph, [at(x)], [v for y in ys for v in at(y)])
+        found = [f"{c.words} ({c.place or 'no source'})" for c in analysis.cuts]
+        return ", ".join(dict.fromkeys(found)) or "no y is computed from it"
 
     def gradients(
         self, pairs: Sequence[tuple[Value, Any]], want_value: bool

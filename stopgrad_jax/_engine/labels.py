@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import sysconfig
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class Spot:
     @property
     def position(self) -> tuple[int, int, int, int]:
         """Line, column, end line and end column, in bytes."""
-        return tuple(self.frame[3:])
+        frame = self.frame
+        return frame.line, frame.col, frame.end_line, frame.end_col
 
     @functools.cached_property
     def statement(self) -> Statement | None:
@@ -164,12 +166,32 @@ class Labels:
         return self._users[file]
 
 
+def code_of(fun: Any) -> types.CodeType | None:
+    """Return the code of the function that its author wrote, if it can be found."""
+    for _ in range(32):
+        inner = getattr(fun, "__wrapped__", None) or getattr(fun, "func", None)
+        inner = inner or getattr(fun, "__func__", None)
+        if inner is None:
+            break
+        fun = inner
+    code = getattr(fun, "__code__", None)
+    if code is None and not isinstance(fun, type):
+        code = getattr(type(fun).__call__, "__code__", None)
+    return code if isinstance(code, types.CodeType) else None
+
+
 def _home(fun: Any) -> str:
     """Folder of the outermost package that a function is defined in, or ""."""
-    while hasattr(fun, "__wrapped__") or hasattr(fun, "func"):
-        fun = getattr(fun, "__wrapped__", None) or fun.func
-    module = sys.modules.get((getattr(fun, "__module__", None) or "").split(".")[0])
-    file = getattr(module, "__file__", None)
+    code = code_of(fun)
+    if code is None:
+        return ""
+    module = None
+    for candidate in list(sys.modules.values()):
+        if getattr(candidate, "__file__", None) == code.co_filename:
+            module = candidate
+            break
+    package = (getattr(module, "__name__", None) or "").split(".")[0]
+    file = getattr(sys.modules.get(package), "__file__", None)
     if not file or not os.path.basename(file).startswith("__init__"):
         return ""
     return os.path.join(os.path.dirname(os.path.realpath(file)), "")
@@ -189,3 +211,9 @@ def printed_file(file: str) -> str:
         return file
     relative = os.path.relpath(file)
     return file if relative.startswith(os.pardir) else relative
+
+
+def printed_place(place: str) -> str:
+    """Return `file:line` with the file as it is printed."""
+    file, colon, line = place.rpartition(":")
+    return f"{printed_file(file)}:{line}" if colon else place

@@ -1,0 +1,1 @@
+"""See where gradients flow, and test it."""

@@ -1,0 +1,177 @@
+"""One-line contracts for test-suites: where gradients must flow, and where not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+from stopgrad_jax._address import Address
+from stopgrad_jax._engine.labels import Labels
+from stopgrad_jax._engine.select import listed
+from stopgrad_jax._engine.trace import trace
+from stopgrad_jax._errors import beats, function_name, quoted
+
+from .explain import cuts_of, explain, verdict
+from .flow import looked_at
+from .look import Folded, Look, require_outputs
+from .page import page
+
+P = ParamSpec("P")
+
+
+def assert_gradient(
+    fun: Callable[P, Any], xs: Any, ys: Any = None
+) -> Callable[P, None]:
+    """Assert that a gradient can reach every float leaf of some inputs.
+
+    For a test-suite: `sg.assert_gradient(loss, "params/codebook")(params, x)` fails in
+    the commit that stops its gradient by mistake, and says at which line. Nothing is
+    run, so a gradient that happens to be zero passes.
+
+    Forward: not evaluated.
+    Backward: not evaluated.
+
+    Args:
+      fun: any function that JAX can trace.
+      xs: an address or several.
+      ys: addresses of what is differentiated; `fun`'s output if it is one array.
+
+    Returns:
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`).
+
+    Raises:
+      AssertionError: a leaf gets no gradient; lists each, and explains.
+      AddressError: an address matches nothing.
+      TypeError: `fun` returns several arrays and `ys` does not say which; or nothing
+        in `xs` carries a gradient.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
+        >>> def loss(w, b):
+        ...     return jnp.sum((jnp.round(w) + b) ** 2)
+        >>> sg.assert_gradient(loss, "b")(2.0, 1.0)
+        >>> sg.assert_gradient(loss, "w")(2.0, 1.0)
+        Traceback (most recent call last):
+            ...
+        AssertionError: assert_gradient(loss, 'w')
+        w: expected a gradient, structurally zero ...
+    """
+    return _contract(fun, xs, ys, "assert_gradient", _without)
+
+
+def assert_no_gradient(
+    fun: Callable[P, Any], xs: Any, ys: Any = None
+) -> Callable[P, None]:
+    """Assert that no gradient can reach any leaf of some inputs.
+
+    For targets, teachers and baselines: what must not learn from this loss.
+
+    Forward: not evaluated.
+    Backward: not evaluated.
+
+    Args:
+      fun: any function that JAX can trace.
+      xs: an address or several.
+      ys: addresses of what is differentiated; `fun`'s output if it is one array.
+
+    Returns:
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`).
+
+    Raises:
+      AssertionError: a leaf gets a gradient; lists each, and the way it takes.
+      AddressError: an address matches nothing.
+      TypeError: `fun` returns several arrays and `ys` does not say which.
+
+    Example:
+        >>> import jax, stopgrad_jax as sg
+        >>> def loss(w, target):
+        ...     return (w - jax.lax.stop_gradient(target)) ** 2
+        >>> sg.assert_no_gradient(loss, "target")(2.0, 1.0)
+        >>> sg.assert_no_gradient(loss, "w")(2.0, 1.0)
+        Traceback (most recent call last):
+            ...
+        AssertionError: assert_no_gradient(loss, 'w')
+        w: expected none, gets a gradient ...
+    """
+    return _contract(fun, xs, ys, "assert_no_gradient", _with)
+
+
+def _contract(
+    fun: Callable[P, Any],
+    xs: Any,
+    ys: Any,
+    name: str,
+    broken: Callable[[Look], tuple[list[Folded], str]],
+) -> Callable[P, None]:
+    called = f"{name}({function_name(fun)}, {xs!r:.80})"
+    wanted = listed(xs, called, "xs")
+    asked = None if ys is None else listed(ys, called, "ys")
+
+    @functools.wraps(fun)
+    def check(*args: P.args, **kwargs: P.kwargs) -> None:
+        traced = trace(fun, args, kwargs)
+        look = looked_at(traced, Labels(fun), wanted, asked, called)
+        require_outputs(look)
+        _require_one_output(look, called, asked)
+        _require_leaves(look, called, wanted)
+        rows, expected = broken(look)
+        if rows:
+            # Deep in the library: the test's author wants to see the message alone.
+            __tracebackhide__ = True
+            lines = [f"{row.path}: {expected}{_because(look, row)}" for row in rows]
+            text = page(explain(look)).plain
+            raise AssertionError("\n".join([called, *lines, "", text]))
+
+    return check
+
+
+def _without(look: Look) -> tuple[list[Folded], str]:
+    """The rows that get no gradient."""
+    rows = [r for r in look.asked if r.bits and look.verdict(r.bits) != "flows"]
+    return rows, "expected a gradient, structurally zero"
+
+
+def _with(look: Look) -> tuple[list[Folded], str]:
+    """The rows that get a gradient."""
+    zero = ("cut", "unused")
+    rows = [r for r in look.asked if r.bits and look.verdict(r.bits) not in zero]
+    return rows, "expected none, gets a gradient"
+
+
+def _because(look: Look, row: Folded) -> str:
+    word = look.verdict(row.bits)
+    if word == "cut":
+        cuts = dict.fromkeys(f"{c.words}: {c.place}" for c in cuts_of(look, row))
+        return f" ({'; '.join(cuts)})" if cuts else ""
+    if word == "unused":
+        return " (the output is not computed from it)"
+    if word == "unknown":
+        return f" ({verdict(look, row)})"
+    return ""
+
+
+def _require_one_output(look: Look, called: str, ys: Sequence[Address] | None) -> None:
+    names = [name for name, _ in look.outputs]
+    if ys is None and len(names) > 1:
+        raise TypeError(
+            beats(
+                called,
+                f"{look.traced.name} must return one array, or ys must say which",
+                f"{len(names)} arrays: {quoted(names)}",
+                f'ys="{names[0]}" for one, ys="return" for all',
+            )
+        )
+
+
+def _require_leaves(look: Look, called: str, xs: Sequence[Address]) -> None:
+    if not any(row.bits for row in look.asked):
+        kinds = {str(leaf.aval.dtype) for row in look.asked for leaf in row.leaves}
+        raise TypeError(
+            beats(
+                called,
+                "xs must hold a value that carries a gradient",
+                f"{quoted(xs)}, which has {', '.join(sorted(kinds)) or 'no array'}",
+                "the address of a float",
+            )
+        )

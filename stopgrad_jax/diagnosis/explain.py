@@ -1,0 +1,214 @@
+"""Where a gradient goes and why it ends: the verdict, the way and each cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.causes import Cut
+from stopgrad_jax._engine.graph import Op
+
+from .look import Folded, Look
+from .page import Part
+
+_ZERO = "gradient is exactly zero."
+
+
+def explain(look: Look) -> Iterator[list[Part]]:
+    """Explain the gradient of everything that a look is at."""
+    for number, row in enumerate(look.asked):
+        if number:
+            yield []
+        yield from _row(look, row)
+
+
+def verdict(look: Look, row: Folded) -> str:
+    """Return one sentence on an input's gradient."""
+    name = f"{row.path} ({row.size})"
+    if not row.bits:
+        kinds = ", ".join(sorted({str(leaf.aval.dtype) for leaf in row.leaves}))
+        return f"{name}: carries no gradient, since it is {kinds}."
+    word = look.verdict(row.bits)
+    if word == "unused":
+        return f"{name}: {_ZERO} {_output(look)} is not computed from it."
+    if word == "cut":
+        return f"{name}: {_ZERO} Every path to {_output(look).lower()} is cut."
+    if word == "unknown":
+        ops = look.analysis.on_the_way(row.bits, "unknown")
+        places = ", ".join(dict.fromkeys(map(_unknown, ops)))
+        return (
+            f"{name}: unknown. On every path is an operation without a rule: {places}."
+        )
+    through = _through(look, row)
+    if row.bits & ~look.analysis.unmasked:
+        ops = look.analysis.on_the_way(row.bits, "masks")
+        names = list(dict.fromkeys(map(_mask, ops)))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        masks = ", ".join(names[:3]) + more
+        return f"{name}: connected{through}; may be zero at some inputs: {masks}."
+    return f"{name}: gets a gradient{through}."
+
+
+def _output(look: Look) -> str:
+    if len(look.outputs) == 1 and look.outputs[0][0] != "output":
+        return look.outputs[0][0]
+    return "The output" if len(look.outputs) == 1 else "The outputs"
+
+
+def _through(look: Look, row: Folded) -> str:
+    names = [name for name, _ in look.terms]
+    reached = [
+        name
+        for name, word in zip(names, look.cells(row.bits), strict=True)
+        if word == "flows"
+    ]
+    if not names or not reached:
+        return ""
+    if len(reached) == len(names):
+        return f", through {listed(reached)}"
+    return f", through {listed(reached)} only"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def _named(op: Op) -> str:
+    spot = op.path.spots[-1] if op.path.spots else None
+    name = (spot.callee if spot else "") or _jax.call_name(op.eqn)
+    return name or op.eqn.primitive.name
+
+
+def _mask(op: Op) -> str:
+    spot = op.path.spots[-1] if op.path.spots else None
+    return f"{_named(op)}, line {spot.frame.line}" if spot else _named(op)
+
+
+def _unknown(op: Op) -> str:
+    spot = op.path.spots[-1] if op.path.spots else None
+    return f"{_named(op)} ({spot.place})" if spot else _named(op)
+
+
+def _row(look: Look, row: Folded) -> Iterator[list[Part]]:
+    head, _, rest = verdict(look, row).partition(": ")
+    word = look.verdict(row.bits) if row.bits else "unused"
+    style = {"flows": "flow", "cut": "cut"}.get(word, "bold")
+    yield [(head, "bold"), (": ", ""), (rest, style)]
+    if not row.bits:
+        return
+    before = look.way(row.bits)
+    if word == "flows":
+        yield from _flowing(look, before)
+    cuts = cuts_of(look, row)
+    if cuts:
+        yield []
+    for number, cut in enumerate(cuts, 1):
+        yield from _numbered(look, row, number, cut, before)
+    if word in ("cut", "unused"):
+        yield []
+        zeros = f"jax.grad returns zeros of the right shape for {row.path}"
+        yield [(f"  {zeros}, not None and not an error.", "")]
+        for line in dict.fromkeys(map(_advice, cuts)):
+            if line:
+                yield [(f"  {line}", "")]
+    elif cuts:
+        cells = zip(look.terms, look.cells(row.bits), strict=True)
+        lost = [name for (name, _), cell in cells if cell == "cut"]
+        if lost:
+            verb = "do" if lost[1:] else "does"
+            yield []
+            yield [(f"  So {listed(lost)} {verb} not train {row.path}.", "")]
+
+
+def cuts_of(look: Look, row: Folded) -> list[Cut]:
+    """The cuts of an input's gradient; comparisons only if there are no others."""
+    cuts = [cut for cut in look.analysis.cuts if cut.lost & row.bits]
+    loud = [cut for cut in cuts if not cut.is_quiet]
+    return loud or (cuts if look.verdict(row.bits) == "cut" else [])
+
+
+def _flowing(look: Look, before: dict[int, Any]) -> Iterator[list[Part]]:
+    for value in look.analysis.sinks:
+        if value in before:
+            steps = [look.step(k) for k in look.steps_to(value, before)]
+            names = [
+                f"{s.label} ({s.site.file}:{s.site.line})" if s.site else s.label
+                for s in steps
+            ]
+            if len(names) > 8:
+                names = [*names[:3], f"... {len(names) - 6} steps ...", *names[-3:]]
+            if names:
+                yield [("  ┃ ", "flow"), (" → ".join(names), "flow")]
+            return
+
+
+def _numbered(
+    look: Look, row: Folded, number: int, cut: Cut, before: dict[int, Any]
+) -> Iterator[list[Part]]:
+    yield [(f"  {number}. {cut.words}", "cut")]
+    spot = cut.spot
+    way = " → ".join([row.path, *_labels(look, cut, before)])
+    if spot is None:
+        yield [(f"     {way} ends here", "cut")]
+        return
+    function = spot.function.split(".<locals>.")[-1]
+    yield [(f"     --> {spot.place} in {function}()", "dim")]
+    line, col, end_line, end_col = spot.position
+    rows = spot.source.rows(line, line) if spot.is_current else []
+    if not rows:
+        yield [(f"         {spot.expression} {way} ends here".rstrip(), "cut")]
+        return
+    text = rows[0][1]
+    start = spot.source.column(line, col)
+    end = spot.source.column(line, end_col) if end_line == line else len(text)
+    indent = len(text) - len(text.lstrip())
+    gutter = " " * (max(0, 4 - len(str(line)))) + str(line)
+    yield [(f"      {gutter} | ", "dim"), (text[indent:], "")]
+    marks = " " * (start - indent) + "^" * max(1, end - start)
+    yield [
+        (f"      {' ' * len(gutter)} | ", "dim"),
+        (f"{marks} {way} ends here", "cut"),
+    ]
+
+
+def _labels(look: Look, cut: Cut, before: dict[int, Any]) -> list[str]:
+    """Names of the steps between an input and a cut of its gradient."""
+    sources = [
+        s
+        for k in cut.ops
+        for v in look.graph.ops[k].values
+        for s in look.graph.feeds[v]
+        if s in before
+    ]
+    # The last of them: the way to what the expression is finally called on.
+    inside = {v for k in cut.ops for v in look.graph.ops[k].values}
+    outside = [s for s in sources if s not in inside] or sources
+    if not outside:
+        return []
+    own = look.number_of(cut.op)
+    steps = [k for k in look.steps_to(outside[-1], before) if k != own]
+    names = [look.step(k).label for k in steps]
+    return names if len(names) <= 6 else [*names[:2], "...", *names[-3:]]
+
+
+_CALL = re.compile(r"[\w.]+\(([\w.]+)\)")
+
+
+def _advice(cut: Cut) -> str:
+    """Say how to pass a gradient where nobody meant to end it."""
+    if cut.reason not in ("zero_derivative", "integer"):
+        return ""
+    keep = (
+        "To keep the forward value and pass a gradient, use a straight-through rule: "
+    )
+    spot = cut.spot
+    expression = spot.expression if spot else ""
+    call = _CALL.fullmatch(expression)
+    if cut.reason == "zero_derivative" and call:
+        function = expression[: expression.index("(")]
+        if function.split(".")[-1] == (spot.callee if spot else ""):
+            return f"{keep}sg.straight_through({function})({call[1]})."
+    return f"{keep}sg.straight_through(forward, backward)(x)."

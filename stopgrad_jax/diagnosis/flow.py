@@ -1,0 +1,340 @@
+"""`flow`: see which input trains which part of a loss, and where gradients end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+import stopgrad_jax._address as _address
+from stopgrad_jax._address import Address
+from stopgrad_jax._engine.labels import Labels, code_of, printed_file
+from stopgrad_jax._engine.select import listed
+from stopgrad_jax._engine.trace import Traced, trace
+from stopgrad_jax._errors import AddressError, function_name
+
+from .drawing import Drawing
+from .explain import explain
+from .look import Look, require_outputs
+from .model import Box, Edge, Picture, Site, Step
+from .page import Page, page
+from .source import source
+from .steps import site_of
+from .table import table
+
+P = ParamSpec("P")
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A row of the table.
+
+    `status` and the values of `terms` are "flows", "cut", "unused" or "unknown"; the
+    status of what nobody differentiates by is "data".
+    """
+
+    path: str
+    type: str
+    values: int
+    status: str
+    terms: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class CutSite:
+    """A place at which gradients end: why, in words, where, and those of which inputs.
+
+    `reason` is "stop_gradient", "zero_derivative", "integer", "comparison", "sampled",
+    "zero_rule" or "overwritten".
+    """
+
+    reason: str
+    words: str
+    site: Site | None
+    inputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class View(Drawing):
+    """A part of a flow; printed, it explains what is drawn."""
+
+    picture: Picture
+    text: Page
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Flow(Drawing):
+    """Where the gradient of a function flows. Printed, it is a table.
+
+    Attributes:
+      name: the function's; `place` is `file:line`.
+      ops: how many operations were looked at.
+      inputs: the rows of the table; `terms` names its columns.
+      outputs: names of what is differentiated.
+      steps: the user's statements; `edges` and `boxes` hold them together.
+      cuts: where gradients end although values go on.
+    """
+
+    name: str
+    place: str
+    ops: int
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    terms: tuple[str, ...]
+    steps: tuple[Step, ...]
+    edges: tuple[Edge, ...]
+    boxes: tuple[Box, ...]
+    cuts: tuple[CutSite, ...]
+    _look: Look = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def picture(self) -> Picture:  # type: ignore[override]
+        """What is drawn."""
+        title = f"gradient flow of {self.name}"
+        return Picture(title, self.steps, self.edges, self.boxes)
+
+    @property
+    def alt(self) -> str:
+        """The picture in a sentence, for who cannot see it."""
+        words = [f"{i.path} {i.status}" for i in self.inputs if i.status != "data"]
+        return f"{self.picture.title}: {', '.join(words)}; {len(self.cuts)} cuts"
+
+    @property
+    def text(self) -> Page:  # type: ignore[override]
+        """The table."""
+        count = len({_statement(g) for g in self._look.grouping.groups})
+        return page(table(self._look, self.place, count, self.ops))
+
+    def source(self) -> Page:
+        """Return the user's own source with the gradient drawn in its margin."""
+        return page(source(self._look))
+
+    def explain(self, address: Address | None = None) -> Page:
+        """Say where the gradient of an input goes, and where and why it ends.
+
+        Args:
+          address: an argument, a named point, a variable, or None for every input.
+
+        Raises:
+          AddressError: it matches nothing.
+        """
+        called = f"flow.explain({address!r})"
+        look = self._look if address is None else self._at([address], None, called)
+        return page(explain(look))
+
+    def focus(self, address: Address) -> View:
+        """Return the part of the graph that one input or value reaches."""
+        look = self._at([address], None, f"flow.focus({address!r})")
+        title = f"gradient of {self.name} with respect to {_spelled(address)}"
+        return View(_reached(look, title), page(explain(look)))
+
+    def between(self, a: Address, b: Address) -> View:
+        """Return the part of the graph between two values."""
+        look = self._at([a], [b], f"flow.between({a!r}, {b!r})")
+        title = f"gradient of {_spelled(b)} with respect to {_spelled(a)}"
+        return View(_reached(look, title), page(explain(look)))
+
+    def connected(self, x: Address, y: Address | None = None) -> bool:
+        """Tell whether any gradient of `y` (all outputs, if None) comes to `x`."""
+        called = f"flow.connected({x!r}, {y!r})"
+        look = self._at([x], None if y is None else [y], called)
+        return any(look.verdict(r.bits) in ("flows", "unknown") for r in look.asked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values; `version` is that of the format."""
+        fields = dataclasses.fields(self)
+        plain = {f.name: getattr(self, f.name) for f in fields if f.name[0] != "_"}
+        return {"version": 1, **{key: _plain(value) for key, value in plain.items()}}
+
+    def _at(
+        self, xs: Sequence[Address], ys: Sequence[Address] | None, called: str
+    ) -> Look:
+        old = self._look
+        ys = old.ys if ys is None else ys
+        return looked_at(old.traced, old.labels, xs, ys, called, old.internals, old)
+
+    def _pages(self) -> list[Page]:
+        return [self.text, self.source(), self.explain()]
+
+
+def flow(
+    fun: Callable[P, Any],
+    xs: Any = None,
+    ys: Any = None,
+    *,
+    internals: bool = False,
+) -> Callable[P, Flow]:
+    """See where the gradient of a function flows, where it ends, and why.
+
+    `jax.grad` returns zeros for what does not train; this tells a zero that no input
+    can change from one that happens to be, and names the line. Nothing is run.
+
+    Forward: not evaluated.
+    Backward: not evaluated; JAX's own derivative rules are asked what depends on what.
+
+    Args:
+      fun: any function that JAX can trace.
+      xs: an address or several: what is differentiated by. All arguments, if not given;
+        otherwise the others count as data.
+      ys: addresses of the outputs that are differentiated; all, if not given.
+      internals: show the statements of the functions it calls too.
+
+    Returns:
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`) that returns a
+      `Flow`: print it; see its `source()`, `explain(address)`, `focus(address)`.
+
+    Raises:
+      AddressError: an address matches nothing.
+      TypeError: `fun` returns nothing that can be differentiated.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
+        >>> def loss(w, b):
+        ...     return jnp.sum(jnp.round(w) + b)
+        >>> w = jax.ShapeDtypeStruct((3,), jnp.float32)
+        >>> flow = sg.flow(loss)(w, w)
+        >>> [(i.path, i.status) for i in flow.inputs]
+        [('w', 'cut'), ('b', 'flows')]
+        >>> flow.cuts[0].words
+        'the derivative of round is zero almost everywhere'
+    """
+    called = f"flow({function_name(fun)})"
+    wanted = None if xs is None else listed(xs, called, "xs")
+    asked = None if ys is None else listed(ys, called, "ys")
+
+    @functools.wraps(fun)
+    def flow_of(*args: P.args, **kwargs: P.kwargs) -> Flow:
+        traced = trace(fun, args, kwargs)
+        look = looked_at(traced, Labels(fun), wanted, asked, called, internals)
+        require_outputs(look)
+        return _made(look, fun)
+
+    return flow_of
+
+
+def looked_at(
+    traced: Traced,
+    labels: Labels,
+    xs: Sequence[Address] | None,
+    ys: Sequence[Address] | None,
+    called: str,
+    internals: bool = False,
+    base: Look | None = None,
+) -> Look:
+    """Look at a function; a string that is nothing else may be a variable's name."""
+
+    def look(variables: bool) -> Look:
+        def read(addresses: Any) -> Any:
+            if addresses is None or not variables:
+                return addresses
+            return [_as_variable(a, traced) for a in addresses]
+
+        return Look(traced, labels, read(xs), read(ys), called, internals, base)
+
+    try:
+        return look(False)
+    except AddressError:
+        strings = [a for a in (*(xs or ()), *(ys or ())) if isinstance(a, str)]
+        if not strings:
+            raise
+        try:
+            return look(True)
+        except AddressError:
+            pass
+        raise
+
+
+def _as_variable(address: Address, traced: Traced) -> Address:
+    if not isinstance(address, str):
+        return address
+    head = address.split("/")[0]
+    known = head in traced.arguments or head == "return" or head.isdigit()
+    return address if known else _address.Var(address)
+
+
+def _made(look: Look, fun: Any) -> Flow:
+    layout, grouping = look.layout, look.grouping
+    inputs = []
+    names = [name for name, _ in look.terms]
+    for row in look.rows:
+        cells = {} if row.data else dict(zip(names, look.cells(row.bits), strict=True))
+        status = "data" if row.data else look.verdict(row.bits)
+        inputs.append(Input(row.path, row.size, row.count, status, cells))
+    cuts = []
+    for cut in look.cuts:
+        origin = "library" if cut.path.library else "user"
+        site = site_of(cut.spot, origin) if cut.spot else None
+        lost = tuple(row.path for row in look.rows if row.bits & cut.lost)
+        cuts.append(CutSite(cut.reason, cut.words, site, lost))
+    return Flow(
+        function_name(fun),
+        _place(look, fun),
+        sum(not op.join and not op.held for op in look.graph.ops),
+        tuple(inputs),
+        tuple(name for name, _ in look.outputs),
+        tuple(names),
+        layout.steps,
+        layout.edges,
+        layout.boxes,
+        tuple(cuts),
+        look,
+    )
+
+
+def _place(look: Look, fun: Any) -> str:
+    """`file:line` of a function's definition, or ""."""
+    code = code_of(fun)
+    return f"{printed_file(code.co_filename)}:{code.co_firstlineno}" if code else ""
+
+
+def _statement(group: Any) -> Any:
+    """What tells statements apart: several steps may be parts of one."""
+    statement = group.statement
+    if statement is None or group.spot is None:
+        return id(group)
+    return group.prefix, group.spot.frame.file, statement.line, statement.label
+
+
+def _reached(look: Look, title: str) -> Picture:
+    """Only what the inputs that were asked for reach, and what is used."""
+    layout, analysis = look.layout, look.analysis
+    reached = {
+        layout.step_of[v] for v in range(len(layout.step_of)) if analysis.value[v]
+    }
+    outputs = {s.id for s in layout.steps if s.kind == "output"}
+    kept = [s for s in layout.steps if s.id in reached or s.id in outputs]
+    kept = [s for s in kept if not s.data]
+    number = {s.id: k for k, s in enumerate(kept)}
+    boxes = {s.box for s in kept if s.box is not None}
+    parents = {box.id: box.parent for box in layout.boxes}
+    for box in list(boxes):
+        while (box := parents[box]) is not None:
+            boxes.add(box)
+    shown = [box for box in layout.boxes if box.id in boxes]
+    renamed: dict[int | None, int] = {box.id: k for k, box in enumerate(shown)}
+    steps = [
+        dataclasses.replace(s, id=number[s.id], box=renamed.get(s.box)) for s in kept
+    ]
+    edges = [
+        dataclasses.replace(e, source=number[e.source], target=number[e.target])
+        for e in layout.edges
+        if e.source in number and e.target in number
+    ]
+    frames = [
+        dataclasses.replace(b, id=renamed[b.id], parent=renamed.get(b.parent))
+        for b in shown
+    ]
+    return Picture(title, tuple(steps), tuple(edges), tuple(frames))
+
+
+def _spelled(address: Address) -> str:
+    return address if isinstance(address, str) else str(address)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    return value

@@ -1,0 +1,112 @@
+"""Text with a style on each part: plain, coloured for a terminal, or HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+Part = tuple[str, str]  # text, style
+
+_ANSI = {
+    "flow": "1;34",
+    "cut": "1;33",
+    "gate": "33",
+    "replace": "35",
+    "dim": "2",
+    "bold": "1",
+}
+_CSS = {
+    "flow": "color:#0072B2;font-weight:bold",
+    "cut": "color:#B34E00;font-weight:bold",
+    "gate": "color:#8A5A00",
+    "replace": "color:#7B3294",
+    "dim": "color:#6e6e6e",
+    "bold": "font-weight:bold",
+}
+_ASCII = str.maketrans({"┃": "|", "╳": "x", "┊": ":", "→": ">", "·": "-"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Lines of styled text.
+
+    Printed, it is coloured on a terminal (unless `NO_COLOR` is set) and plain anywhere
+    else; where the stream cannot encode the bars of the margin they are ASCII.
+    """
+
+    lines: tuple[tuple[Part, ...], ...]
+
+    @property
+    def plain(self) -> str:
+        """The text without any style."""
+        rows = ("".join(text for text, _ in line).rstrip() for line in self.lines)
+        return "\n".join(rows)
+
+    def __str__(self) -> str:
+        stream = sys.stdout
+        coloured = _is_terminal(stream) and not os.environ.get("NO_COLOR")
+        text = self.ansi if coloured else self.plain
+        try:
+            text.encode(getattr(stream, "encoding", None) or "utf-8")
+        except (UnicodeEncodeError, LookupError):
+            text = text.translate(_ASCII)
+        return text
+
+    __repr__ = __str__
+
+    @property
+    def ansi(self) -> str:
+        """The text with a terminal's colours."""
+
+        def part(text: str, style: str) -> str:
+            code = _ANSI.get(style)
+            return f"\x1b[{code}m{text}\x1b[0m" if code and text.strip() else text
+
+        return "\n".join("".join(part(*p) for p in line) for line in self.lines)
+
+    @property
+    def html(self) -> str:
+        """The text as HTML."""
+
+        def part(text: str, style: str) -> str:
+            css = _CSS.get(style)
+            text = html.escape(text)
+            return f'<span style="{css}">{text}</span>' if css else text
+
+        rows = ("".join(part(*p) for p in line) for line in self.lines)
+        return "<pre>" + "\n".join(rows) + "</pre>"
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        return Text.from_ansi(self.ansi)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def page(lines: Iterable[Iterable[Part] | str]) -> Page:
+    """Make a page of lines; a bare string has no style. Control characters are shown."""
+    made = []
+    for line in lines:
+        parts = [(line, "")] if isinstance(line, str) else line
+        made.append(tuple((_visible(text), style) for text, style in parts))
+    return Page(tuple(made))
+
+
+def _visible(text: str) -> str:
+    """Source text may hold anything; a terminal must not obey it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

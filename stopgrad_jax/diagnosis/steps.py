@@ -1,0 +1,315 @@
+"""From groups of operations to steps, edges and boxes: what is drawn and printed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.causes import Analysis
+from stopgrad_jax._engine.graph import Value
+from stopgrad_jax._engine.labels import Path, Spot
+from stopgrad_jax._errors import type_of
+
+from .grouping import Group, Grouping, Prefix
+from .model import Box, Edge, Site, Step
+
+# How much an edge says; the first of several is drawn.
+_STATUS = ("flow", "replace", "gate", "cut", "shadow", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An input as it is shown: a subtree whose leaves all fare alike."""
+
+    path: str
+    type: str
+    values: tuple[Value, ...]
+    data: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The steps of a flow and how they hang together.
+
+    `step_of[v]` is the step that makes value v, or -1; `rows[i]` is step i.
+    """
+
+    steps: tuple[Step, ...]
+    edges: tuple[Edge, ...]
+    boxes: tuple[Box, ...]
+    step_of: Sequence[int]
+    groups: Sequence[Group]
+    first: int  # the number of the first group's step
+
+
+def site_of(spot: Spot, origin: str = "user") -> Site:
+    """Return where an expression is, in plain values."""
+    line, col, end_line, end_col = spot.position
+    source = spot.source
+    return Site(
+        spot.file,
+        line,
+        source.column(line, col),
+        end_line,
+        source.column(end_line, end_col),
+        spot.function,
+        spot.expression,
+        origin,
+    )
+
+
+def lay_out(
+    analysis: Analysis,
+    grouping: Grouping,
+    rows: Sequence[Row],
+    outputs: Sequence[tuple[str, Sequence[Value]]],
+) -> Layout:
+    """Make the steps of inputs, groups and outputs, and the edges between them."""
+    graph, groups = analysis.graph, grouping.groups
+    step_of = [-1] * len(graph.maker)
+    for number, row in enumerate(rows):
+        for value in row.values:
+            step_of[value] = number
+    for k, op in enumerate(graph.ops):
+        if grouping.group_of[k] >= 0:
+            for value in op.values:
+                step_of[value] = len(rows) + grouping.group_of[k]
+    boxes = _Boxes()
+    steps = [_input(k, row, analysis) for k, row in enumerate(rows)]
+    for group in groups:
+        steps.append(_step(len(steps), group, analysis, grouping, boxes))
+    edges = _edges(analysis, grouping, steps, step_of)
+    for label, values in outputs:
+        number = len(steps)
+        kinds = dict.fromkeys(type_of(graph.avals[v]) for v in values)
+        steps.append(Step(number, "output", label, ", ".join(kinds), flows=True))
+        for value in values:
+            if step_of[value] >= 0:
+                status = "flow" if analysis.tangent[value] else "value"
+                edges.setdefault((step_of[value], number), status)
+    drawn = tuple(Edge(a, b, status) for (a, b), status in edges.items())
+    return Layout(tuple(steps), drawn, tuple(boxes.made), step_of, groups, len(rows))
+
+
+def _input(number: int, row: Row, analysis: Analysis) -> Step:
+    flows = any(analysis.arrives[v] and analysis.tangent[v] for v in row.values)
+    return Step(number, "input", row.path, row.type, flows=flows, data=row.data)
+
+
+class _Boxes:
+    def __init__(self) -> None:
+        self.made: list[Box] = []
+        self._known: dict[Any, int] = {}
+
+    def inside(self, path: Prefix, group: Group, outside: int) -> int | None:
+        """Return the number of the box of a group, made with those around it."""
+        number = None
+        for depth in range(outside + 1, len(path) + 1):
+            inner = path[depth] if depth < len(path) else group.spot
+            key = (path[:depth], inner.function if inner else "")
+            if key not in self._known:
+                self._known[key] = len(self.made)
+                label = f"{short(inner.function)}()" if inner else ""
+                site = site_of(path[depth - 1])
+                self.made.append(Box(len(self.made), label, site, number))
+            number = self._known[key]
+        return number
+
+
+def short(function: str) -> str:
+    """Name a function without what it is defined in; `Net()` for `Net.__call__`."""
+    parts = [part for part in function.split(".") if part != "<locals>"]
+    if parts[-1] == "__call__" and len(parts) > 1:
+        parts.pop()
+    return parts[-1].strip("<>")
+
+
+def _step(
+    number: int, group: Group, analysis: Analysis, grouping: Grouping, boxes: _Boxes
+) -> Step:
+    graph = analysis.graph
+    values = [v for k in group.ops for v in graph.ops[k].values]
+    mine = set(group.ops)
+    sinks = set(analysis.sinks)
+    leaving = [
+        v
+        for v in values
+        if v in sinks
+        or any(r not in mine and grouping.group_of[r] >= 0 for r in graph.readers[v])
+    ]
+    kinds = {
+        type_of(graph.avals[v]) for v in leaving if hasattr(graph.avals[v], "dtype")
+    }
+    special = group.special
+    last = graph.ops[group.ops[-1]]
+    kind = special.kind if special and special.kind != "name" else "step"
+    label, detail = _label(group, grouping.root, last)
+    if special:
+        brief = special.cut and special.cut.brief
+        detail = brief or special.detail or detail
+    same = (last.path, last.eqn.primitive)
+    repeat = sum(
+        (graph.ops[k].path, graph.ops[k].eqn.primitive) == same for k in group.ops
+    )
+    return Step(
+        number,
+        kind,
+        label,
+        kinds.pop() if len(kinds) == 1 else "",
+        _callee(group, [graph.ops[k].path for k in group.ops], kind),
+        detail,
+        _site(group, last.path),
+        repeat if group.statement else 1,
+        boxes.inside(group.prefix, group, grouping.root),
+        special.cut.reason if special and special.cut else "",
+        any(analysis.arrives[v] and analysis.tangent[v] for v in values),
+    )
+
+
+def _site(group: Group, path: Path) -> Site | None:
+    """The part, or the whole statement that a group is."""
+    if group.spot is None:
+        return None
+    origin = "library" if path.library else "user"
+    site, statement = site_of(group.spot, origin), group.statement
+    if group.special or statement is None:
+        return site
+    source = group.spot.source
+    last = source.rows(statement.end_line, statement.end_line)
+    end = len(last[0][1]) if last else 0
+    first = source.rows(statement.line, statement.line)
+    start = len(first[0][1]) - len(first[0][1].lstrip()) if first else 0
+    text = " ".join(
+        row.strip() for _, row in source.rows(statement.line, statement.end_line)
+    )
+    return dataclasses.replace(
+        site,
+        line=statement.line,
+        col=start,
+        end_line=statement.end_line,
+        end_col=end,
+        expr=text,
+    )
+
+
+def _label(group: Group, root: int, last: Any) -> tuple[str, str]:
+    """Name a step: by its point, its variable, or what it calls."""
+    special, statement, spot = group.special, group.statement, group.spot
+    whole = (
+        statement is not None
+        and spot is not None
+        and (special is None or statement.value == spot.position)
+    )
+    if special and (special.kind == "name" or not whole):
+        return special.label, ""
+    if spot is None or statement is None:
+        name = _jax.call_name(last.eqn) or last.eqn.primitive.name
+        return (spot.callee if spot else "") or name, ""
+    if statement.kind == "return" and group.prefix[root:]:
+        outer = group.prefix[-1]
+        above = outer.statement
+        returned = f"returned by {short(spot.function)}()"
+        if above and above.value == outer.position and above.targets:
+            return above.label, returned
+        return "return", returned
+    return statement.label, ""
+
+
+def _callee(group: Group, paths: Sequence[Path], kind: str) -> str:
+    """Name the one function that a step calls and that stays folded."""
+    if kind != "step" or group.spot is None:
+        return ""
+    depth = len(group.prefix)
+    inside = {p.spots[depth + 1].function for p in paths if len(p.spots) > depth + 1}
+    if len(inside) == 1:
+        return f"{short(inside.pop())}()"
+    statement = group.statement
+    if not inside and statement and statement.value and any(p.library for p in paths):
+        name = group.spot.source.callee(statement.value)
+        return f"{name}()" if name else ""
+    return ""
+
+
+def _edges(
+    analysis: Analysis,
+    grouping: Grouping,
+    steps: Sequence[Step],
+    step_of: Sequence[int],
+) -> dict[tuple[int, int], str]:
+    graph, out = analysis.graph, dict[tuple[int, int], str]()
+    cut_ops = {k for s in grouping.specials if s.cut for k in (s.cut.op,)}
+    for k, op in enumerate(graph.ops):
+        if grouping.group_of[k] < 0:
+            continue
+        target = step_of[op.values[0]]
+        for value in op.values:
+            if not analysis.used[value]:
+                continue
+            tangents = set(graph.grads[value])
+            for source in graph.feeds[value]:
+                origin = step_of[source]
+                if origin in (-1, target):
+                    continue
+                status = _status(
+                    analysis,
+                    source,
+                    value,
+                    source in tangents,
+                    k in cut_ops,
+                    steps[target].kind,
+                )
+                old = out.get((origin, target), "value")
+                out[origin, target] = min(old, status, key=_STATUS.index)
+    return out
+
+
+def _status(
+    analysis: Analysis, source: Value, value: Value, passes: bool, cut: bool, kind: str
+) -> str:
+    if not analysis.tangent[source]:
+        return "value"
+    if not passes:
+        return "cut" if cut else "value"
+    if analysis.arrives[value]:
+        return kind if kind in ("replace", "gate") else "flow"
+    return "cut" if kind == "cut" else "shadow"
+
+
+def terms(layout: Layout, output: int) -> list[int]:
+    """Return the nearest steps above an output into which the gradient splits."""
+    before: dict[int, list[int]] = {}
+    for edge in layout.edges:
+        if edge.status in ("flow", "gate", "replace"):
+            before.setdefault(edge.target, []).append(edge.source)
+    at, seen = output, {output}
+    while True:
+        above = before.get(at, [])
+        named = [s for s in above if layout.steps[s].kind != "input"]
+        if len(above) >= 2 and len(named) >= 2:
+            return sorted(named) if _independent(named, before) else []
+        if len(above) != 1 or not named or named[0] in seen:
+            return []
+        at = named[0]
+        seen.add(at)
+
+
+def _independent(steps: Sequence[int], before: dict[int, list[int]]) -> bool:
+    """Tell whether none of the steps is computed from another one."""
+    wanted = set(steps)
+    for step in steps:
+        waiting, seen = list(before.get(step, ())), set[int]()
+        while waiting:
+            at = waiting.pop()
+            if at in wanted:
+                return False
+            if at not in seen:
+                seen.add(at)
+                waiting += before.get(at, ())
+    return True
+
+
+def leaves_of(rows: Iterable[Row]) -> list[Value]:
+    """All values of these rows."""
+    return [value for row in rows for value in row.values]

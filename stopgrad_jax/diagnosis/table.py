@@ -1,0 +1,92 @@
+"""The table of a flow: which input trains which term, and where gradients end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .look import Look
+from .page import Part
+
+_STYLE = {"flows": "flow", "cut": "cut", "unused": "dim", "unknown": "gate"}
+_WIDEST = 44  # characters of an expression
+
+
+def table(look: Look, place: str, steps: int, ops: int) -> Iterator[list[Part]]:
+    """Lay out the header, the table and the cuts."""
+    cuts = look.cuts
+    counts = f"{ops:,} ops in {_many(steps, 'step')}, {_many(len(cuts), 'cut')}"
+    name = look.traced.name
+    yield [
+        ("gradient flow of ", ""),
+        (name, "bold"),
+        (f"   {place}" if place else "", "dim"),
+        (f"    {counts}", ""),
+    ]
+    yield []
+    yield from _rows(look)
+    if cuts:
+        yield []
+        yield from _cuts(look)
+    target = _interesting(look)
+    if target:
+        ways = f'flow.explain("{target}"), flow.source(), flow.save("flow.svg")'
+        yield [("  next: " + ways, "dim")]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+def _rows(look: Look) -> Iterator[list[Part]]:
+    names = [name for name, _ in look.terms]
+    rows = []
+    for row in look.rows:
+        one = len(row.leaves) == 1
+        size = row.size if row.data and one else f"{row.count:,}"
+        words = (
+            ["data"] if row.data else [look.verdict(row.bits), *look.cells(row.bits)]
+        )
+        rows.append((row.path, size, words))
+    first = max([5, *(len(path) for path, _, _ in rows)])
+    second = max([6, *(len(size) for _, size, _ in rows)])
+    head = ["gradient", *names]
+    widths = [max(len(name), 7) for name in head]
+    titles = "  ".join(n.center(w) for n, w in zip(head, widths, strict=True))
+    yield [(f"  {'input':{first}}  {'values':>{second}}  {titles}".rstrip(), "bold")]
+    for path, size, words in rows:
+        line: list[Part] = [(f"  {path:{first}}", ""), (f"  {size:>{second}}", "")]
+        for word, width in zip(words, widths, strict=False):
+            line += [("  ", ""), (word.center(width), _STYLE.get(word, "dim"))]
+        yield line
+
+
+def _cuts(look: Look) -> Iterator[list[Part]]:
+    lines = []
+    for cut in look.cuts:
+        group = look.grouping.groups[look.grouping.group_of[cut.op]]
+        label = group.statement.label if group.statement else ""
+        if group.prefix[look.grouping.root :] and label == "return":
+            label = look.step(look.number_of(cut.op)).label
+        expression = cut.spot.expression if cut.spot else ""
+        if len(expression) > _WIDEST:
+            expression = expression[: _WIDEST - 3] + "..."
+        lines.append((cut.place or "(no source)", label, expression, cut.brief))
+    lines = list(dict.fromkeys(lines))
+    widths = [max(len(line[k]) for line in lines) for k in range(3)]
+    for number, line in enumerate(lines):
+        head = "  cut at   " if not number else "           "
+        cells = [text.ljust(w) for text, w in zip(line, widths, strict=False)]
+        text = "  ".join([*cells, line[3]]).rstrip()
+        yield [(head, "cut"), (text, "")]
+
+
+def _interesting(look: Look) -> str:
+    """The input that it is most worth to ask about: one with a cut."""
+    rows = [row for row in look.rows if not row.data]
+    for row in rows:
+        words = [look.verdict(row.bits), *look.cells(row.bits)]
+        if any(word != "flows" for word in words):
+            lost = any(cut.lost & row.bits for cut in look.cuts)
+            if lost:
+                return row.path
+    return rows[0].path if rows else ""
