@@ -239,7 +239,7 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
                 frame = Frame(code, code.co_filename, code.co_qualname, *place)
                 _FRAMES[code, address] = frame
             frames.append(frame)
-        elif not frames and code.co_filename.endswith(_RANDOM):
+        elif not frames and code.co_filename.startswith(_RANDOM):
             sampler = True
     return tuple(reversed(frames)), sampler
 
@@ -250,7 +250,7 @@ _OWN = tuple(
     os.path.join(os.path.dirname(os.path.abspath(file)), "")
     for file in (jax.__file__, jaxlib.__file__, __file__)
 )
-_RANDOM = os.path.join("jax", "_src", "random.py")
+_RANDOM = os.path.join(os.path.dirname(jax.__file__), "_src", "random")
 
 
 def _summarized(eqn: Any) -> tuple[Frame, ...]:

@@ -80,30 +80,30 @@ class Analysis:
         return functools.reduce(int.__or__, (bits[v] for v in sinks), 0)
 
     @functools.cached_property
-    def unmasked(self) -> Bits:
-        """The sources of which some way to the sinks passes no relu, max or the like."""
-        return self._without(lambda op: op.masks)
+    def unmasked(self) -> list[Bits]:
+        """As `tangent`, but not through a relu, a max, or one case of several."""
+        graph = self.graph
+        through = graph.without(lambda op: op.masks)
+        return graph.forward(self._start, through, graph.cases)
 
     @functools.cached_property
-    def sure(self) -> Bits:
-        """The sources of which some way passes only rules that are known."""
-        return self._without(lambda op: not op.known)
+    def sure(self) -> list[Bits]:
+        """As `tangent`, but only through rules that are known."""
+        if all(op.known for op in self.graph.ops):
+            return self.tangent
+        through = self.graph.without(lambda op: not op.known)
+        return self.graph.forward(self._start, through)
 
-    def _without(self, blocked: object) -> Bits:
-        graph = self.graph
-        if not any(map(blocked, graph.ops)):  # type: ignore[arg-type]
-            return self.reached(self.tangent, self.sinks)
-        bits = graph.forward(self._start, graph.grads, blocked)  # type: ignore[arg-type]
-        return self.reached(bits, self.sinks)
-
-    def on_the_way(self, source: Bits, kind: str) -> list[Op]:
-        """Operations that mask, or whose rule is unknown, on a source's way."""
-        return [
-            op
-            for op in self.graph.ops
-            if (op.masks if kind == "masks" else not op.known)
-            and any(self.tangent[v] & source and self.arrives[v] for v in op.values)
-        ]
+    def lost_on_the_way(self, source: Bits, bits: Sequence[Bits]) -> list[Op]:
+        """Operations at which a source is lost in these bits, and not in `tangent`."""
+        graph, out = self.graph, []
+        for op in graph.ops:
+            for v in op.values:
+                passes = self.tangent[v] & source & ~bits[v] and self.arrives[v]
+                if passes and any(bits[s] & source for s in graph.grads[v]):
+                    out.append(op)
+                    break
+        return out
 
     @functools.cached_property
     def cuts(self) -> list[Cut]:

@@ -9,7 +9,7 @@ initial value and of what the body hands on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
@@ -66,6 +66,8 @@ class Graph:
         self.feeds: list[Sequence[Value]] = []
         self.loops: list[tuple[Value, Value]] = []  # first value and last one of each
         self.found: list[Value | None] = []
+        # A value that is one of several, whichever the run decides (None: a constant).
+        self.cases: dict[Value, Sequence[Value | None]] = {}
         self._labels, self._held = labels, held
         self._rules, self._overwrites = Rules(), Overwrites()
         self.inputs = [self._value(v.aval, -1, (), ()) for v in jaxpr.invars]
@@ -77,44 +79,52 @@ class Graph:
         self,
         sources: Iterable[tuple[Value, Bits]],
         through: Sequence[Sequence[Value]],
-        blocked: Callable[[Op], bool] | None = None,
+        cases: Mapping[Value, Sequence[Value | None]] | None = None,
     ) -> list[Bits]:
-        """Carry bits from values to all that follows, along `grads` or `feeds`."""
-        own = [0] * len(self.maker)
+        """Carry bits from values to all that follows, along `grads` or `feeds`.
+
+        With `cases`, a value that is one of several counts only for what comes with
+        each of them.
+        """
+        own, cases = [0] * len(self.maker), cases or {}
         for value, bits in sources:
             own[value] |= bits
         out = list(own)
-        shut = bytearray(len(self.maker))
-        for op in self.ops if blocked else ():
-            if blocked and blocked(op):
-                for value in op.values:
-                    shut[value] = 1
-        ends = _by(self.loops, 1)
+        ends: dict[Value, list[Value]] = {}
+        for first, end in self.loops:
+            ends.setdefault(end, []).append(first)
         value, last = 0, len(out)
         while value < last:
-            if not shut[value]:
-                bits = own[value]
+            bits = own[value]
+            if value in cases and through[value]:
+                each = [0 if v is None else out[v] for v in cases[value]]
+                bits |= functools.reduce(int.__and__, each)
+            else:
                 for source in through[value]:
                     bits |= out[source]
-                out[value] = bits
+            out[value] = bits
             for first in ends.get(value, ()):
-                if self._grows(first, value, through, out, shut):
+                if self._grows(first, value, through, out):
                     value = first - 1
                     break
             value += 1
         return out
 
-    def _grows(
-        self, first: Value, last: Value, through: Any, out: list[Bits], shut: Any
-    ) -> bool:
+    def _grows(self, first: Value, last: Value, through: Any, out: list[Bits]) -> bool:
         """Tell whether a joint of this loop would change in another round."""
         for value in range(first, last + 1):
             sources = through[value]
-            if not sources or shut[value] or sources[-1] < value:
+            if not sources or sources[-1] < value:
                 continue
             if any(out[source] & ~out[value] for source in sources):
                 return True
         return False
+
+    def without(self, blocked: Callable[[Op], bool]) -> list[Sequence[Value]]:
+        """Return `grads` as if nothing passed some operations."""
+        shut = [blocked(op) for op in self.ops]
+        pairs = zip(self.grads, self.maker, strict=True)
+        return [() if maker >= 0 and shut[maker] else g for g, maker in pairs]
 
     def backward(
         self, sinks: Iterable[Value], through: Sequence[Sequence[Value]]
@@ -224,6 +234,8 @@ class Graph:
             if kept is not None:
                 grads = kept
             results.append(self._result(op, var.aval, grads, inputs))
+        if eqn.primitive.name == "select_n" and self.grads[op.values[0]]:
+            self.cases[op.values[0]] = inputs[1:]
         if not results:
             self._result(op, None, (), inputs)
         return results[: len(eqn.outvars)]
@@ -288,10 +300,13 @@ class Graph:
         if len(inner.bodies) == 1 and not never:
             return [values[0] for values in sources]
         op = self._op(eqn, path, join=True)
-        return [
+        results = [
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
+        if eqn.primitive.name == "cond":
+            self.cases.update(zip(results, sources, strict=True))
+        return results
 
     def _joints(
         self, eqn: Any, path: Path, body: Body, operands: list[Any]
@@ -322,10 +337,3 @@ def _twice(inputs: Sequence[Any]) -> tuple[tuple[Value, ...], tuple[Value, ...]]
 
 def _avals(atoms: Iterable[Any]) -> list[Any]:
     return [atom.aval for atom in atoms]
-
-
-def _by(pairs: Sequence[tuple[Value, Value]], key: int) -> dict[Value, list[Value]]:
-    out: dict[Value, list[Value]] = {}
-    for pair in pairs:
-        out.setdefault(pair[key], []).append(pair[1 - key])
-    return out

@@ -36,19 +36,24 @@ def verdict(look: Look, row: Folded) -> str:
     if word == "cut":
         return f"{name}: {_ZERO} Every path to {_output(look).lower()} is cut."
     if word == "unknown":
-        ops = look.analysis.on_the_way(row.bits, "unknown")
+        ops = look.analysis.lost_on_the_way(row.bits, look.analysis.sure)
         places = ", ".join(dict.fromkeys(map(_unknown, ops)))
         return (
             f"{name}: unknown. On every path is an operation without a rule: {places}."
         )
     through = _through(look, row)
-    if row.bits & ~look.analysis.unmasked:
-        ops = look.analysis.on_the_way(row.bits, "masks")
-        names = list(dict.fromkeys(map(_mask, ops)))
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        masks = ", ".join(names[:3]) + more
-        return f"{name}: connected{through}; may be zero at some inputs: {masks}."
-    return f"{name}: gets a gradient{through}."
+    analysis = look.analysis
+    masked = row.bits & ~analysis.reached(analysis.unmasked, analysis.sinks)
+    if not masked:
+        return f"{name}: gets a gradient{through}."
+    ops = analysis.lost_on_the_way(masked, analysis.unmasked)
+    names = list(dict.fromkeys(map(_mask, ops)))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    zero = f"may be zero at some inputs: {', '.join(names[:3])}{more}"
+    if masked == row.bits:
+        return f"{name}: connected{through}; {zero}."
+    some = f"{masked.bit_count()} of {row.bits.bit_count()} leaves"
+    return f"{name}: gets a gradient{through}; {some} {zero}."
 
 
 def _output(look: Look) -> str:

@@ -293,7 +293,7 @@ def _statement(group: Any) -> Any:
     statement = group.statement
     if statement is None or group.spot is None:
         return id(group)
-    return group.prefix, group.spot.frame.file, statement.line, statement.label
+    return group.prefix, group.spot.frame.file, statement
 
 
 def _reached(look: Look, title: str) -> Picture:

@@ -137,7 +137,10 @@ class Grouping:
 
 def _statement_key(prefix: Prefix, spot: Spot) -> tuple[Any, ...]:
     statement = spot.statement
-    where = (statement.line, statement.label) if statement else spot.frame.line
+    if statement is None:
+        where: Any = spot.frame.line
+    else:
+        where = (statement.line, statement.label, statement.value)
     return (prefix, spot.frame.file, spot.function, where)
 
 

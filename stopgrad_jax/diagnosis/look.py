@@ -168,7 +168,9 @@ class Look:
     def verdict(self, bits: int) -> str:
         """Say how the outputs fare: as `word`, or "unknown" where no rule is known."""
         word = self.word(bits, self.analysis.sinks)
-        unknown = word == "flows" and not self.analysis.sure & bits
+        analysis = self.analysis
+        sure = analysis.reached(analysis.sure, analysis.sinks)
+        unknown = word == "flows" and not sure & bits
         return "unknown" if unknown else word
 
     def cells(self, bits: int) -> tuple[str, ...]:
@@ -230,8 +232,9 @@ class Look:
         """The steps on the way to a value, first to last, inputs left out."""
         layout, out = self._plain, []
         while value is not None:
-            step = layout.step_of[value]
-            if step >= layout.first and (not out or out[-1] != step):
+            step, maker = layout.step_of[value], self.graph.maker[value]
+            joint = maker >= 0 and self.graph.ops[maker].join
+            if step >= layout.first and not joint and (not out or out[-1] != step):
                 out.append(step)
             value = before.get(value)
         return out[::-1]

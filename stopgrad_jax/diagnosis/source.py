@@ -54,6 +54,7 @@ class _Function:
         self.name, self.file, self.depth = short(spot.function), spot.file, depth
         self._source: Source = spot.source
         self._marks: dict[int, str] = {}
+        self._returns: set[int] = set()
         self._notes: dict[int, list[tuple[Spot, str, str]]] = {}
 
     def add(self, group: Group, step: Any) -> None:
@@ -85,13 +86,19 @@ class _Function:
         """Note whether a gradient passes the statement of an expression."""
         statement = spot.statement
         if statement is not None:
-            for line in range(statement.line, statement.end_line + 1):
+            lines = range(statement.line, statement.end_line + 1)
+            if statement.kind == "return":
+                self._returns.update(lines)
+            for line in lines:
                 old = self._marks.get(line, "┊")
                 self._marks[line] = "┃" if flows and old == "┊" else old
 
     def lines(self) -> Iterator[list[Part]]:
         """Yield the head, and each line with its mark and its notes."""
         yield [(self.name, "bold"), (f"   {self.file}", "dim")]
+        if "┃" in self._marks.values():  # what flows here, came through a return
+            for line in self._returns:
+                self._marks[line] = self._marks[line].replace("┊", "┃")
         style = {"┃": "flow", "╳": "cut", "┊": "dim"}
         rows = {k: self._source.rows(k, k)[0][1] for k in sorted(self._marks)}
         common = _indent(list(rows.values()))

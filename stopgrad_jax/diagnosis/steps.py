@@ -197,6 +197,7 @@ def _site(group: Group, path: Path) -> Site | None:
 def _label(group: Group, root: int, last: Any) -> tuple[str, str]:
     """Name a step: by its point, its variable, or what it calls."""
     special, statement, spot = group.special, group.statement, group.spot
+    assigned = variable(group, root)
     whole = (
         statement is not None
         and spot is not None
@@ -207,14 +208,21 @@ def _label(group: Group, root: int, last: Any) -> tuple[str, str]:
     if spot is None or statement is None:
         name = _jax.call_name(last.eqn) or last.eqn.primitive.name
         return (spot.callee if spot else "") or name, ""
+    returned = statement.kind == "return" and group.prefix[root:]
+    return assigned, f"returned by {short(spot.function)}()" if returned else ""
+
+
+def variable(group: Group, root: int) -> str:
+    """Name what a step's statement assigns; a return, what the call is assigned to."""
+    statement = group.statement
+    if statement is None:
+        return ""
     if statement.kind == "return" and group.prefix[root:]:
         outer = group.prefix[-1]
         above = outer.statement
-        returned = f"returned by {short(spot.function)}()"
         if above and above.value == outer.position and above.targets:
-            return above.label, returned
-        return "return", returned
-    return statement.label, ""
+            return above.label
+    return statement.label
 
 
 def _callee(group: Group, paths: Sequence[Path], kind: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .look import Look
 from .page import Part
+from .steps import variable
 
 _STYLE = {"flows": "flow", "cut": "cut", "unused": "dim", "unknown": "gate"}
 _WIDEST = 44  # characters of an expression
@@ -64,9 +65,7 @@ def _cuts(look: Look) -> Iterator[list[Part]]:
     lines = []
     for cut in look.cuts:
         group = look.grouping.groups[look.grouping.group_of[cut.op]]
-        label = group.statement.label if group.statement else ""
-        if group.prefix[look.grouping.root :] and label == "return":
-            label = look.step(look.number_of(cut.op)).label
+        label = variable(group, look.grouping.root)
         expression = cut.spot.expression if cut.spot else ""
         if len(expression) > _WIDEST:
             expression = expression[: _WIDEST - 3] + "..."
