@@ -136,6 +136,11 @@ def call_name(eqn: Any) -> str | None:
     return None
 
 
+def gate_name(eqn: Any) -> str:
+    """Name of the public function that made a gate of ours, or ""."""
+    return eqn.params["rule"].name if eqn.primitive.name == "gate" else ""
+
+
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 

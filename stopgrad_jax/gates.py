@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 
 from ._engine.gated import axis_index, leaf_by_leaf, require_gradient
+from ._engine.labels import printed_place
 from ._engine.rule import Refusal, Rule
 from ._engine.rules import MASK, NEGATE, REVERSE, SAME, SCALE
 from ._errors import beats
@@ -311,11 +312,12 @@ def prevent_gradient(tree: T, message: str = "") -> T:
       TensorFlow's `PreventGradient` operation.
     """
     line = _jax.line_here()
+    place = f" ({printed_place(line)})" if line else ""
     because = f": {message}" if message else ""
     text = beats(
         "prevent_gradient",
         f"no gradient may arrive here{because}",
-        f"one that arrived at {line}" if line else "one that arrived",
+        f"a gradient arrives at prevent_gradient{place}",
         "sg.stop_gradient(tree), if it may arrive and must end here",
     )
     rule = Rule("prevent_gradient", Refusal(text), forward=text)

@@ -31,7 +31,7 @@ FLOORS = [
     {"diagnosis/grouping", "diagnosis/merge", "diagnosis/skin"},
     {"diagnosis/steps", "diagnosis/dot", "diagnosis/render"},
     {"diagnosis/look", "diagnosis/drawing"},
-    {"diagnosis/table", "diagnosis/explain", "diagnosis/source"},
+    {"diagnosis/table", "diagnosis/explain", "diagnosis/source", "diagnosis/part"},
     {"diagnosis/flow"},
     {"diagnosis/contracts"},
     {"__init__"},

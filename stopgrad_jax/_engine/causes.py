@@ -165,9 +165,7 @@ class Analysis:
 
 def why(op: Op) -> tuple[str, str, str]:
     """Return the reason for which a gradient ends at an operation, and its words."""
-    eqn, primitive = op.eqn, op.eqn.primitive.name
-    spot = op.path.spots[-1] if op.path.spots else None
-    name = (spot.callee if spot else "") or _jax.call_name(eqn) or primitive
+    eqn, spot, name, primitive = op.eqn, op.spot, op.name, op.eqn.primitive.name
     if op.held:
         words = "held constant by stop_gradients"
         return "held", words, words
@@ -193,8 +191,7 @@ def why(op: Op) -> tuple[str, str, str]:
         rule, at = _jax.call_name(eqn), printed_place(_jax.rule_site(eqn))
         words = f"the custom rule of {rule} returns zero"
         return "zero_rule", f"{words} ({at})" if at else words, "its rule returns zero"
-    if primitive == "gate":
-        rule = eqn.params["rule"].name
+    if rule := _jax.gate_name(eqn):
         if rule == "with_backward":
             words = "the backward function returns None for it"
             return "zero_rule", words, "backward returns None"

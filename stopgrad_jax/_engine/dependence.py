@@ -147,7 +147,7 @@ def _restricted(
 def _flow(
     eqn: Any, function: Callable[..., Any], operands: Any, moves: Any
 ) -> tuple[list[Bits], bool]:
-    """For each result, the moves (as bits) that it is computed from; and is it masked?"""
+    """For each result, the moves (as bits) it is computed from; is any masked?"""
     jaxpr, _ = _jax.opened(jax.make_jaxpr(function)(operands, moves))
     skip = len(jaxpr.invars) - len(moves)
     bits = [bits >> skip for bits in Reach(_everything).summary(jaxpr).results]

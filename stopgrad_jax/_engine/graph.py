@@ -16,7 +16,7 @@ import stopgrad_jax._jax as _jax
 
 from .connect import Bits
 from .dependence import Rules
-from .labels import Labels, Path
+from .labels import Labels, Path, Spot
 from .nested import Body, nested
 from .overwrite import Overwrites
 from .walk import Found, Plan
@@ -43,6 +43,17 @@ class Op:
         self.values: list[Value] = []
         self.masks = self.overwrites = self.held = False
         self.known = True
+
+    @property
+    def spot(self) -> Spot | None:
+        """The user's expression, or None where there is no source."""
+        return self.path.spots[-1] if self.path.spots else None
+
+    @property
+    def name(self) -> str:
+        """What the user called, as the source spells it, or JAX's name for it."""
+        called = (self.spot.callee if self.spot else "") or _jax.gate_name(self.eqn)
+        return called or _jax.call_name(self.eqn) or self.eqn.primitive.name
 
 
 class Graph:
@@ -226,7 +237,8 @@ class Graph:
             return [None] * len(eqn.outvars)
         op = self._op(eqn, path)
         answer = self._rules.answer(eqn)
-        op.masks, op.known = answer.masks, answer.known
+        op.masks = answer.masks
+        op.known = answer.known and _jax.gate_name(eqn) != "prevent_gradient"
         op.overwrites = kept is not None
         results: list[Value | None] = []
         for var, bits in zip(eqn.outvars, answer.dependence, strict=True):
@@ -300,12 +312,12 @@ class Graph:
         if len(inner.bodies) == 1 and not never:
             return [values[0] for values in sources]
         op = self._op(eqn, path, join=True)
-        results = [
+        results: list[Value | None] = [
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
         if eqn.primitive.name == "cond":
-            self.cases.update(zip(results, sources, strict=True))
+            self.cases.update(zip(op.values, sources, strict=True))
         return results
 
     def _joints(

@@ -1,4 +1,4 @@
-"""Anything that can be drawn: as a picture, as text of a drawing language, in a page."""
+"""What can be drawn: as a picture, in a drawing language, in a page."""
 
 from __future__ import annotations
 

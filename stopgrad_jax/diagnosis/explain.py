@@ -38,6 +38,8 @@ def verdict(look: Look, row: Folded) -> str:
     if word == "unknown":
         ops = look.analysis.lost_on_the_way(row.bits, look.analysis.sure)
         places = ", ".join(dict.fromkeys(map(_unknown, ops)))
+        if all(_jax.gate_name(op.eqn) == "prevent_gradient" for op in ops):
+            return f"{name}: a gradient arrives at {places}, which raises."
         return (
             f"{name}: unknown. On every path is an operation without a rule: {places}."
         )
@@ -81,20 +83,12 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _named(op: Op) -> str:
-    spot = op.path.spots[-1] if op.path.spots else None
-    name = (spot.callee if spot else "") or _jax.call_name(op.eqn)
-    return name or op.eqn.primitive.name
-
-
 def _mask(op: Op) -> str:
-    spot = op.path.spots[-1] if op.path.spots else None
-    return f"{_named(op)}, line {spot.frame.line}" if spot else _named(op)
+    return f"{op.name}, line {op.spot.frame.line}" if op.spot else op.name
 
 
 def _unknown(op: Op) -> str:
-    spot = op.path.spots[-1] if op.path.spots else None
-    return f"{_named(op)} ({spot.place})" if spot else _named(op)
+    return f"{op.name} ({op.spot.place})" if op.spot else op.name
 
 
 def _row(look: Look, row: Folded) -> Iterator[list[Part]]:

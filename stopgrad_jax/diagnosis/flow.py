@@ -19,6 +19,7 @@ from .explain import explain
 from .look import Look, require_outputs
 from .model import Box, Edge, Picture, Site, Step
 from .page import Page, page
+from .part import reached
 from .source import source
 from .steps import site_of
 from .table import table
@@ -127,13 +128,13 @@ class Flow(Drawing):
         """Return the part of the graph that one input or value reaches."""
         look = self._at([address], None, f"flow.focus({address!r})")
         title = f"gradient of {self.name} with respect to {_spelled(address)}"
-        return View(_reached(look, title), page(explain(look)))
+        return View(reached(look, title), page(explain(look)))
 
     def between(self, a: Address, b: Address) -> View:
         """Return the part of the graph between two values."""
         look = self._at([a], [b], f"flow.between({a!r}, {b!r})")
         title = f"gradient of {_spelled(b)} with respect to {_spelled(a)}"
-        return View(_reached(look, title), page(explain(look)))
+        return View(reached(look, title), page(explain(look)))
 
     def connected(self, x: Address, y: Address | None = None) -> bool:
         """Tell whether any gradient of `y` (all outputs, if None) comes to `x`."""
@@ -254,7 +255,7 @@ def _as_variable(address: Address, traced: Traced) -> Address:
 
 
 def _made(look: Look, fun: Any) -> Flow:
-    layout, grouping = look.layout, look.grouping
+    layout = look.layout
     inputs = []
     names = [name for name, _ in look.terms]
     for row in look.rows:
@@ -294,38 +295,6 @@ def _statement(group: Any) -> Any:
     if statement is None or group.spot is None:
         return id(group)
     return group.prefix, group.spot.frame.file, statement
-
-
-def _reached(look: Look, title: str) -> Picture:
-    """Only what the inputs that were asked for reach, and what is used."""
-    layout, analysis = look.layout, look.analysis
-    reached = {
-        layout.step_of[v] for v in range(len(layout.step_of)) if analysis.value[v]
-    }
-    outputs = {s.id for s in layout.steps if s.kind == "output"}
-    kept = [s for s in layout.steps if s.id in reached or s.id in outputs]
-    kept = [s for s in kept if not s.data]
-    number = {s.id: k for k, s in enumerate(kept)}
-    boxes = {s.box for s in kept if s.box is not None}
-    parents = {box.id: box.parent for box in layout.boxes}
-    for box in list(boxes):
-        while (box := parents[box]) is not None:
-            boxes.add(box)
-    shown = [box for box in layout.boxes if box.id in boxes]
-    renamed: dict[int | None, int] = {box.id: k for k, box in enumerate(shown)}
-    steps = [
-        dataclasses.replace(s, id=number[s.id], box=renamed.get(s.box)) for s in kept
-    ]
-    edges = [
-        dataclasses.replace(e, source=number[e.source], target=number[e.target])
-        for e in layout.edges
-        if e.source in number and e.target in number
-    ]
-    frames = [
-        dataclasses.replace(b, id=renamed[b.id], parent=renamed.get(b.parent))
-        for b in shown
-    ]
-    return Picture(title, tuple(steps), tuple(edges), tuple(frames))
 
 
 def _spelled(address: Address) -> str:

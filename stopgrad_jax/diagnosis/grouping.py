@@ -22,7 +22,7 @@ Prefix = tuple[Spot, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """An expression that is a step of its own: a cut, a gate, a replaced rule, a name."""
+    """An expression that is a step of its own: a cut, a gate, a rule, a name."""
 
     kind: str
     path: Path
@@ -55,6 +55,7 @@ class Grouping:
     def __init__(
         self, analysis: Analysis, labels: Labels, cuts: Iterable[Cut], internals: bool
     ) -> None:
+        """Group by statement; open calls with a special in them (or `internals`)."""
         self.analysis = analysis
         graph = analysis.graph
         self._used = [any(analysis.used[v] for v in op.values) for op in graph.ops]
@@ -108,7 +109,7 @@ class Grouping:
                 places[id(op.path)] = self._key(op.path)
             key, group = places[id(op.path)]
             if not op.path.spots[self.root :]:  # no source at all: by operation
-                key = _name(op)
+                key = op.name
             if key not in numbers:
                 numbers[key] = len(self.groups)
                 self.groups.append(
@@ -149,15 +150,13 @@ def _extent(spot: Spot) -> tuple[int, int]:
     return end_line - line, end_col - col
 
 
-def _name(op: Op) -> str:
-    return _jax.call_name(op.eqn) or op.eqn.primitive.name
-
-
 def _specials(
     analysis: Analysis, used: Sequence[bool], labels: Labels, cuts: Iterable[Cut]
 ) -> Iterable[Special]:
     for cut in cuts:
-        yield Special("cut", cut.path, _called(cut.path), cut.words, cut)
+        yield Special(
+            "cut", cut.path, _called(analysis.graph.ops[cut.op]), cut.words, cut
+        )
     for k, op in enumerate(analysis.graph.ops):
         if not used[k] or op.join or not op.path.spots:
             continue
@@ -165,23 +164,22 @@ def _specials(
         primitive = op.eqn.primitive.name
         if primitive == "name" and not op.path.library:
             yield Special("name", op.path, op.eqn.params["name"], "")
-        elif primitive == "gate" and flows:
-            name = op.eqn.params["rule"].name
+        elif (name := _jax.gate_name(op.eqn)) and flows:
             if name in ("with_backward", "replace_value"):
-                yield Special("replace", op.path, _called(op.path), f"rule: {name}")
+                yield Special("replace", op.path, _called(op), f"rule: {name}")
             elif name != "per_example":
                 detail = " ".join([name, *_number(op)])
-                yield Special("gate", op.path, _called(op.path), detail)
+                yield Special("gate", op.path, _called(op), detail)
         elif primitive in _jax.CUSTOM and flows:
             place = _jax.rule_site(op.eqn)
             if not _jax.is_own(place) and labels.is_users(place.rpartition(":")[0]):
                 detail = f"rule: {printed_place(place)}"
-                yield Special("replace", op.path, _called(op.path), detail)
+                yield Special("replace", op.path, _called(op), detail)
 
 
-def _called(path: Path) -> str:
-    spot = path.spots[-1] if path.spots else None
-    return (spot.callee or spot.expression[:40]) if spot else ""
+def _called(op: Op) -> str:
+    operator = op.spot and not op.spot.callee and op.spot.expression
+    return operator[:40] if operator else op.name
 
 
 def _number(op: Op) -> list[str]:

@@ -45,6 +45,7 @@ class Look:
         internals: bool = False,
         base: Look | None = None,
     ) -> None:
+        """Look the addresses up and follow the gradient."""
         self.traced, self.labels, self.called = traced, labels, called
         self.xs, self.ys, self.internals = xs, ys, internals
         program = look_up(traced, [*(xs or ()), *(ys or ())], called)
@@ -217,7 +218,7 @@ class Look:
         return lay_out(self.analysis, self.grouping, rows, self.outputs)
 
     def way(self, bits: int) -> dict[Value, Value | None]:
-        """For each value that these inputs reach, the one before it on a shortest way."""
+        """For each value these inputs reach, the one before it on a shortest way."""
         start = [leaf.value for leaf in self.leaves if leaf.bit & bits]
         before: dict[Value, Value | None] = dict.fromkeys(start)
         waiting = list(start)
@@ -274,6 +275,7 @@ class Folded:
     """A subtree of an input."""
 
     def __init__(self, path: str, leaves: Sequence[_Leaf]) -> None:
+        """Make it of its leaves."""
         self.path, self.leaves = path, leaves
         self.bits = functools.reduce(int.__or__, (leaf.bit for leaf in leaves), 0)
         self.data = not self.bits

@@ -97,7 +97,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def page(lines: Iterable[Iterable[Part] | str]) -> Page:
-    """Make a page of lines; a bare string has no style. Control characters are shown."""
+    """Make a page of lines; a bare string has no style."""
     made = []
     for line in lines:
         parts = [(line, "")] if isinstance(line, str) else line

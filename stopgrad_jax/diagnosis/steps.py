@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis
 from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.labels import Path, Spot
@@ -149,6 +148,9 @@ def _step(
     if special:
         brief = special.cut and special.cut.brief
         detail = brief or special.detail or detail
+    elif all(graph.ops[k].join for k in group.ops):
+        cond = last.eqn.primitive.name == "cond"
+        detail = "one of the branches" if cond else "carried by the loop"
     same = (last.path, last.eqn.primitive)
     repeat = sum(
         (graph.ops[k].path, graph.ops[k].eqn.primitive) == same for k in group.ops
@@ -206,8 +208,7 @@ def _label(group: Group, root: int, last: Any) -> tuple[str, str]:
     if special and (special.kind == "name" or not whole):
         return special.label, ""
     if spot is None or statement is None:
-        name = _jax.call_name(last.eqn) or last.eqn.primitive.name
-        return (spot.callee if spot else "") or name, ""
+        return last.name, ""
     returned = statement.kind == "return" and group.prefix[root:]
     return assigned, f"returned by {short(spot.function)}()" if returned else ""
 
