@@ -167,6 +167,7 @@ NONE = {
         jnp.zeros(2, jnp.float32).at[0].set(x).at[0].set(jnp.float32(1)).sum()
     ),
     "unused": lambda x: jnp.float32(3),
+    "not selected": lambda x: jax.lax.select(True, jax.lax.stop_gradient(x), x),
     "one_hot": lambda x: jax.nn.one_hot(x.astype(int), 3)[0],
     "sampled": lambda x: jax.random.categorical(
         jax.random.key(0), jnp.stack([x, 0 * x])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 import stopgrad_jax._jax as _jax
 
@@ -52,6 +53,9 @@ class Rules:
 
     def answer(self, eqn: Any) -> Answer:
         """Return what the equation's rule says."""
+        if (case := chosen(eqn)) is not None:  # a rule cannot see a literal's value
+            carries = _jax.is_differentiable(eqn.outvars[0].aval)
+            return Answer([1 << case if carries else 0])
         # Keys that hold a user's functions or programs live as long as this call.
         cache = self._here if _jax.inner_jaxprs(eqn) else self._known
         key = signature(eqn, literals=False)  # a rule cannot see their values
@@ -60,6 +64,14 @@ class Rules:
                 cache.clear()
             cache[key] = _ask(eqn)
         return cache[key]
+
+
+def chosen(eqn: Any) -> int | None:
+    """Return the operand that a selection takes, if a constant decides it."""
+    if eqn.primitive.name != "select_n" or not isinstance(eqn.invars[0], _jax.Literal):
+        return None
+    which = np.asarray(eqn.invars[0].val)
+    return 1 + int(which) if which.ndim == 0 else None
 
 
 def _ask(eqn: Any) -> Answer:

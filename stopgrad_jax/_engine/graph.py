@@ -15,7 +15,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .connect import Bits
-from .dependence import Rules
+from .dependence import Rules, chosen
 from .labels import Labels, Path, Spot
 from .nested import Body, nested
 from .overwrite import Overwrites
@@ -233,6 +233,8 @@ class Graph:
     def _equation(
         self, eqn: Any, path: Path, inputs: Sequence[Any], kept: Sequence[Any] | None
     ) -> list[Value | None]:
+        if (case := chosen(eqn)) is not None:
+            inputs = [x if k == case else None for k, x in enumerate(inputs)]
         if not any(x is not None for x in inputs):
             return [None] * len(eqn.outvars)
         op = self._op(eqn, path)
@@ -246,7 +248,7 @@ class Graph:
             if kept is not None:
                 grads = kept
             results.append(self._result(op, var.aval, grads, inputs))
-        if eqn.primitive.name == "select_n" and self.grads[op.values[0]]:
+        if eqn.primitive.name == "select_n" and case is None:
             self.cases[op.values[0]] = inputs[1:]
         if not results:
             self._result(op, None, (), inputs)

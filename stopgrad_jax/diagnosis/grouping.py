@@ -55,7 +55,7 @@ class Grouping:
     def __init__(
         self, analysis: Analysis, labels: Labels, cuts: Iterable[Cut], internals: bool
     ) -> None:
-        """Group by statement; open calls with a special in them (or `internals`)."""
+        """Group by statement; calls with a special in them are open."""
         self.analysis = analysis
         graph = analysis.graph
         self._used = [any(analysis.used[v] for v in op.values) for op in graph.ops]
@@ -74,7 +74,7 @@ class Grouping:
         self._assign()
 
     def place(self, path: Path) -> tuple[Prefix, Spot]:
-        """Return the opened calls around a path, and the expression in the innermost."""
+        """Return the open calls around a path, and the expression in the innermost."""
         spots, depth = path.spots, self.root
         while depth < len(spots) - 1 and spots[: depth + 1] in self._opened:
             depth += 1
