@@ -23,6 +23,7 @@ from .points import name as name
 from .points import op as op
 from .points import perturb as perturb
 from .points import point as point
+from .points import var as var
 from .query import gradients as gradients
 from .query import value_and_gradients as value_and_gradients
 from .substitution import replace_value as replace_value
@@ -63,5 +64,6 @@ __all__ = [
     "straight_through",
     "transform_gradient",
     "value_and_gradients",
+    "var",
     "with_backward",
 ]

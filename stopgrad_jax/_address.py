@@ -19,8 +19,18 @@ import jax
 RETURN = "return"
 
 
+class _Ordered:
+    """Keys of a dict have to be ordered for JAX: these come after strings."""
+
+    def __lt__(self, other: Any) -> bool:
+        return repr(self) < repr(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return repr(self) > repr(other)
+
+
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Point(_Ordered):
     """The named values `name`, even where an argument has the same name."""
 
     name: str
@@ -30,7 +40,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Op:
+class Op(_Ordered):
     """Each outermost call of a function, or equation of a primitive."""
 
     name: str
@@ -41,7 +51,17 @@ class Op:
         return f'sg.op("{self.name}"{within})'
 
 
-Address = int | str | Point | Op
+@dataclasses.dataclass(frozen=True)
+class Var(_Ordered):
+    """What a statement of the source assigns to a variable."""
+
+    label: str
+
+    def __repr__(self) -> str:
+        return f'sg.var("{self.label}")'
+
+
+Address = int | str | Point | Op | Var
 
 
 def is_address(x: Any) -> bool:
@@ -77,6 +97,37 @@ def op(name: str, within: str | None = None) -> Op:
         Array(6., dtype=float32, weak_type=True)
     """
     return Op(name, within)
+
+
+def var(label: str) -> Var:
+    """Address what a statement of the source assigns to a variable.
+
+    For code that you may not edit: no name is needed in it. The value is found by the
+    source text, so there has to be one: a file or a notebook cell, unchanged since its
+    import. A statement that is executed several times yields a tuple, as a name does.
+
+    Forward: as for `name`, the value is only looked at.
+    Backward: as for `name`.
+
+    Args:
+      label: the variable, `"feat"` or `"self.feat"`, as an assignment spells it; where
+        several functions have one, qualified by function: `"Net.__call__.feat"`.
+
+    Returns:
+      An address. It raises `AddressError` where it cannot tell which array the
+      variable held: `feat = x` computes nothing, and a dict is not one array.
+
+    Example:
+        >>> import jax.numpy as jnp, stopgrad_jax as sg
+        >>> def model(x):
+        ...     feat = jnp.sin(x) * 2.0
+        ...     return jnp.sum(feat**2)
+        >>> print(sg.gradients(model, sg.var("feat"))(jnp.zeros(2)))
+        [0. 0.]
+        >>> print(sg.capture(model, sg.var("model.feat"))(jnp.zeros(2))[1])
+        {sg.var("model.feat"): Array([0., 0.], dtype=float32)}
+    """
+    return Var(label)
 
 
 def pattern(text: str) -> re.Pattern[str]:

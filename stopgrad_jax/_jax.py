@@ -256,6 +256,7 @@ _OWN = tuple(
     for file in (jax.__file__, jaxlib.__file__, __file__)
 )
 _RANDOM = os.path.join(os.path.dirname(jax.__file__), "_src", "random")
+_API = os.path.join(os.path.dirname(jax.__file__), "_src", "api.py")
 
 
 def _summarized(eqn: Any) -> tuple[Frame, ...]:
@@ -264,6 +265,41 @@ def _summarized(eqn: Any) -> tuple[Frame, ...]:
     return (
         (Frame(None, file, callers[0] if callers else "", int(line)),) if file else ()
     )
+
+
+def stack_of(eqn: Any) -> tuple[tuple[types.CodeType, int], ...]:
+    """Return all that ran when an equation was made, outermost first, JAX too.
+
+    A code object and the offset of its instruction each; empty without `raw_frames`.
+    """
+    traceback = eqn.source_info.traceback
+    if not hasattr(traceback, "raw_frames"):
+        return ()
+    return tuple(zip(*traceback.raw_frames(), strict=True))[::-1]
+
+
+def is_derivative(stack: Sequence[tuple[types.CodeType, int]]) -> bool:
+    """Tell whether one of these calls is that of `jax.grad`, `jvp` or the like."""
+    return any(
+        code.co_name in ("vjp", "jvp", "_vjp", "_jvp", "linearize")
+        and code.co_filename == _API
+        for code, _ in stack
+    )
+
+
+def result_paths(eqn: Any) -> tuple[str, ...] | None:
+    """Return where each result of a `jit` or `scan` is in what its function returns.
+
+    `"[0]"` and so on; None where JAX does not tell. A result that is only handed
+    through is missing.
+    """
+    if eqn.primitive.name not in ("jit", "scan"):
+        return None
+    debug_info = opened(eqn.params["jaxpr"])[0].debug_info
+    paths = getattr(debug_info, "result_paths", None)
+    if paths is None or len(paths) != len(eqn.outvars):
+        return None
+    return tuple(str(path).removeprefix("result") for path in paths)
 
 
 def rule_site(eqn: Any) -> str:

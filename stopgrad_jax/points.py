@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from ._address import Address, op, point, printed
+from ._address import Address, op, point, printed, var
 from ._engine.edits import kept, same_type
 from ._engine.given import perturbations_by_place
 from ._engine.perturbation import perturb as perturb_value
@@ -24,7 +24,7 @@ from ._engine.trace import Value, filled, is_traceable, trace
 from ._engine.walk import Leaf, PointName
 from ._errors import beats, function_name
 
-__all__ = ["capture", "edit", "name", "op", "perturb", "point"]
+__all__ = ["capture", "edit", "name", "op", "perturb", "point", "var"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

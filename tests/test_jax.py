@@ -184,3 +184,32 @@ def test_the_line_that_is_running():
 )
 def test_what_carries_a_gradient(leaf, carries):
     assert _jax.carries_gradient(leaf) is carries
+
+
+def test_the_stack_of_an_equation():
+    def f(x):
+        y = jnp.sin(x)
+        return jnp.sin(jax.grad(jnp.cos)(x)) + y
+
+    stacks = [_jax.stack_of(e) for e in eqns(lambda x: f(x), 1.0)]
+    assert all(code is f.__code__ for stack in stacks for code, _ in stack[1:2])
+    calls = [dict(stack)[f.__code__] for stack in stacks]
+    assert calls[0] < calls[1]
+    positions = [list(f.__code__.co_positions())[call // 2] for call in calls]
+    line = f.__code__.co_firstlineno
+    assert positions[0][0] == line + 1
+    assert positions[1][0] == line + 2
+    kinds = [_jax.is_derivative(stack) for stack in stacks]
+    assert (kinds[0], kinds[-1], any(kinds)) == (False, False, True)
+
+
+def test_where_results_are_in_what_a_function_returns():
+    pair = jax.jit(lambda x: (x * 2, {"a": x + 1}))
+    f = lambda x: (pair(x), jax.jit(jnp.cos)(x))
+    calls = [e for e in eqns(f, 1.0) if e.primitive.name == "jit"]
+    assert _jax.result_paths(calls[0]) == ("[0]", "[1]['a']")
+    scan = lambda x: jax.lax.scan(
+        lambda c, _: ((c[0] + 1, c[0]), c[1]), (x, x), None, 2
+    )
+    assert _jax.result_paths(eqns(scan, 1.0)[-1])[-1] == "[1]"
+    assert _jax.result_paths(eqns(jnp.sin, 1.0)[0]) is None

@@ -59,10 +59,8 @@ def kept(old: Any, new: Any, called: str) -> bool:
 
 def operation_edits(match: Match, edits: Edits) -> list[Callable[..., Any]]:
     """Edits of the operation that an equation is."""
-    if match.eqn.primitive.name == "name":
-        return []
-    targets = [target for found in match.own[:1] for target in found.targets]
-    return [edits[target] for target in targets if target in edits]
+    hits = [hit for found in match.own[:1] for hit in found.hits]
+    return [edits[h.target] for h in hits if h.operation and h.target in edits]
 
 
 def operation(eqn: Any) -> Callable[..., Any]:
@@ -101,18 +99,23 @@ def edited_operation(
 
 
 class NamedEdits:
-    """Edits of named values; a named tree is edited when its last leaf is there."""
+    """Edits of values; a named tree is edited when its last leaf is there."""
 
     def __init__(self, edits: Edits) -> None:
         self._edits = edits
         self._waiting: dict[tuple[int, str, Sequence[str]], dict[Any, Any]] = {}
 
-    def apply(self, match: Match, value: Any) -> dict[Any, Any]:
-        """Return the new values of variables that this `name` equation completes."""
-        (found,), (var,) = match.own, match.eqn.outvars
+    def apply(self, match: Match, values: Sequence[Any]) -> dict[Any, Any]:
+        """Return the new values of variables that this equation completes."""
+        new: dict[Any, Any] = {}
+        for found, var, value in zip(match.own, match.eqn.outvars, values, strict=True):
+            new |= self._applied(found, var, value)
+        return new
+
+    def _applied(self, found: Found, var: Any, value: Any) -> dict[Any, Any]:
         new = {var: value}
         for hit in found.hits:
-            if hit.target not in self._edits:
+            if hit.operation or hit.target not in self._edits:
                 continue
             tree = (hit.target, hit.root, hit.parts)
             values = self._waiting.setdefault(tree, {})

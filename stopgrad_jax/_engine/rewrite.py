@@ -84,8 +84,8 @@ class Rewriter:
             given = perturbations[mine]
             out, captured[mine] = self._match(match, operands, given, token)
             env |= zip(match.eqn.outvars, out, strict=True)
-            if match.own and match.eqn.primitive.name == "name":
-                env |= edits.apply(match, out[0])
+            if match.own:
+                env |= edits.apply(match, out)
         return [_read(env, atom) for atom in jaxpr.outvars], captured
 
     def _match(

@@ -18,6 +18,7 @@ from stopgrad_jax._address import (
     Address,
     Op,
     Point,
+    Var,
     has_wildcard,
     is_address,
     matching,
@@ -28,7 +29,10 @@ from stopgrad_jax._errors import AddressError, beats, quoted
 
 from .edits import assembled
 from .trace import Static, Traced, Value
+from .unfound import no_variable, refuse_variables
 from .walk import Found, Hit, Plan, Search
+
+Target = Point | Op | Var
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Program:
 
     traced: Traced
     plan: Plan
-    targets: Sequence[Point | Op]
+    targets: Sequence[Target]
     matched: dict[Address, Matched]
 
     @functools.cached_property
@@ -93,8 +97,11 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
     """Find what each address selects, or raise `AddressError`."""
     addresses = list(dict.fromkeys(addresses))
     targets = [t for t in map(_target, addresses) if t is not None]
-    search = Search(targets)
+    search = Search(targets, traced.fun)
     plan = search.plan(traced.jaxpr, traced.consts)
+    if search.variables and search.variables.missing:
+        search = Search(targets, traced.fun, search.variables.missing)
+        plan = search.plan(traced.jaxpr, traced.consts)
     for name, place in search.unreachable.items():
         raise AddressError(
             beats(
@@ -104,6 +111,8 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
                 "another name there, or for its operands and results",
             )
         )
+    if search.variables:
+        refuse_variables(search.variables, targets, called)
     finder = _Finder(traced, search, plan, called)
     matched = {a: Matched(a, finder.find(a)) for a in addresses}
     return Program(traced, plan, targets, matched)
@@ -122,7 +131,7 @@ def listed(addresses: Any, called: str, what: str) -> list[Address]:
                 beats(
                     called,
                     f"{what} must be addresses: an argument's name or position, a "
-                    "point's name, sg.point(...) or sg.op(...)",
+                    "point's name, sg.point(...), sg.op(...) or sg.var(...)",
                     f"{leaf!r:.60} ({type(leaf).__name__})",
                     f'{what}="name" for the argument or point of that name',
                 )
@@ -130,9 +139,9 @@ def listed(addresses: Any, called: str, what: str) -> list[Address]:
     return flat
 
 
-def _target(address: Address) -> Point | Op | None:
+def _target(address: Address) -> Target | None:
     """What to look for in the program, if it can be there."""
-    if isinstance(address, Point | Op):
+    if isinstance(address, Target):
         return address
     if isinstance(address, int):
         return None
@@ -201,6 +210,8 @@ class _Finder:
         search, called = self._search, f"{self._called}: address {address!r}"
         if isinstance(address, Op):
             return self._no_operation(address, called)
+        if isinstance(address, Var) and search.variables:
+            return no_variable(search.variables, address, called, self._traced.name)
         names = list(search.names)
         if isinstance(address, Point):
             known, text = names, address.name

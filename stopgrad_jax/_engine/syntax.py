@@ -39,6 +39,23 @@ class Statement:
     kind: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """The expression whose value a variable is given.
+
+    Attributes:
+      value: its place; of `x += y` that of the whole statement.
+      index: for `a, b = f(x)` the position of the variable in it, else None.
+      count: how many variables share the value.
+      target: the place of the target with all of them.
+    """
+
+    value: Position
+    index: int | None
+    count: int
+    target: Position
+
+
 class Source:
     """One file's text as it is now."""
 
@@ -47,12 +64,15 @@ class Source:
         self._places: dict[tuple[str, int], set[Any]] = {}
         self._statements: dict[int, list[tuple[Position, ast.AST]]] = {}
         self._expressions: dict[Position, ast.expr] = {}
+        self._functions: list[tuple[Position, Any]] = []
         try:
             tree = ast.parse("".join(lines))
             _note_places(compile(tree, file, "exec", dont_inherit=True), self._places)
         except (SyntaxError, ValueError):
             return
         for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                self._functions.append((_place(node), node))
             if isinstance(node, ast.stmt):
                 place = _own_place(node)
                 for line in range(place[0], place[2] + 1):
@@ -70,15 +90,70 @@ class Source:
 
     def statement(self, place: Position, in_lambda: bool) -> Statement | None:
         """Return the innermost statement around a place."""
-        around = [
-            (there, node)
-            for there, node in self._statements.get(place[0], ())
-            if isinstance(node, ast.Lambda) == in_lambda and _is_within(place, there)
-        ]
-        if not around:
-            return None
-        there, node = max(around, key=lambda pair: (pair[0][:2], _negated(pair[0][2:])))
-        return self._described(there, node)
+        there, node = self._around(place, in_lambda)
+        return self._described(there, node) if node else None
+
+    def assigned(self, place: Position, name: str) -> Assigned | None:
+        """Return what the assignment around a place gives to a variable.
+
+        None if it does not assign the variable, or takes a value apart by `*`.
+        """
+        there, node = self._around(place, False)
+        if isinstance(node, ast.AugAssign):
+            own = _place(node.target)
+            return (
+                Assigned(there, None, 1, own) if name in _names(node.target) else None
+            )
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            found = _assigned(target, node.value, name)
+            if found:
+                return found
+        return None
+
+    def returned(self, place: Position) -> list[Position]:
+        """Return the places of what the function around a place returns."""
+        nodes = _own_nodes(self._function(place))
+        return [_place(x.value) for x in nodes if isinstance(x, ast.Return) and x.value]
+
+    def computes(self, place: Position, name: str) -> bool:
+        """Tell whether the function around a place assigns to a variable."""
+        nodes = _own_nodes(self._function(place))
+        return any(name in _assigned_names(node) for node in nodes)
+
+    def parts(self, place: Position) -> tuple[Position, ...]:
+        """Return the places of the parts of a tuple or list written out there."""
+        node = self._expressions.get(place)
+        if not isinstance(node, ast.Tuple | ast.List):
+            return ()
+        return tuple(map(_place, node.elts))
+
+    def is_tree(self, place: Position) -> bool:
+        """Tell whether a container is written out there."""
+        return isinstance(self._expressions.get(place), _DISPLAYS)
+
+    def constructs(self, place: Position) -> bool:
+        """Tell whether an object is made there, by the name of its class."""
+        node = self._expressions.get(place)
+        if not isinstance(node, ast.Call) or isinstance(node.func, ast.Call):
+            return False
+        name = self.callee(place)
+        return name[:1].isupper() or name in ("dict", "list", "set", "tuple")
+
+    def name(self, place: Position) -> str:
+        """Return the name of the variable that the expression there is, or ""."""
+        node = self._expressions.get(place)
+        return node.id if isinstance(node, ast.Name) else ""
+
+    def lines_assigning(self, name: str, function: str = "") -> list[int]:
+        """Return the lines of the statements, in a function, that assign a variable."""
+        found = set[int]()
+        for line, group in self._statements.items():
+            for place, node in group:
+                if place[0] == line and name in _assigned_names(node):
+                    around = getattr(self._function(place), "name", "")
+                    found |= {line} if function in ("", around) else set()
+        return sorted(found)
 
     def expression(self, place: Position) -> str:
         """Return the text at a place, on one line."""
@@ -117,6 +192,20 @@ class Source:
             return offset
         return len(self._lines[line - 1].encode()[:offset].decode(errors="ignore"))
 
+    def _around(self, place: Position, in_lambda: bool) -> tuple[Position, Any]:
+        around = [
+            (there, node)
+            for there, node in self._statements.get(place[0], ())
+            if isinstance(node, ast.Lambda) == in_lambda and is_within(place, there)
+        ]
+        if not around:
+            return place, None
+        return max(around, key=lambda pair: (pair[0][:2], _negated(pair[0][2:])))
+
+    def _function(self, place: Position) -> Any:
+        around = [(p, node) for p, node in self._functions if is_within(place, p)]
+        return max(around, key=lambda pair: pair[0][:2])[1] if around else None
+
     def _described(self, place: Position, node: Any) -> Statement:
         targets, parts, value, kind = (), (), None, "expression"
         label = self.expression(place)
@@ -141,6 +230,19 @@ class Source:
             label = "for " + self.expression(_place(node.target))
         shown = label if len(label) <= 40 else label[:37] + "..."
         return Statement(shown, targets, parts, place[0], place[2], value, kind)
+
+
+_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+_DISPLAYS = (
+    ast.Tuple
+    | ast.List
+    | ast.Dict
+    | ast.Set
+    | ast.ListComp
+    | ast.DictComp
+    | ast.SetComp
+    | ast.GeneratorExp
+)
 
 
 def source_of(file: str) -> Source:
@@ -195,8 +297,47 @@ def _names(target: ast.expr) -> Iterator[str]:
         yield ast.unparse(target)
 
 
-def _is_within(inner: Position, outer: Position) -> bool:
+def is_within(inner: Position, outer: Position) -> bool:
+    """Tell whether one place lies in the other."""
     return outer[:2] <= inner[:2] and inner[2:] <= outer[2:]
+
+
+def _assigned(target: ast.expr, value: Any, name: str) -> Assigned | None:
+    own = _place(target)
+    if not isinstance(target, ast.Tuple | ast.List):
+        return Assigned(_place(value), None, 1, own) if name in _names(target) else None
+    if any(isinstance(x, ast.Starred) for x in target.elts):
+        return None
+    count = len(target.elts)
+    for index, part in enumerate(target.elts):
+        if name not in _names(part):
+            continue
+        written = value.elts if isinstance(value, ast.Tuple | ast.List) else ()
+        if len(written) == count:
+            return _assigned(part, written[index], name)
+        nested = isinstance(part, ast.Tuple | ast.List)
+        return None if nested else Assigned(_place(value), index, count, own)
+    return None
+
+
+def _assigned_names(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+        targets = [node.target]
+    else:
+        return set()
+    return {name for target in targets for name in _names(target)}
+
+
+def _own_nodes(function: Any) -> Iterator[ast.AST]:
+    """Nodes of a function, without those of functions and classes inside it."""
+    waiting = list(function.body) if function else []
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, _SCOPES):
+            waiting += ast.iter_child_nodes(node)
 
 
 def _negated(place: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Traced:
     arguments: Mapping[str, Any]
     positional: Sequence[Any]
     output: Any
+    fun: Callable[..., Any]
 
 
 def is_traceable(leaf: Any) -> bool:
@@ -95,6 +96,7 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         _bind(fun, args, kwargs),
         args,
         result[0],
+        fun,
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import Op, Point, nodes, pattern, prefixes
+from stopgrad_jax._address import Op, Point, Var, nodes, pattern, prefixes
 
 from .nested import Nested, nested
+from .variables import Variables
 
 
 class PointName(str):
@@ -47,7 +48,8 @@ class Hit:
     """A value is part `position` of what an address selects at this place.
 
     `root` is the full address that matched, `parts` the names of all the parts and
-    `tree` their structure (None: one value by itself).
+    `tree` their structure (None: one value by itself). `operation`: an edit of it is
+    one of the equation, not of its results.
     """
 
     target: int
@@ -55,6 +57,7 @@ class Hit:
     position: int = 0
     parts: tuple[str, ...] = ("",)
     tree: Any = None
+    operation: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +119,15 @@ class Search:
     `hidden` maps a target to the line of a match in the body of a custom rule, where
     operations are not looked for. `opaque` maps primitives that hold a program which
     cannot be searched to a line, `unreachable` wanted names in them to where that is.
+    `fun` is the function searched, `anywhere` see `Variables`.
     """
 
-    def __init__(self, targets: Sequence[Point | Op]) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Point | Op | Var],
+        fun: Any = None,
+        anywhere: frozenset[int] = frozenset(),
+    ) -> None:
         self.targets = targets
         self.names: dict[str, None] = {}
         self.ops: dict[str, None] = {}
@@ -131,6 +140,9 @@ class Search:
             if isinstance(target, Point)
         ]
         self._ops = [(k, op) for k, op in enumerate(targets) if isinstance(op, Op)]
+        # Labels read the whole stack of every equation: only where they are needed.
+        names = {k: var for k, var in enumerate(targets) if isinstance(var, Var)}
+        self.variables = Variables(names, fun, anywhere) if names else None
         self._scoped = any(op.within for _, op in self._ops)
         self._plans: dict[Any, Plan] = {}
 
@@ -147,8 +159,9 @@ class Search:
         return self._plans[key]
 
     def _matches(self, jaxpr: Any, context: _Context) -> Iterator[Match]:
+        variables = self.variables.find(jaxpr) if self.variables else {}
         for index, eqn in enumerate(jaxpr.eqns):
-            own = self._own(eqn, context)
+            own = self._own(eqn, context, variables.get(index, {}))
             inner = nested(eqn)
             plans, inside = (), ()
             if inner is not None:
@@ -172,7 +185,9 @@ class Search:
             for found in names.found:
                 self.unreachable[found.name] = f'"{eqn.primitive.name}" at {line}'
 
-    def _own(self, eqn: Any, context: _Context) -> tuple[Found, ...]:
+    def _own(
+        self, eqn: Any, context: _Context, variables: Mapping[int, Any]
+    ) -> tuple[Found, ...]:
         primitive = eqn.primitive.name
         if primitive == "name":
             self.names[eqn.params["name"]] = None
@@ -181,17 +196,28 @@ class Search:
             hits = ()
         if self._ops:
             hits = (*hits, *self._operation(eqn, primitive, context))
-        if not hits:
+        if not hits and not variables:
             return ()
-        name = eqn.params["name"] if primitive == "name" else hits[0].root
+        assigned = [
+            tuple(
+                Hit(target, name, tree=Leaf(""))
+                for target, name in variables.get(k, ())
+            )
+            for k in range(len(eqn.outvars))
+        ]
+        first = next(hit for mine in (hits, *assigned) for hit in mine)
+        name = eqn.params["name"] if primitive == "name" else first.root
         state = (context.rule, context.dynamic, self._differentiated(eqn, context))
         found = []
         for position, var in enumerate(eqn.outvars):
             mine = hits
             if len(eqn.outvars) > 1:
                 parts = tuple(map(str, range(len(eqn.outvars))))
-                tree = tuple(map(Leaf, parts))
-                mine = tuple(Hit(h.target, h.root, position, parts, tree) for h in hits)
+                same = {"parts": parts, "tree": tuple(map(Leaf, parts))}
+                mine = [
+                    dataclasses.replace(hit, position=position, **same) for hit in hits
+                ]
+            mine = (*mine, *assigned[position])
             found.append(Found(name, mine, var.aval, _jax.line_of(eqn), *state))
         return tuple(found)
 
@@ -214,7 +240,7 @@ class Search:
             if context.rule:
                 self.hidden.setdefault(target, _jax.line_of(eqn))
             else:
-                yield Hit(target, op.name)
+                yield Hit(target, op.name, operation=primitive != "name")
 
     def _below(
         self, eqn: Any, inner: Nested, context: _Context, matched: frozenset[int]
