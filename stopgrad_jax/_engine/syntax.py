@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import linecache
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -163,7 +164,10 @@ class Source:
         rows = [row.encode() for row in self._lines[line - 1 : end_line]]
         rows[-1] = rows[-1][:end_col]
         rows[0] = rows[0][col:]
-        return " ".join(b" ".join(rows).decode(errors="replace").split())
+        text = " ".join(b" ".join(rows).decode(errors="replace").split())
+        if rows[1:]:  # as it would stand on one line
+            text = re.sub(r",? ([)\]}])", r"\1", re.sub(r"([(\[{]) ", r"\1", text))
+        return text
 
     def callee(self, place: Position) -> str:
         """Return the name of the function that the expression there calls, or ""."""
@@ -176,6 +180,16 @@ class Source:
         if isinstance(function, ast.Attribute):
             return function.attr
         return function.id if isinstance(function, ast.Name) else ""
+
+    def call(self, place: Position) -> tuple[str, str]:
+        """Return the function and the only argument of the call there, or ""s."""
+        node = self._expressions.get(place)
+        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
+            return "", ""
+        function, argument = node.func, node.args[0]
+        dotted = isinstance(function, ast.Name | ast.Attribute)
+        text = self.expression(_place(function)) if dotted else ""
+        return ("", "") if "(" in text else (text, self.expression(_place(argument)))
 
     def is_comparison(self, place: Position) -> bool:
         """Tell whether the expression there is `a < b` or the like."""

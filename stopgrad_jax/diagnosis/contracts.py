@@ -104,23 +104,27 @@ def _contract(
     name: str,
     broken: Callable[[Look], tuple[list[Folded], str]],
 ) -> Callable[P, None]:
-    called = f"{name}({function_name(fun)}, {xs!r:.80})"
+    named = "" if ys is None else f", ys={ys!r:.80}"
+    called = f"{name}({function_name(fun)}, {xs!r:.80}{named})"
     wanted = listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
 
     @functools.wraps(fun)
     def check(*args: P.args, **kwargs: P.kwargs) -> None:
-        traced = trace(fun, args, kwargs)
-        look = looked_at(traced, Labels(fun), wanted, asked, called)
+        traced, labels = trace(fun, args, kwargs), Labels(fun)
+        look = looked_at(traced, labels, wanted, asked, called)
         require_outputs(look)
         _require_one_output(look, called, asked)
         _require_leaves(look, called, wanted)
         rows, expected = broken(look)
         if rows:
+            whole = looked_at(traced, labels, None, asked, called)
+            look = looked_at(traced, labels, wanted, asked, called, base=whole)
+            rows, expected = broken(look)
             # Deep in the library: the test's author wants to see the message alone.
             __tracebackhide__ = True
             lines = [f"{row.path}: {expected}{_because(look, row)}" for row in rows]
-            text = page(explain(look)).plain
+            text = page(explain(look, rows, cuts=broken is _without)).plain
             raise AssertionError("\n".join([called, *lines, "", text]))
 
     return check

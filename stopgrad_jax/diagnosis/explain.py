@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,12 +16,14 @@ from .page import Part
 _ZERO = "gradient is exactly zero."
 
 
-def explain(look: Look) -> Iterator[list[Part]]:
-    """Explain the gradient of everything that a look is at."""
-    for number, row in enumerate(look.asked):
+def explain(
+    look: Look, rows: Sequence[Folded] | None = None, cuts: bool = True
+) -> Iterator[list[Part]]:
+    """Explain the gradient of some rows, or of everything that a look is at."""
+    for number, row in enumerate(look.asked if rows is None else rows):
         if number:
             yield []
-        yield from _row(look, row)
+        yield from _row(look, row, cuts)
 
 
 def verdict(look: Look, row: Folded) -> str:
@@ -46,16 +48,13 @@ def verdict(look: Look, row: Folded) -> str:
     through = _through(look, row)
     analysis = look.analysis
     masked = row.bits & ~analysis.reached(analysis.unmasked, analysis.sinks)
-    if not masked:
+    if masked != row.bits:  # of the first layers of a relu network it is true, and idle
         return f"{name}: gets a gradient{through}."
     ops = analysis.lost_on_the_way(masked, analysis.unmasked)
-    names = list(dict.fromkeys(map(_mask, ops)))
+    names = list(dict.fromkeys(_mask(look, op) for op in ops))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     zero = f"may be zero at some inputs: {', '.join(names[:3])}{more}"
-    if masked == row.bits:
-        return f"{name}: connected{through}; {zero}."
-    some = f"{masked.bit_count()} of {row.bits.bit_count()} leaves"
-    return f"{name}: gets a gradient{through}; {some} {zero}."
+    return f"{name}: connected{through}; {zero}."
 
 
 def _output(look: Look) -> str:
@@ -83,15 +82,18 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _mask(op: Op) -> str:
-    return f"{op.name}, line {op.spot.frame.line}" if op.spot else op.name
+def _mask(look: Look, op: Op) -> str:
+    if op.spot is None:
+        return op.name
+    here = op.spot.file == look.file
+    return f"{op.name}, line {op.spot.frame.line}" if here else _unknown(op)
 
 
 def _unknown(op: Op) -> str:
     return f"{op.name} ({op.spot.place})" if op.spot else op.name
 
 
-def _row(look: Look, row: Folded) -> Iterator[list[Part]]:
+def _row(look: Look, row: Folded, with_cuts: bool) -> Iterator[list[Part]]:
     head, _, rest = verdict(look, row).partition(": ")
     word = look.verdict(row.bits) if row.bits else "unused"
     style = {"flows": "flow", "cut": "cut"}.get(word, "bold")
@@ -101,18 +103,21 @@ def _row(look: Look, row: Folded) -> Iterator[list[Part]]:
     before = look.way(row.bits)
     if word == "flows":
         yield from _flowing(look, before)
-    cuts = cuts_of(look, row)
+    cuts = cuts_of(look, row) if with_cuts else []
     if cuts:
         yield []
-    for number, cut in enumerate(cuts, 1):
-        yield from _numbered(look, row, number, cut, before)
+    told = _told(look, row, cuts, before)
+    for number, (lines, times) in enumerate(told.items(), 1):
+        head, *rest = lines
+        again = f"   ({times} times)" if times > 1 else ""
+        yield [(f"  {number}. {head[0][0]}{again}", "cut")]
+        yield from map(list, rest)
     if word in ("cut", "unused"):
         yield []
         zeros = f"jax.grad returns zeros of the right shape for {row.path}"
         yield [(f"  {zeros}, not None and not an error.", "")]
-        for line in dict.fromkeys(map(_advice, cuts)):
-            if line:
-                yield [(f"  {line}", "")]
+        for line in dict.fromkeys(map(_advice, _mistakes(cuts))):
+            yield [(f"  {line}", "")]
     elif cuts:
         cells = zip(look.terms, look.cells(row.bits), strict=True)
         lost = [name for (name, _), cell in cells if cell == "cut"]
@@ -144,10 +149,18 @@ def _flowing(look: Look, before: dict[int, Any]) -> Iterator[list[Part]]:
             return
 
 
-def _numbered(
-    look: Look, row: Folded, number: int, cut: Cut, before: dict[int, Any]
+def _told(
+    look: Look, row: Folded, cuts: Sequence[Cut], before: dict[int, Any]
+) -> collections.Counter[tuple[tuple[Part, ...], ...]]:
+    """Lay each cut out; a function that is called twice may tell the same twice."""
+    laid_out = (map(tuple, _cut(look, row, cut, before)) for cut in cuts)
+    return collections.Counter(map(tuple, laid_out))
+
+
+def _cut(
+    look: Look, row: Folded, cut: Cut, before: dict[int, Any]
 ) -> Iterator[list[Part]]:
-    yield [(f"  {number}. {cut.words}", "cut")]
+    yield [(cut.words, "cut")]
     spot = cut.spot
     way = " → ".join([row.path, *_labels(look, cut, before)])
     if spot is None:
@@ -193,21 +206,21 @@ def _labels(look: Look, cut: Cut, before: dict[int, Any]) -> list[str]:
     return names if len(names) <= 6 else [*names[:2], "...", *names[-3:]]
 
 
-_CALL = re.compile(r"[\w.]+\(([\w.]+)\)")
+def _mistakes(cuts: Sequence[Cut]) -> list[Cut]:
+    """The cuts that nobody may have meant; none where another one was meant."""
+    if any(cut.reason == "stop_gradient" for cut in cuts):
+        return []
+    return [cut for cut in cuts if cut.reason in ("zero_derivative", "integer")]
 
 
 def _advice(cut: Cut) -> str:
-    """Say how to pass a gradient where nobody meant to end it."""
-    if cut.reason not in ("zero_derivative", "integer"):
-        return ""
-    keep = (
+    """Say how to pass a gradient where one ends by mistake."""
+    spot, call = cut.spot, "sg.straight_through(forward, backward)(x)"
+    if cut.reason == "zero_derivative" and spot and spot.is_current:
+        function, argument = spot.source.call(spot.position)
+        if function and argument:
+            call = f"sg.straight_through({function})({argument})"
+    return (
         "To keep the forward value and pass a gradient, use a straight-through rule: "
+        f"{call}."
     )
-    spot = cut.spot
-    expression = spot.expression if spot else ""
-    call = _CALL.fullmatch(expression)
-    if cut.reason == "zero_derivative" and call:
-        function = expression[: expression.index("(")]
-        if function.split(".")[-1] == (spot.callee if spot else ""):
-            return f"{keep}sg.straight_through({function})({call[1]})."
-    return f"{keep}sg.straight_through(forward, backward)(x)."

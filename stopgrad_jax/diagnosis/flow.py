@@ -63,6 +63,11 @@ class View(Drawing):
     picture: Picture
     text: Page
 
+    @property
+    def alt(self) -> str:
+        """The picture in a sentence, for who cannot see it."""
+        return f"{self.picture.title}: {self.text.plain.splitlines()[0]}"
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Flow(Drawing):

@@ -140,8 +140,8 @@ class Look:
         """The columns of the table: outputs, or what the one output is a sum of."""
         if self._terms is not None:
             return self._terms  # values have the same numbers in every graph of it
-        if len(self.outputs) != 1:
-            return self.outputs
+        if len(self.outputs) != 1 or not self.outputs[0][1]:
+            return self.outputs if len(self.outputs) != 1 else []
         plain = self._plain
         out: dict[str, list[Value]] = {}
         for number in terms(plain, len(plain.steps) - 1):
@@ -157,7 +157,11 @@ class Look:
             while label in out:
                 label += "'"
             out[label] = leaving
-        return list(out.items()) if len(out) <= 8 else []
+        (sink,) = self.analysis.sinks
+        shapes = {self.graph.avals[v].shape for values in out.values() for v in values}
+        # Parts of a loss have its shape; what it is computed from has another.
+        alike = shapes == {self.graph.avals[sink].shape}
+        return list(out.items()) if len(out) <= 8 and alike else []
 
     def word(self, bits: int, values: Iterable[Value]) -> str:
         """Say how some values fare with some inputs: flows, cut or unused."""
@@ -195,6 +199,12 @@ class Look:
             return [row for row in every if row.bits] or every
         roots = {leaf.path for leaf in self.leaves if leaf.asked}
         return [row for row in every if row.leaves[0].path in roots]
+
+    @property
+    def file(self) -> str:
+        """The file that most of it is in: where the outermost statements are."""
+        spots = (group.spot for group in self.grouping.groups)
+        return next((spot.file for spot in spots if spot is not None), "")
 
     @functools.cached_property
     def layout(self) -> Layout:

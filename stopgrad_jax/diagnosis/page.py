@@ -78,7 +78,8 @@ class Page:
             return f'<span style="{css}">{text}</span>' if css else text
 
         rows = ("".join(part(*p) for p in line) for line in self.lines)
-        return "<pre>" + "\n".join(rows) + "</pre>"
+        style = "white-space:pre;overflow-x:auto;line-height:1.35"
+        return f'<pre style="{style}">' + "\n".join(rows) + "</pre>"
 
     def _repr_html_(self) -> str:
         return self.html

@@ -14,7 +14,14 @@ def reached(look: Look, title: str) -> Picture:
     reached = {
         layout.step_of[v] for v in range(len(layout.step_of)) if analysis.value[v]
     }
+    before: dict[int, list[int]] = {}
+    for edge in layout.edges:
+        before.setdefault(edge.target, []).append(edge.source)
     outputs = {s.id for s in layout.steps if s.kind == "output"}
+    for step in layout.steps:  # a value inside that is asked for is its own end
+        labels = [layout.steps[k].label for k in before.get(step.id, ())]
+        if step.id in outputs and labels == [step.label]:
+            outputs.discard(step.id)
     kept = [s for s in layout.steps if s.id in reached or s.id in outputs]
     kept = [s for s in kept if not s.data]
     number = {s.id: k for k, s in enumerate(kept)}

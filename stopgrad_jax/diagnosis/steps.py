@@ -122,7 +122,7 @@ def short(function: str) -> str:
     parts = [part for part in function.split(".") if part != "<locals>"]
     if parts[-1] == "__call__" and len(parts) > 1:
         parts.pop()
-    return parts[-1].strip("<>")
+    return parts[-1]
 
 
 def _step(
@@ -148,6 +148,8 @@ def _step(
     if special:
         brief = special.cut and special.cut.brief
         detail = brief or special.detail or detail
+        if special.cut and special.cut.reason == "stop_gradient":
+            detail = "on purpose" if label == "stop_gradient" else "stop_gradient"
     elif all(graph.ops[k].join for k in group.ops):
         cond = last.eqn.primitive.name == "cond"
         detail = "one of the branches" if cond else "carried by the loop"
@@ -223,6 +225,7 @@ def variable(group: Group, root: int) -> str:
         above = outer.statement
         if above and above.value == outer.position and above.targets:
             return above.label
+        return f"{short(group.spot.function)}()" if group.spot else "return"
     return statement.label
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .look import Look
+from .look import Folded, Look
 from .page import Part
 from .steps import variable
 
@@ -14,7 +14,7 @@ _WIDEST = 44  # characters of an expression
 
 def table(look: Look, place: str, steps: int, ops: int) -> Iterator[list[Part]]:
     """Lay out the header, the table and the cuts."""
-    cuts = look.cuts
+    cuts = list(_cuts(look))
     counts = f"{ops:,} ops in {_many(steps, 'step')}, {_many(len(cuts), 'cut')}"
     name = look.traced.name
     yield [
@@ -27,11 +27,14 @@ def table(look: Look, place: str, steps: int, ops: int) -> Iterator[list[Part]]:
     yield from _rows(look)
     if cuts:
         yield []
-        yield from _cuts(look)
+        yield from cuts
     target = _interesting(look)
     if target:
         ways = f'flow.explain("{target}"), flow.source(), flow.save("flow.svg")'
         yield [("  next: " + ways, "dim")]
+    if look.xs is None and len(look.traced.arguments) > 1:
+        first = next(iter(look.traced.arguments))
+        yield [(f'  xs="{first}" in the call makes the other arguments data', "dim")]
 
 
 def _many(count: int, noun: str) -> str:
@@ -71,7 +74,7 @@ def _cuts(look: Look) -> Iterator[list[Part]]:
             expression = expression[: _WIDEST - 3] + "..."
         lines.append((cut.place or "(no source)", label, expression, cut.brief))
     lines = list(dict.fromkeys(lines))
-    widths = [max(len(line[k]) for line in lines) for k in range(3)]
+    widths = [max([0, *(len(line[k]) for line in lines)]) for k in range(3)]
     for number, line in enumerate(lines):
         head = "  cut at   " if not number else "           "
         cells = [text.ljust(w) for text, w in zip(line, widths, strict=False)]
@@ -82,10 +85,10 @@ def _cuts(look: Look) -> Iterator[list[Part]]:
 def _interesting(look: Look) -> str:
     """The input that it is most worth to ask about: one with a cut."""
     rows = [row for row in look.rows if not row.data]
-    for row in rows:
+
+    def interest(row: Folded) -> tuple[bool, bool]:
         words = [look.verdict(row.bits), *look.cells(row.bits)]
-        if any(word != "flows" for word in words):
-            lost = any(cut.lost & row.bits for cut in look.cuts)
-            if lost:
-                return row.path
-    return rows[0].path if rows else ""
+        is_cut = any(cut.lost & row.bits for cut in look.cuts)
+        return is_cut and any(word != "flows" for word in words), is_cut
+
+    return max(rows, key=interest).path if rows else ""  # the first of the best

@@ -1,4 +1,4 @@
-"""rlax lets the gradient of a target into the value network unless it is told not to."""
+"""rlax lets a target's gradient into the value network unless it is told not to."""
 
 import warnings
 
