@@ -15,11 +15,11 @@ from stopgrad_jax._address import Address
 from .causes import Analysis
 from .connect import Reach, read
 from .dependence import Rules
-from .graph import Graph
 from .labels import Labels
 from .rewrite import Actions, Rewriter
 from .select import Program
 from .trace import Value
+from .unfold import unfold
 from .walk import Found, live
 
 
@@ -55,7 +55,7 @@ class Differentiation:
         plan, jaxpr = self._program.plan, self._program.traced.jaxpr
         if not _jax.is_differentiable(self._program.types[x]):
             return f"{self._program.types[x].dtype} carries no gradient"
-        graph = Graph(jaxpr, Labels(), plan, self._is_held)
+        graph = unfold(jaxpr, Labels(), plan, self._is_held)
         values = {
             "argument": graph.inputs,
             "output": graph.outputs,

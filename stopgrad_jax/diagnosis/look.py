@@ -11,11 +11,12 @@ import jax
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._engine.causes import Analysis, Cut
-from stopgrad_jax._engine.graph import Graph, Value
+from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
+from stopgrad_jax._engine.unfold import unfold
 from stopgrad_jax._errors import beats, type_of
 
 from .grouping import Grouping
@@ -52,7 +53,7 @@ class Look:
         if base is not None and not program.plan.matches:
             self.graph = base.graph
         else:
-            self.graph = Graph(traced.jaxpr, labels, program.plan)
+            self.graph = unfold(traced.jaxpr, labels, program.plan)
         self._terms = base.terms if base is not None and base.ys == ys else None
         values = {
             "argument": self.graph.inputs,
