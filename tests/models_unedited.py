@@ -42,8 +42,8 @@ class Eqx(eqx.Module):
 
     def __init__(self, key):
         keys = jax.random.split(key)
-        self.conv = eqx.nn.Conv2d(1, 4, 3, key=keys[0])
-        self.head = eqx.nn.Linear(4, 3, key=keys[1])
+        self.conv = eqx.nn.Conv2d(1, 4, 3, dtype=jnp.float32, key=keys[0])
+        self.head = eqx.nn.Linear(4, 3, dtype=jnp.float32, key=keys[1])
 
     def __call__(self, x):
         feat = jax.nn.relu(self.conv(x))

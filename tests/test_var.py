@@ -90,6 +90,7 @@ def test_grad_cam_flax_linen(run):
     addresses = [sg.var("feat"), sg.var("normed")]
     _, values = run(sg.capture(fun, addresses))(variables, IMAGE)
     feat, normed = (values[a] for a in addresses)
+    feat, normed = np.array(feat), np.array(normed)
     mean, var = feat.mean((0, 1, 2)), feat.var((0, 1, 2))
     np.testing.assert_allclose(
         normed, (feat - mean) / np.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5
