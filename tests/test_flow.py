@@ -288,3 +288,16 @@ def test_a_function_without_a_float_result_raises():
 def test_unknown_ending():
     with pytest.raises(ValueError, match=r"\.svg, \.png"):
         look_at("ddqn_loss").save("flow.bmp")
+
+
+def test_the_readme_shows_what_is_printed(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    code = next(b for b in readme.split("```python\n") if "vqvae_loss" in b)
+    shown = readme.split("```\ngradient flow")[1].split("```")[0]
+    imports = "import jax, jax.numpy as jnp\nimport stopgrad_jax as sg\n\n\n"
+    program = imports + code.split("```")[0].replace("print(flow)", "")
+    (tmp_path / "models.py").write_text(program)
+    monkeypatch.chdir(tmp_path)
+    space = {"__name__": "models"}
+    exec(compile(program, str(tmp_path / "models.py"), "exec"), space)
+    assert str(space["flow"]) == ("gradient flow" + shown).rstrip()

@@ -239,7 +239,6 @@ def test_the_plain_prompt():
 
 
 def test_notebook_cells():
-    pytest.importorskip("IPython")
     code = f"""
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()

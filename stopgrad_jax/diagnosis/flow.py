@@ -7,8 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
-import stopgrad_jax._address as _address
-from stopgrad_jax._address import Address
+from stopgrad_jax._address import Address, Var
 from stopgrad_jax._engine.labels import Labels, code_of, printed_file
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import Traced, trace
@@ -256,7 +255,7 @@ def _as_variable(address: Address, traced: Traced) -> Address:
         return address
     head = address.split("/")[0]
     known = head in traced.arguments or head == "return" or head.isdigit()
-    return address if known else _address.Var(address)
+    return address if known else Var(address)
 
 
 def _made(look: Look, fun: Any) -> Flow:
