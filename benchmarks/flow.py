@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from measure import seconds, side_by_side
 
 import stopgrad_jax as sg
+from stopgrad_jax.diagnosis.dot import to_dot
 from stopgrad_jax.diagnosis.merge import merged
 from stopgrad_jax.diagnosis.model import Edge, Picture, Step
 from stopgrad_jax.diagnosis.render import to_svg
@@ -91,14 +92,8 @@ def drawing(sizes=(10, 50, 200, 1000)):
         edges += [Edge(k, k + 3, "value") for k in range(0, size - 3, 5)]
         picture = Picture("steps in a row", tuple(steps), tuple(edges), ())
         drawn = merged(picture)
-        time = seconds(lambda drawn=drawn: to_svg(sg_dot(drawn), "steps"))
+        time = seconds(lambda drawn=drawn: to_svg(to_dot(drawn), "steps"))
         yield f"g. draw {size} steps", {"drawn": len(drawn.steps), "seconds": time}
-
-
-def sg_dot(picture):
-    from stopgrad_jax.diagnosis.dot import to_dot
-
-    return to_dot(picture)
 
 
 def rows():
