@@ -29,3 +29,14 @@ def standard_promotion():
     """Let optax and flax promote: they do not pass with strict promotion themselves."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def usual_settings():
+    """Set JAX as most users have it, for losses whose printed text is tested."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
+        yield

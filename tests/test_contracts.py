@@ -10,6 +10,9 @@ import pytest
 import stopgrad_jax as sg
 
 
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
+
 def vq(codebook, z, too_early):
     q = codebook[jnp.argmin(((z[:, None] - codebook) ** 2).sum(-1), -1)]
     if too_early:

@@ -12,6 +12,7 @@ from jax import lax
 
 import stopgrad_jax as sg
 
+pytestmark = pytest.mark.usefixtures("usual_settings")
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 

@@ -14,6 +14,7 @@ import pytest
 import stopgrad_jax as sg
 from stopgrad_jax.diagnosis.page import page
 
+pytestmark = pytest.mark.usefixtures("usual_settings")
 HOSTILE = '</pre><script>alert("x")</script> & \x1b[31m "quoted" \\ `tick` \u202e'
 
 
