@@ -9,7 +9,6 @@ import pytest
 
 import stopgrad_jax as sg
 
-
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stopgrad_jax._engine.causes import Analysis
+from stopgrad_jax._engine.causes import Analysis, Cut
 from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.labels import Path, Spot
 from stopgrad_jax._errors import type_of
@@ -146,10 +146,9 @@ def _step(
     kind = special.kind if special and special.kind != "name" else "step"
     label, detail = _label(group, grouping.root, last)
     if special:
-        brief = special.cut and special.cut.brief
-        detail = brief or special.detail or detail
-        if special.cut and special.cut.reason == "stop_gradient":
-            detail = "on purpose" if label == "stop_gradient" else "stop_gradient"
+        detail = special.detail or detail
+        if special.cut:
+            detail = _of_cut(special.cut, graph.ops[special.cut.op].name, label)
     elif all(graph.ops[k].join for k in group.ops):
         cond = last.eqn.primitive.name == "cond"
         detail = "one of the branches" if cond else "carried by the loop"
@@ -170,6 +169,17 @@ def _step(
         special.cut.reason if special and special.cut else "",
         any(analysis.arrives[v] and analysis.tangent[v] for v in values),
     )
+
+
+def _of_cut(cut: Cut, name: str, label: str) -> str:
+    """Say in a few words what a cut is."""
+    if cut.reason == "stop_gradient":
+        return "on purpose" if label == name else name
+    if cut.reason in ("integer", "comparison"):
+        return f"{name} {cut.brief}"
+    if cut.reason == "zero_derivative":
+        return f"the derivative of {name} is zero"
+    return cut.brief or cut.words
 
 
 def _site(group: Group, path: Path) -> Site | None:
