@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -235,14 +235,16 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
     frames, sampler = [], False
     locate = type(traceback).code_addr2location
     for code, address in zip(*traceback.raw_frames(), strict=True):
-        if code not in _SKIPPED:
-            _SKIPPED[code] = code.co_filename.startswith(_OWN)
-        if not _SKIPPED[code]:
-            frame = _FRAMES.get((code, address))
+        file = code.co_filename
+        if file not in _SKIPPED:
+            _SKIPPED[file] = file.startswith(_OWN)
+        if not _SKIPPED[file]:
+            key = (code, file, address)  # equal code of two files is equal
+            frame = _FRAMES.get(key)
             if frame is None:
                 place = locate(code, address)
-                frame = Frame(code, code.co_filename, code.co_qualname, *place)
-                _FRAMES[code, address] = frame
+                frame = Frame(code, file, code.co_qualname, *place)
+                _FRAMES[key] = frame
             frames.append(frame)
         elif not frames and code.co_filename.startswith(_RANDOM):
             sampler = True
@@ -250,7 +252,7 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
 
 
 _FRAMES: dict[Any, Frame] = {}
-_SKIPPED: dict[Any, bool] = {}
+_SKIPPED: dict[str, bool] = {}
 _OWN = tuple(
     os.path.join(os.path.dirname(os.path.abspath(file)), "")
     for file in (jax.__file__, jaxlib.__file__, __file__)
@@ -415,6 +417,34 @@ def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
 def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype alone: no mesh, no varying axes, no tracer."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Jaxpr:
+    """Trace a function of values of these types, where an equation stands.
+
+    Collectives are only known inside the `shard_map` whose axes they name.
+    """
+    mesh = eqn.ctx.cur_abstract_mesh
+    plain, jaxprs = jax.tree.map(shape_of, avals), list[Any]()
+    manual = getattr(mesh, "manual_axes", ())
+    if not manual:
+        return opened(jax.make_jaxpr(function)(*plain))[0]
+
+    def varied(*args: Any) -> Any:
+        types = jax.tree.map(lambda x, aval: vary(x, varying(aval)), args, avals)
+        return function(*types)
+
+    def body() -> tuple[()]:
+        jaxprs.append(jax.make_jaxpr(varied)(*plain))
+        return ()
+
+    auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    around = mesh.update(axis_types=auto)
+    names = frozenset(manual)
+    jax.eval_shape(
+        jax.shard_map(body, mesh=around, in_specs=(), out_specs=(), axis_names=names)
+    )
+    return opened(jaxprs[0])[0]
 
 
 def is_traced(x: Any) -> bool:

@@ -77,7 +77,7 @@ class Analysis:
 
     def reached(self, bits: Sequence[Bits], sinks: Iterable[Value]) -> Bits:
         """Return the sources that reach any of the sinks."""
-        return functools.reduce(int.__or__, (bits[v] for v in sinks), 0)
+        return _union(bits[v] for v in sinks)
 
     @functools.cached_property
     def unmasked(self) -> list[Bits]:
@@ -87,12 +87,21 @@ class Analysis:
         return graph.forward(self._start, through, graph.cases)
 
     @functools.cached_property
-    def sure(self) -> list[Bits]:
-        """As `tangent`, but only through rules that are known."""
-        if all(op.known for op in self.graph.ops):
-            return self.tangent
-        through = self.graph.without(lambda op: not op.known)
-        return self.graph.forward(self._start, through)
+    def refused(self) -> list[Bits]:
+        """The sources that reach a value through an operation without a rule."""
+        graph = self.graph
+        unknown = [v for op in graph.ops if not op.known for v in op.values]
+        start = [(v, self.tangent[v]) for v in unknown]
+        return graph.forward(start, graph.grads) if unknown else [0] * len(graph.maker)
+
+    def refusing(self, source: Bits) -> list[Op]:
+        """The operations without a rule on a source's way to the sinks."""
+        return [
+            op
+            for op in self.graph.ops
+            if not op.known
+            and any(self.tangent[v] & source and self.arrives[v] for v in op.values)
+        ]
 
     def lost_on_the_way(self, source: Bits, bits: Sequence[Bits]) -> list[Op]:
         """Operations at which a source is lost in these bits, and not in `tangent`."""
@@ -122,50 +131,71 @@ class Analysis:
 
     def _cut(self, group: range) -> Iterator[Cut]:
         """Yield the cut that an expression is, if it is one."""
-        lost = {k: bits for k in group if (bits := self._lost(k))}
+        ops = self.graph.ops
+        lost = {k: bits for k in group if (bits := self._lost(ops[k]))}
         if not lost:
             return
-        everything = functools.reduce(int.__or__, lost.values())
-        gone = everything & ~self._leaving(group)
-        if not gone:
-            return
-        for k, bits in lost.items():
-            if bits & gone:
-                op = self.graph.ops[k]
-                yield Cut(*why(op), k, group, gone, op.path)
-                return
+        leaving = [v for k in group for v in ops[k].values if self._leaves(v, group)]
+        gone = _union(lost.values()) & ~self.reached(self.tangent, leaving)
+        if not gone:  # an integer may go on beside what has a gradient, as in top_k
+            leaving = [v for v in leaving if not self._carries(v)]
+            ends = {self.graph.maker[v] for v in leaving}
+            gone = _union(bits for k, bits in lost.items() if k in ends)
+        if gone:
+            at = [k for k, bits in lost.items() if bits & gone]
+            types = {str(self.graph.avals[v].dtype) for v in leaving}
+            exact = not any(map(self._carries, leaving))
+            words = why([ops[k] for k in at], types if exact else set())
+            yield Cut(*words, at[0], group, gone, ops[at[0]].path)
 
-    def _lost(self, number: int) -> Bits:
+    def _carries(self, value: Value) -> bool:
+        return _jax.is_differentiable(self.graph.avals[value])
+
+    def _leaves(self, value: Value, group: range) -> bool:
+        """Whether a value is used outside of an expression."""
+        readers = (r for r in self.graph.readers[value] if r not in group)
+        outside = any(any(map(self._is_used, self._made(r))) for r in readers)
+        return self._is_used(value) and (outside or value in self._ends)
+
+    def _made(self, number: int) -> list[Value]:
+        return self.graph.ops[number].values
+
+    def _is_used(self, value: Value) -> bool:
+        return bool(self.used[value]) and hasattr(self.graph.avals[value], "dtype")
+
+    @functools.cached_property
+    def _ends(self) -> set[Value]:
+        return set(self.sinks)
+
+    def _lost(self, op: Op) -> Bits:
         """Sources whose gradient would come to an operation and does not leave it."""
-        graph, op, out = self.graph, self.graph.ops[number], 0
-        used = [v for v in op.values if self.used[v]]
+        used = [v for v in op.values if self._is_used(v)]
         if not used or op.join:
             return 0
-        passed = {s for v in used for s in graph.grads[v]}
-        left = self.reached(self.tangent, used) if op.overwrites else 0
-        for source in graph.feeds[used[0]]:
-            if bits := self.tangent[source]:
-                out |= bits & ~left if op.overwrites else 0
-                out |= 0 if source in passed or op.overwrites else bits
-        return out
-
-    def _leaving(self, group: range) -> Bits:
-        """Sources whose gradient leaves an expression, or would, were there one."""
-        graph, bits = self.graph, 0
-        sinks = set(self.sinks)
-        for k in group:
-            for value in graph.ops[k].values:
-                if not self.used[value]:
-                    continue
-                outside = any(r not in group for r in graph.readers[value])
-                if outside or value in sinks:
-                    bits |= self.tangent[value]
-        return bits
+        graph = self.graph
+        if op.overwrites:
+            left = self.reached(self.tangent, used)
+            return self.reached(self.tangent, graph.feeds[used[0]]) & ~left
+        # What an integer is made of ends at it, whatever the other results are.
+        exact = not all(map(self._carries, used))
+        passed = set() if exact else {s for v in used for s in graph.grads[v]}
+        rest = [s for s in graph.feeds[used[0]] if s not in passed]
+        return self.reached(self.tangent, rest)
 
 
-def why(op: Op) -> tuple[str, str, str]:
-    """Return the reason for which a gradient ends at an operation, and its words."""
-    eqn, spot, name, primitive = op.eqn, op.spot, op.name, op.eqn.primitive.name
+def _union(bits: Iterable[Bits]) -> Bits:
+    return functools.reduce(int.__or__, bits, 0)
+
+
+def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
+    """Return the reason for which a gradient ends in an expression, and its words.
+
+    Args:
+      ops: the operations at which it ends.
+      exact: the dtypes of what the expression returns, if none carries a gradient.
+    """
+    op = ops[0]
+    spot, name = op.spot, op.name
     if op.held:
         words = "held constant by stop_gradients"
         return "held", words, words
@@ -175,27 +205,35 @@ def why(op: Op) -> tuple[str, str, str]:
     if op.path.sampler:
         words = f"sampled by {name}, and a sample has no derivative"
         return "sampled", words, "sampled"
-    if primitive == "stop_gradient":
-        return "stop_gradient", "stop_gradient, on purpose", ""
-    if not any(_jax.is_differentiable(v.aval) for v in eqn.outvars):
-        types = ", ".join(sorted({str(v.aval.dtype) for v in eqn.outvars}))
-        brief = f"returns {types}"
-        if types == "bool":
-            compares = spot is None or spot.is_comparison or not spot.callee
-            called = "only compared: the comparison" if compares else name
-            words = f"{called} returns bool, and a bool carries no gradient"
-            return "comparison", words, brief
-        kind = "integers carry" if "int" in types else f"{types} carries"
-        return "integer", f"{name} {brief}, {kind} no gradient", brief
-    if primitive in _jax.CUSTOM:
-        rule, at = _jax.call_name(eqn), printed_place(_jax.rule_site(eqn))
-        words = f"the custom rule of {rule} returns zero"
-        return "zero_rule", f"{words} ({at})" if at else words, "its rule returns zero"
-    if rule := _jax.gate_name(eqn):
-        if rule == "with_backward":
-            words = "the backward function returns None for it"
-            return "zero_rule", words, "backward returns None"
-        words = f"{name} takes its value and not its derivative, on purpose"
-        return "zero_rule", words, ""
+    if exact:
+        return _exact(op, ", ".join(sorted(exact)))
+    for op in ops:
+        if op.eqn.primitive.name == "stop_gradient":
+            return "stop_gradient", "stop_gradient, on purpose", ""
+        if op.eqn.primitive.name in _jax.CUSTOM:
+            at = printed_place(_jax.rule_site(op.eqn))
+            words = f"the custom rule of {_jax.call_name(op.eqn)} returns zero"
+            words += f" ({at})" if at else ""
+            return "zero_rule", words, "its rule returns zero"
+        if rule := _jax.gate_name(op.eqn):
+            if rule == "with_backward":
+                words = "the backward function returns None for it"
+                return "zero_rule", words, "backward returns None"
+            words = f"{name} takes its value and not its derivative, on purpose"
+            return "zero_rule", words, ""
+    if spot is not None and not spot.callee and len(spot.expression) <= 40:
+        name = spot.expression or name  # an operator: a // b
     words = f"the derivative of {name} is zero almost everywhere"
     return "zero_derivative", words, "derivative is zero"
+
+
+def _exact(op: Op, types: str) -> tuple[str, str, str]:
+    """Words for what returns integers or booleans."""
+    spot, brief = op.spot, f"returns {types}"
+    if types == "bool":
+        compares = spot is None or not spot.callee
+        called = "only compared: the comparison" if compares else op.name
+        words = f"{called} returns bool, and a bool carries no gradient"
+        return "comparison", words, brief
+    kind = "integers carry" if "int" in types else f"{types} carries"
+    return "integer", f"{op.name} {brief}, {kind} no gradient", brief

@@ -85,13 +85,24 @@ def _ask(eqn: Any) -> Answer:
         return Answer([0] * len(eqn.outvars))
     for ask in (_ask_forward, _ask_reverse, _ask_each):
         try:
-            return ask(eqn, moved, results)
+            answer = ask(eqn, moved, results)
         except Exception:  # a rule may raise whatever it likes
             continue
+        known = not _jax.is_opaque(eqn) or _has_reverse(eqn, moved, results)
+        return dataclasses.replace(answer, known=known)
     # No rule that works here: JAX will say so if it is ever needed.
     everything = sum(1 << k for k in moved)
     dependence = [everything if k in results else 0 for k in range(len(eqn.outvars))]
     return Answer(dependence, known=False)
+
+
+def _has_reverse(eqn: Any, moved: list[int], results: list[int]) -> bool:
+    """Tell whether what has a forward rule can be transposed: some kernels cannot."""
+    try:
+        _ask_reverse(eqn, moved, results)
+    except Exception:
+        return False
+    return True
 
 
 def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:
@@ -99,7 +110,7 @@ def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         primals = tuple(operands[k] for k in moved)
         return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
 
-    avals = [_jax.shape_of(atom.aval) for atom in eqn.invars]
+    avals = [atom.aval for atom in eqn.invars]
     moves = tuple(avals[k] for k in moved)
     summary, masks = _flow(eqn, tangents, avals, moves)
     table = [0] * len(eqn.outvars)
@@ -131,8 +142,8 @@ def _ask_reverse(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         function = _restricted(eqn, operands, moved, results)
         return jax.vjp(function, *primals)[1](list(moves))
 
-    avals = [_jax.shape_of(atom.aval) for atom in eqn.invars]
-    moves = tuple(_jax.shape_of(eqn.outvars[k].aval) for k in results)
+    avals = [atom.aval for atom in eqn.invars]
+    moves = tuple(eqn.outvars[k].aval for k in results)
     summary, masks = _flow(eqn, cotangents, avals, moves)
     table = [0] * len(eqn.outvars)
     for i, bits in zip(moved, summary, strict=True):
@@ -160,7 +171,7 @@ def _flow(
     eqn: Any, function: Callable[..., Any], operands: Any, moves: Any
 ) -> tuple[list[Bits], bool]:
     """For each result, the moves (as bits) it is computed from; is any masked?"""
-    jaxpr, _ = _jax.opened(jax.make_jaxpr(function)(operands, moves))
+    jaxpr = _jax.traced_at(eqn, function, operands, moves)
     skip = len(jaxpr.invars) - len(moves)
     bits = [bits >> skip for bits in Reach(_everything).summary(jaxpr).results]
     literal = [False] * skip

@@ -184,6 +184,7 @@ class _Unfolding:
         if len(inner.bodies) == 1 and not never:
             return [values[0] for values in sources]
         op = self._op(eqn, path, join=True)
+        op.known = not inner.dynamic  # a while loop has no reverse mode
         results: list[Value | None] = [
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from stopgrad_jax._engine.causes import Cut
 from stopgrad_jax._engine.graph import Op
 
 from .look import Folded, Look
-from .page import Part
+from .page import Part, underlined
 
 _ZERO = "gradient is exactly zero."
 
@@ -38,13 +39,11 @@ def verdict(look: Look, row: Folded) -> str:
     if word == "cut":
         return f"{name}: {_ZERO} Every path to {_output(look).lower()} is cut."
     if word == "unknown":
-        ops = look.analysis.lost_on_the_way(row.bits, look.analysis.sure)
+        ops = look.analysis.refusing(row.bits)
         places = ", ".join(dict.fromkeys(map(_unknown, ops)))
         if all(_jax.gate_name(op.eqn) == "prevent_gradient" for op in ops):
             return f"{name}: a gradient arrives at {places}, which raises."
-        return (
-            f"{name}: unknown. On every path is an operation without a rule: {places}."
-        )
+        return f"{name}: unknown. jax.grad raises at what has no rule for it: {places}."
     through = _through(look, row)
     analysis = look.analysis
     masked = row.bits & ~analysis.reached(analysis.unmasked, analysis.sinks)
@@ -176,14 +175,11 @@ def _cut(
     text = rows[0][1]
     start = spot.source.column(line, col)
     end = spot.source.column(line, end_col) if end_line == line else len(text)
-    indent = len(text) - len(text.lstrip())
     gutter = " " * (max(0, 4 - len(str(line)))) + str(line)
-    yield [(f"      {gutter} | ", "dim"), (text[indent:], "")]
-    marks = " " * (start - indent) + "^" * max(1, end - start)
-    yield [
-        (f"      {' ' * len(gutter)} | ", "dim"),
-        (f"{marks} {way} ends here", "cut"),
-    ]
+    shown, marks = underlined(text, start, end, "^")
+    yield [(f"      {gutter} | ", "dim"), (shown, "")]
+    below = f"{marks} {way} ends here"
+    yield [(f"      {' ' * len(gutter)} | ", "dim"), (below, "cut")]
 
 
 def _labels(look: Look, cut: Cut, before: dict[int, Any]) -> list[str]:
@@ -202,7 +198,7 @@ def _labels(look: Look, cut: Cut, before: dict[int, Any]) -> list[str]:
         return []
     own = look.number_of(cut.op)
     steps = [k for k in look.steps_to(outside[-1], before) if k != own]
-    names = [look.step(k).label for k in steps]
+    names = [label for label, _ in itertools.groupby(look.step(k).label for k in steps)]
     return names if len(names) <= 6 else [*names[:2], "...", *names[-3:]]
 
 

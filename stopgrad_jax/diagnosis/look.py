@@ -143,41 +143,51 @@ class Look:
             return self._terms  # values have the same numbers in every graph of it
         if len(self.outputs) != 1 or not self.outputs[0][1]:
             return self.outputs if len(self.outputs) != 1 else []
-        plain = self._plain
-        out: dict[str, list[Value]] = {}
-        for number in terms(plain, len(plain.steps) - 1):
-            group = plain.groups[number - plain.first]
-            mine = [v for k in group.ops for v in self.graph.ops[k].values]
+        plain, out = self._plain, dict[str, list[Value]]()
+        at, numbers = terms(plain, len(plain.steps) - 1)
+        for number in numbers:
             label = plain.steps[number].label
-            leaving = [
-                v
-                for v in mine
-                if self.analysis.arrives[v]
-                and any(plain.step_of[f] != number for f in self.graph.followers[v])
-            ]
             while label in out:
                 label += "'"
-            out[label] = leaving
+            out[label] = self._leaving(number)
         (sink,) = self.analysis.sinks
         shapes = {self.graph.avals[v].shape for values in out.values() for v in values}
         # Parts of a loss have its shape; what it is computed from has another.
-        alike = shapes == {self.graph.avals[sink].shape}
-        return list(out.items()) if len(out) <= 8 and alike else []
+        if len(out) > 8 or shapes != {self.graph.avals[sink].shape}:
+            return []
+        flow = ("flow", "gate", "replace")
+        direct = {e.source for e in plain.edges if e.target == at and e.status in flow}
+        rows = [plain.step_of.index(k) for k in direct if k < plain.first]
+        return [*out.items(), *([(plain.steps[at].label, rows)] if rows else [])]
+
+    def _leaving(self, number: int) -> list[Value]:
+        """Values of a step that the gradient leaves it by, backwards: its results."""
+        plain, graph = self._plain, self.graph
+        group = plain.groups[number - plain.first]
+        return [
+            v
+            for k in group.ops
+            for v in graph.ops[k].values
+            if self.analysis.arrives[v]
+            and any(plain.step_of[f] not in (number, -1) for f in graph.followers[v])
+        ]
 
     def word(self, bits: int, values: Iterable[Value]) -> str:
-        """Say how some values fare with some inputs: flows, cut or unused."""
+        """Say how some values fare with some inputs.
+
+        "flows"; "cut" where only the value gets there; "unused" where not even that;
+        "unknown" where an operation on a way has no rule, so that `jax.grad` raises.
+        """
         analysis, values = self.analysis, list(values)
+        if analysis.reached(analysis.refused, values) & bits:
+            return "unknown"
         if analysis.reached(analysis.tangent, values) & bits:
             return "flows"
         return "cut" if analysis.reached(analysis.value, values) & bits else "unused"
 
     def verdict(self, bits: int) -> str:
-        """Say how the outputs fare: as `word`, or "unknown" where no rule is known."""
-        word = self.word(bits, self.analysis.sinks)
-        analysis = self.analysis
-        sure = analysis.reached(analysis.sure, analysis.sinks)
-        unknown = word == "flows" and not sure & bits
-        return "unknown" if unknown else word
+        """Say how the outputs fare, together."""
+        return self.word(bits, self.analysis.sinks)
 
     def cells(self, bits: int) -> tuple[str, ...]:
         """How each term fares."""

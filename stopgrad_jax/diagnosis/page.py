@@ -6,6 +6,7 @@ import dataclasses
 import html
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,6 +89,40 @@ class Page:
         from rich.text import Text
 
         return Text.from_ansi(self.ansi)
+
+
+def underlined(text: str, start: int, end: int, mark: str) -> tuple[str, str]:
+    """Return a row of source and, below it, marks under characters start to end.
+
+    Tabs are spread, wide characters count as two columns, and of a very long row the
+    part around the marks is shown.
+    """
+    before, marked = _spread(text[:start]), _spread(text[:end])
+    whole = _spread(text)
+    indent = len(whole) - len(whole.lstrip(" "))
+    first = max(indent, len(before) - _WIDEST // 2) if len(whole) > _WIDEST else indent
+    first = min(first, len(before))
+    shown = whole[first : first + _WIDEST]
+    head, tail = (
+        "..." if first > indent else "",
+        "..." if whole[len(shown) + first :] else "",
+    )
+    lead = head + whole[first : len(before)]
+    below = whole[len(before) : min(len(marked), first + _WIDEST)]
+    return head + shown + tail, " " * _columns(lead) + mark * max(1, _columns(below))
+
+
+_WIDEST = 110  # columns of a row of source
+
+
+def _spread(text: str) -> str:
+    return _visible(text.expandtabs(4))
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -11,7 +11,7 @@ from stopgrad_jax._engine.syntax import Source
 
 from .grouping import Group
 from .look import Look
-from .page import Part
+from .page import Part, underlined
 from .steps import short
 
 _LEGEND = "┃ gradient flows   ╳ cut on this line   ┊ no gradient arrives"
@@ -101,22 +101,24 @@ class _Function:
                 self._marks[line] = self._marks[line].replace("┊", "┃")
         style = {"┃": "flow", "╳": "cut", "┊": "dim"}
         rows = {k: self._source.rows(k, k)[0][1] for k in sorted(self._marks)}
-        common = _indent(list(rows.values()))
+        common = _indent([text.expandtabs(4) for text in rows.values()])
         for line, text in rows.items():
             mark = self._marks[line]
-            shown = "    " + text[common:]
+            first = len(text) - len(text.lstrip())
+            whole, _ = underlined(text, first, first, "~")
+            pad = " " * (4 + len(text[:first].expandtabs(4)) - common)
             dim = "dim" if mark == "┊" else ""
-            yield [(f"{line:5} ", "dim"), (mark, style[mark]), (f" {shown}", dim)]
+            left = (f"{line:5} ", "dim")
+            yield [left, (mark, style[mark]), (f" {pad}{whole}", dim)]
             for place, note, kind in self._notes.get(line, ()):
                 _, col, end_line, end_col = place.position
-                start = self._source.column(line, col) - common
-                end = self._source.column(line, end_col) - common
-                if end_line != line:
-                    end = len(text) - common
-                marks = " " * (start + 4) + "~" * max(1, end - start)
+                start = self._source.column(line, col)
+                last = end_line == line
+                end = self._source.column(line, end_col) if last else len(text)
+                _, marks = underlined(text, start, end, "~")
                 bar = "┊" if kind == "cut" else "┃"
                 tone = "cut" if kind == "cut" else "flow"
-                yield [("      ", ""), (bar, tone), (f" {marks} {note}", kind)]
+                yield [("      ", ""), (bar, tone), (f" {pad}{marks} {note}", kind)]
 
 
 def _indent(rows: list[str]) -> int:

@@ -299,8 +299,8 @@ def _status(
     return "cut" if kind == "cut" else "shadow"
 
 
-def terms(layout: Layout, output: int) -> list[int]:
-    """Return the nearest steps above an output into which the gradient splits."""
+def terms(layout: Layout, output: int) -> tuple[int, list[int]]:
+    """Return where the gradient splits above an output, and the steps it goes to."""
     before: dict[int, list[int]] = {}
     for edge in layout.edges:
         if edge.status in ("flow", "gate", "replace"):
@@ -309,10 +309,10 @@ def terms(layout: Layout, output: int) -> list[int]:
     while True:
         above = before.get(at, [])
         named = [s for s in above if layout.steps[s].kind != "input"]
-        if len(above) >= 2 and len(named) >= 2:
-            return sorted(named) if _independent(named, before) else []
+        if len(named) >= 2:
+            return at, sorted(named) if _independent(named, before) else []
         if len(above) != 1 or not named or named[0] in seen:
-            return []
+            return at, []
         at = named[0]
         seen.add(at)
 
