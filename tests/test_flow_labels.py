@@ -14,6 +14,8 @@ from programs import f32
 
 import stopgrad_jax as sg
 
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
 S = f32(0.7)[0]
 stop = jax.lax.stop_gradient
 

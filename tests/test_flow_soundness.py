@@ -12,6 +12,8 @@ from programs import f32
 
 import stopgrad_jax as sg
 
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
 COUNT = int(os.environ.get("STOPGRAD_EXAMPLES", "1000"))  # in all of the file
 ZERO, SLOW = ("cut", "unused"), [HealthCheck.too_slow, HealthCheck.data_too_large]
 

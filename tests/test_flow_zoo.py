@@ -18,6 +18,12 @@ from programs import EVERYWHERE, f32, mesh
 
 import stopgrad_jax as sg
 
+pytestmark = [
+    pytest.mark.usefixtures("usual_settings"),
+    # arrays that were made at import, when the whole suite runs with x64
+    pytest.mark.filterwarnings("ignore:Explicitly requested dtype"),
+]
+
 P = jax.sharding.PartitionSpec
 SPLIT = P("d")
 S, V = f32(0.7)[0], f32(0.3, 1.2, -0.8)
