@@ -1,0 +1,1 @@
+"""Gradients for what has none: spikes, quantizers, samples, likelihood ratios."""
