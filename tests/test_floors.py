@@ -31,7 +31,7 @@ FLOORS = [
     {"estimators/sample", "estimators/score", "estimators/recurrent"},
     {"estimators/codebook", "estimators/fake"},
     {"diagnosis/__init__", "diagnosis/model", "diagnosis/page"},
-    {"diagnosis/grouping", "diagnosis/merge", "diagnosis/skin"},
+    {"diagnosis/grouping", "diagnosis/merge", "diagnosis/skin", "diagnosis/fold"},
     {"diagnosis/steps", "diagnosis/dot", "diagnosis/render"},
     {"diagnosis/look", "diagnosis/drawing"},
     {"diagnosis/table", "diagnosis/explain", "diagnosis/source", "diagnosis/part"},

@@ -14,7 +14,8 @@ from stopgrad_jax._errors import beats, function_name, quoted
 
 from .explain import cuts_of, explain, verdict
 from .flow import looked_at
-from .look import Folded, Look, require_outputs
+from .fold import Folded
+from .look import Look, require_outputs
 from .page import page
 
 P = ParamSpec("P")

@@ -11,7 +11,8 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Cut
 from stopgrad_jax._engine.graph import Op
 
-from .look import Folded, Look
+from .fold import Folded
+from .look import Look
 from .page import Part, underlined
 
 _ZERO = "gradient is exactly zero."

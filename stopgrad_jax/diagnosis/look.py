@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
 from stopgrad_jax._engine.unfold import unfold
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import beats
 
+from .fold import Folded, Leaf, fold
 from .grouping import Grouping
 from .steps import Layout, Row, lay_out, terms
 
@@ -74,7 +75,7 @@ class Look:
 
     # What was asked -------------------------------------------------------------
 
-    def _leaves(self, program: Any) -> Iterator[_Leaf]:
+    def _leaves(self, program: Any) -> Iterator[Leaf]:
         """Every leaf that is looked at: those of xs, then the arguments beside them."""
         seen, count = set[Value](), 0
         if self.xs is None:
@@ -92,12 +93,12 @@ class Look:
                     seen.add(value)
                     bit = 1 << count if carries else 0
                     count += bool(bit)
-                    yield _Leaf(path, root, value, aval, bit, True)
+                    yield Leaf(path, root, value, aval, bit, True)
         for root, tree in self.traced.arguments.items() if self.xs is not None else ():
             for path, place in _ends(tree, root):
                 value = self._value_at(place)
                 if value is not None and value not in seen:
-                    yield _Leaf(path, root, value, program.types[place], 0, False)
+                    yield Leaf(path, root, value, program.types[place], 0, False)
 
     def _outputs(self, program: Any) -> Iterator[tuple[str, list[Value]]]:
         if self.ys is None:
@@ -226,7 +227,7 @@ class Look:
             consumers.setdefault(edge.source, set()).add(edge.target - plain.first)
         number = {leaf.path: k for k, leaf in enumerate(self.leaves)}
 
-        def fate(leaf: _Leaf) -> Any:
+        def fate(leaf: Leaf) -> Any:
             if not leaf.bit:
                 return None
             key = frozenset(consumers.get(number[leaf.path], ()))
@@ -273,71 +274,6 @@ class Look:
     def number_of(self, op: int) -> int:
         """The number of an operation's step."""
         return self._plain.first + self.grouping.group_of[op]
-
-
-class _Leaf:
-    """One array of an input."""
-
-    __slots__ = ("asked", "aval", "bit", "path", "root", "value")
-
-    def __init__(
-        self, path: str, root: str, value: Value, aval: Any, bit: int, asked: bool
-    ) -> None:
-        self.path, self.root, self.value = path, root, value
-        self.aval, self.bit, self.asked = aval, bit, asked
-
-    @property
-    def values(self) -> list[Value]:
-        """The value it is."""
-        return [self.value]
-
-
-class Folded:
-    """A subtree of an input."""
-
-    def __init__(self, path: str, leaves: Sequence[_Leaf]) -> None:
-        """Make it of its leaves."""
-        self.path, self.leaves = path, leaves
-        self.bits = functools.reduce(int.__or__, (leaf.bit for leaf in leaves), 0)
-        self.data = not self.bits
-
-    @property
-    def count(self) -> int:
-        """How many numbers it has."""
-        return sum(leaf.aval.size for leaf in self.leaves)
-
-    @property
-    def size(self) -> str:
-        """`f32[3,4]`, or `4 leaves, 2,344 values`."""
-        if len(self.leaves) == 1:
-            return type_of(self.leaves[0].aval)
-        return f"{len(self.leaves)} leaves, {self.count:,} values"
-
-
-def fold(leaves: Sequence[_Leaf], fate: Callable[[_Leaf], Any]) -> Iterator[Folded]:
-    """Fold leaves to the highest subtrees whose leaves share a fate."""
-    roots: dict[str, list[_Leaf]] = {}
-    for leaf in leaves:
-        roots.setdefault(leaf.root, []).append(leaf)
-    for root, group in roots.items():
-        yield from _folded(root, group, fate)
-
-
-def _folded(path: str, leaves: list[_Leaf], fate: Callable[[_Leaf], Any]) -> Any:
-    if len(leaves) == 1 and leaves[0].path == path:
-        yield Folded(path, leaves)
-    elif len({fate(leaf) for leaf in leaves}) == 1:
-        yield Folded(path if len(leaves) > 1 else leaves[0].path, leaves)
-    else:
-        below: dict[str, list[_Leaf]] = {}
-        for leaf in leaves:
-            rest = leaf.path[len(path) :].lstrip("/").split("/")[0]
-            below.setdefault(f"{path}/{rest}" if rest else path, []).append(leaf)
-        for inner, group in below.items():
-            if inner == path:  # several values of one name
-                yield from (Folded(leaf.path, [leaf]) for leaf in group)
-            else:
-                yield from _folded(inner, group, fate)
 
 
 def _ends(tree: Any, root: str) -> Iterator[tuple[str, Place]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .look import Folded, Look
+from .fold import Folded
+from .look import Look
 from .page import Part
 from .steps import variable
 

@@ -1,0 +1,75 @@
+"""Inputs as they are shown: the largest subtrees whose leaves fare alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from stopgrad_jax._engine.graph import Value
+from stopgrad_jax._errors import type_of
+
+
+class Leaf:
+    """One array of an input."""
+
+    __slots__ = ("asked", "aval", "bit", "path", "root", "value")
+
+    def __init__(
+        self, path: str, root: str, value: Value, aval: Any, bit: int, asked: bool
+    ) -> None:
+        self.path, self.root, self.value = path, root, value
+        self.aval, self.bit, self.asked = aval, bit, asked
+
+    @property
+    def values(self) -> list[Value]:
+        """The value it is."""
+        return [self.value]
+
+
+class Folded:
+    """A subtree of an input."""
+
+    def __init__(self, path: str, leaves: Sequence[Leaf]) -> None:
+        """Make it of its leaves."""
+        self.path, self.leaves = path, leaves
+        self.bits = functools.reduce(int.__or__, (leaf.bit for leaf in leaves), 0)
+        self.data = not self.bits
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return sum(leaf.aval.size for leaf in self.leaves)
+
+    @property
+    def size(self) -> str:
+        """`f32[3,4]`, or `4 leaves, 2,344 values`."""
+        if len(self.leaves) == 1:
+            return type_of(self.leaves[0].aval)
+        return f"{len(self.leaves)} leaves, {self.count:,} values"
+
+
+def fold(leaves: Sequence[Leaf], fate: Callable[[Leaf], Any]) -> Iterator[Folded]:
+    """Fold leaves to the highest subtrees whose leaves share a fate."""
+    roots: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        roots.setdefault(leaf.root, []).append(leaf)
+    for root, group in roots.items():
+        yield from _folded(root, group, fate)
+
+
+def _folded(path: str, leaves: list[Leaf], fate: Callable[[Leaf], Any]) -> Any:
+    if len(leaves) == 1 and leaves[0].path == path:
+        yield Folded(path, leaves)
+    elif len({fate(leaf) for leaf in leaves}) == 1:
+        yield Folded(path if len(leaves) > 1 else leaves[0].path, leaves)
+    else:
+        below: dict[str, list[Leaf]] = {}
+        for leaf in leaves:
+            rest = leaf.path[len(path) :].lstrip("/").split("/")[0]
+            below.setdefault(f"{path}/{rest}" if rest else path, []).append(leaf)
+        for inner, group in below.items():
+            if inner == path:  # several values of one name
+                yield from (Folded(leaf.path, [leaf]) for leaf in group)
+            else:
+                yield from _folded(inner, group, fate)
