@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,16 +11,20 @@ from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._errors import type_of
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
-    """One array of an input."""
+    """One array of an input.
 
-    __slots__ = ("asked", "aval", "bit", "path", "root", "value")
+    `root` is the address it was found under, `bit` what stands for it among the
+    sources (0: it is not differentiated by), `asked`: it is one of the xs.
+    """
 
-    def __init__(
-        self, path: str, root: str, value: Value, aval: Any, bit: int, asked: bool
-    ) -> None:
-        self.path, self.root, self.value = path, root, value
-        self.aval, self.bit, self.asked = aval, bit, asked
+    path: str
+    root: str
+    value: Value
+    aval: Any
+    bit: int
+    asked: bool
 
     @property
     def values(self) -> list[Value]:
