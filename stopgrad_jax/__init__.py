@@ -8,6 +8,11 @@ from .cotangents import transform_gradient as transform_gradient
 from .diagnosis.contracts import assert_gradient as assert_gradient
 from .diagnosis.contracts import assert_no_gradient as assert_no_gradient
 from .diagnosis.flow import flow as flow
+from .estimators import quantize as quantize
+from .estimators import recurrent as recurrent
+from .estimators import sample as sample
+from .estimators import score as score
+from .estimators import surrogate as surrogate
 from .freezing import freeze as freeze
 from .freezing import migrate_state as migrate_state
 from .gates import mask_gradient as mask_gradient
@@ -55,13 +60,18 @@ __all__ = [
     "perturb",
     "point",
     "prevent_gradient",
+    "quantize",
+    "recurrent",
     "replace_nonfinite_gradient",
     "replace_value",
     "reversal_schedule",
     "reverse_gradient",
+    "sample",
     "scale_gradient",
+    "score",
     "stop_gradient",
     "straight_through",
+    "surrogate",
     "transform_gradient",
     "value_and_gradients",
     "var",
