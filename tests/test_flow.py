@@ -291,6 +291,17 @@ def test_unknown_ending():
         look_at("ddqn_loss").save("flow.bmp")
 
 
+def test_many_outputs_are_columns_by_subtree():
+    def step(params, x):
+        new = {k: w - 0.1 * lax.stop_gradient(x) for k, w in params.items()}
+        return new, {k: x + 0 * w for k, w in params.items()}
+
+    flow = sg.flow(step)({f"w{k}": 1.0 for k in range(5)}, 2.0)
+    assert flow.terms == ("return/0", "return/1")
+    assert len(flow.outputs) == 10
+    assert flow.inputs[-1].terms == {"return/0": "cut", "return/1": "flows"}
+
+
 def test_the_readme_shows_what_is_printed(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     code = next(b for b in readme.split("```python\n") if "vqvae_loss" in b)

@@ -142,8 +142,10 @@ class Look:
         """The columns of the table: outputs, or what the one output is a sum of."""
         if self._terms is not None:
             return self._terms  # values have the same numbers in every graph of it
-        if len(self.outputs) != 1 or not self.outputs[0][1]:
-            return self.outputs if len(self.outputs) != 1 else []
+        if len(self.outputs) != 1:
+            return _folded(self.outputs)
+        if not self.outputs[0][1]:
+            return []
         plain, out = self._plain, dict[str, list[Value]]()
         at, numbers = terms(plain, len(plain.steps) - 1)
         for number in numbers:
@@ -154,7 +156,7 @@ class Look:
         (sink,) = self.analysis.sinks
         shapes = {self.graph.avals[v].shape for values in out.values() for v in values}
         # Parts of a loss have its shape; what it is computed from has another.
-        if len(out) > 8 or shapes != {self.graph.avals[sink].shape}:
+        if len(out) > _COLUMNS or shapes != {self.graph.avals[sink].shape}:
             return []
         flow = ("flow", "gate", "replace")
         direct = {e.source for e in plain.edges if e.target == at and e.status in flow}
@@ -274,6 +276,21 @@ class Look:
     def number_of(self, op: int) -> int:
         """The number of an operation's step."""
         return self._plain.first + self.grouping.group_of[op]
+
+
+_COLUMNS = 8  # of the table, at most
+
+
+def _folded(outputs: list[tuple[str, list[Value]]]) -> list[tuple[str, list[Value]]]:
+    """Put outputs together by subtree until the table can show them."""
+    deepest = max(name.count("/") for name, _ in outputs) if outputs else 0
+    for depth in range(deepest + 1, 0, -1):
+        out: dict[str, list[Value]] = {}
+        for name, values in outputs:
+            out.setdefault("/".join(name.split("/")[:depth]), []).extend(values)
+        if len(out) <= _COLUMNS:
+            return list(out.items()) if len(out) > 1 else []
+    return []
 
 
 def _ends(tree: Any, root: str) -> Iterator[tuple[str, Place]]:
