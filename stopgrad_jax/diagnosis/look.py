@@ -278,7 +278,7 @@ class Look:
         return self._plain.first + self.grouping.group_of[op]
 
 
-_COLUMNS = 8  # of the table, at most
+_COLUMNS, _WIDEST = 8, 72  # of the table, at most; characters of their names
 
 
 def _folded(outputs: list[tuple[str, list[Value]]]) -> list[tuple[str, list[Value]]]:
@@ -288,7 +288,7 @@ def _folded(outputs: list[tuple[str, list[Value]]]) -> list[tuple[str, list[Valu
         out: dict[str, list[Value]] = {}
         for name, values in outputs:
             out.setdefault("/".join(name.split("/")[:depth]), []).extend(values)
-        if len(out) <= _COLUMNS:
+        if len(out) <= _COLUMNS and sum(map(len, out)) <= _WIDEST:
             return list(out.items()) if len(out) > 1 else []
     return []
 
