@@ -5,26 +5,25 @@ is the same with the draw given, to replay or to enumerate. Below g is the cotan
 the sample, p a vector of probabilities and J(p) g = p * (g - <g, p>), the derivative of
 a softmax. A choice is made along the last axis; the axes before it are a batch.
 
-Draws and softmaxes are computed in float32 at least, whatever the dtype of the logits:
-16-bit noise has too few values, and its ties favor the first class. A nan among logits
-makes the sample nan; a logit of -inf is a class that is never chosen. Temperatures are
-numbers or arrays that broadcast to the logits; they may be traced, and learn as they do
-in the softmax of the backward pass.
+Draws and softmaxes are computed in float32 at least: 16-bit noise has too few values,
+and its ties favor the first class. A nan among logits makes the sample nan; a logit of
+-inf is never chosen. Temperatures are numbers or arrays that broadcast to the logits;
+they may be traced, and learn as they do in the softmax of the backward pass.
 """
 
 from __future__ import annotations
 
-import operator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
+
+from . import draws
+from .gumbel import gumbel_rao, gumbel_rao_given, gumbel_softmax, gumbel_softmax_given
 
 __all__ = [
     "bernoulli",
@@ -43,11 +42,12 @@ __all__ = [
 Adjust = Literal["identity", "sigmoid"]
 
 
-def bernoulli(key: jax.Array, logits: ArrayLike, adjust: Adjust = "identity") -> Any:
+def bernoulli(
+    key: jax.Array, logits: ArrayLike, adjust: Adjust = "identity"
+) -> jax.Array:
     """Draw zeros and ones; the gradient passes straight through.
 
-    Biased, except for functions linear in the sample under "sigmoid"; no variance of
-    its own beside that of g.
+    Biased, except under "sigmoid" for functions linear in the sample.
 
     Forward: 1 with probability sigmoid(logits), else 0.
     Backward: g ("identity"), or g * s * (1 - s) with s = sigmoid(logits) ("sigmoid").
@@ -75,7 +75,8 @@ def bernoulli(key: jax.Array, logits: ArrayLike, adjust: Adjust = "identity") ->
       Stochastic Neurons for Conditional Computation".
     """
     called = "bernoulli(key, logits)"
-    x = jax.lax.stop_gradient(_wide(_floating(logits, "logits", called)))
+    x = draws.wide(draws.floating(logits, "logits", called))
+    x = jax.lax.stop_gradient(x)
     drawn = jax.random.bernoulli(key, jax.nn.sigmoid(x))
     sample = jnp.where(jnp.isnan(x), x, drawn.astype(x.dtype))
     return bernoulli_given(sample, logits, adjust)
@@ -83,7 +84,7 @@ def bernoulli(key: jax.Array, logits: ArrayLike, adjust: Adjust = "identity") ->
 
 def bernoulli_given(
     sample: ArrayLike, logits: ArrayLike, adjust: Adjust = "identity"
-) -> Any:
+) -> jax.Array:
     """Do as `bernoulli`, with the zeros and ones given.
 
     Forward: sample.
@@ -98,15 +99,15 @@ def bernoulli_given(
       The sample in logits' dtype.
 
     Raises:
-      TypeError, ValueError: as `bernoulli`; sample has another shape.
+      TypeError, ValueError: as `bernoulli`; or sample has another shape.
     """
     called = "bernoulli_given(sample, logits)"
-    x = _floating(logits, "logits", called)
-    value = _fitting(sample, x, called)
+    x = draws.floating(logits, "logits", called)
+    value = draws.fitting(sample, "sample", x.shape, x.dtype, called)
     if adjust == "identity":
         return replace_value(x, value)
     if adjust == "sigmoid":
-        return replace_value(jax.nn.sigmoid(_wide(x)).astype(x.dtype), value)
+        return replace_value(jax.nn.sigmoid(draws.wide(x)).astype(x.dtype), value)
     expected = 'adjust is "identity" or "sigmoid"'
     raise ValueError(beats(called, expected, repr(adjust), 'adjust="sigmoid"'))
 
@@ -116,11 +117,11 @@ def categorical(
     logits: ArrayLike,
     temperature: ArrayLike = 1.0,
     backward_temperature: ArrayLike | None = None,
-) -> Any:
+) -> jax.Array:
     """Draw one class; the gradient is that of the softmax (straight-through).
 
     Biased, except for functions linear in the sample; of little variance, since nothing
-    but the sample is drawn. The softmax itself is its mean.
+    but the sample is drawn.
 
     Forward: one-hot of a class drawn from softmax(logits / temperature); the class that
       `jax.random.categorical` draws with this key.
@@ -153,9 +154,8 @@ def categorical(
       Stochastic Neurons for Conditional Computation".
     """
     called = "categorical(key, logits)"
-    x = _choices(logits, called)
-    tempered = _tempered(x, temperature, "temperature", called)
-    sample = _drawn(key, tempered)
+    x = draws.choices(logits, "logits", called)
+    sample = draws.drawn(key, draws.tempered(x, temperature, "temperature", called))
     return categorical_given(sample, logits, temperature, backward_temperature)
 
 
@@ -164,7 +164,7 @@ def categorical_given(
     logits: ArrayLike,
     temperature: ArrayLike = 1.0,
     backward_temperature: ArrayLike | None = None,
-) -> Any:
+) -> jax.Array:
     """Do as `categorical`, with the class given.
 
     Forward: sample.
@@ -183,88 +183,125 @@ def categorical_given(
       TypeError, ValueError: as `categorical`; sample has another shape.
     """
     called = "categorical_given(sample, logits)"
-    x = _choices(logits, called)
-    value = _fitting(sample, x, called)
-    soft = _softmax(x, temperature, backward_temperature, called)
+    x = draws.choices(logits, "logits", called)
+    value = draws.fitting(sample, "sample", x.shape, x.dtype, called)
+    soft = draws.softmax(x, temperature, backward_temperature, called)
     return replace_value(soft.astype(x.dtype), value)
 
 
-def gumbel_softmax(
-    key: jax.Array,
-    logits: ArrayLike,
-    temperature: ArrayLike,
-    hard: bool = True,
-    backward_temperature: ArrayLike | None = None,
-) -> Any:
-    """Draw one class by Gumbel noise; the gradient is that of the noisy softmax.
+def reinmax(
+    key: jax.Array, logits: ArrayLike, temperature: ArrayLike = 1.0
+) -> jax.Array:
+    """Draw one class; the gradient is right to second order.
 
-    Soft, it is the exact gradient of a relaxed problem; hard, straight-through and
-    biased. With the temperature the bias falls and the variance grows, without bound.
-    PyTorch's `F.gumbel_softmax` and DeepMind's notebooks do this, with a value that is
-    one-hot only up to rounding.
+    At temperature 1 unbiased for functions quadratic in the sample, where `categorical`
+    is for linear ones (Heun's method against Euler's); of more variance. As in the
+    `reinmax` package there is no factor 1 / t. The matrix below is the derivative of no
+    function and held fixed: higher derivatives are those of a map linear in the logits.
 
-    Forward: z = logits + noise; one-hot of argmax z (hard) or softmax(z / temperature).
-    Backward: J(p) g / t with t = backward_temperature, p = softmax(z / t).
+    Forward: one-hot of a class D drawn from softmax(logits).
+    Backward: 2 J((q + D) / 2) g - J(p) g / 2 with p = softmax(logits) and
+      q = softmax(logits / temperature).
 
     Args:
       key: a random key.
       logits: floats `[..., n]`.
-      temperature: above 0. Where `hard`, the value does not depend on it.
-      hard: whether the value is one-hot.
-      backward_temperature: of the backward pass; temperature if not given.
+      temperature: of q alone, above 0; the authors advise 1 or more.
 
     Returns:
-      A sample `[..., n]` of logits' dtype.
+      One-hot `[..., n]` of logits' dtype.
 
     Raises:
       TypeError, ValueError: as `categorical`.
 
     Example:
         >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
-        >>> w, logits = jnp.array([1.0, 3.0]), jnp.zeros(2)
-        >>> f = lambda l: w @ sg.sample.gumbel_softmax(jax.random.key(0), l, 1.0)
-        >>> print(f(logits), jax.grad(f)(logits).round(2))
-        3.0 [-0.43  0.43]
+        >>> w, logits = jnp.array([1.0, 3.0]), jnp.log(jnp.array([1.0, 3.0]))
+        >>> f = lambda l: (w @ sg.sample.reinmax(jax.random.key(0), l)) ** 2
+        >>> print(f(logits), jax.grad(f)(logits).round(1))
+        9.0 [-1.5  1.5]
 
     Reference:
-      Jang, Gu and Poole (2017), "Categorical Reparameterization with Gumbel-Softmax".
+      Liu, Dong, Liu, Yu and Gao (2023), "Bridging Discrete and Backpropagation:
+      Straight-Through and Beyond".
     """
-    x = _choices(logits, "gumbel_softmax(key, logits, temperature)")
-    noise = jax.random.gumbel(key, x.shape, _wide(x).dtype)
-    return gumbel_softmax_given(noise, logits, temperature, hard, backward_temperature)
+    x = draws.choices(logits, "logits", "reinmax(key, logits)")
+    return reinmax_given(draws.drawn(key, x), logits, temperature)
 
 
-def gumbel_softmax_given(
-    noise: ArrayLike,
-    logits: ArrayLike,
-    temperature: ArrayLike,
-    hard: bool = True,
-    backward_temperature: ArrayLike | None = None,
-) -> Any:
-    """Do as `gumbel_softmax`, with the noise given.
+def reinmax_given(
+    sample: ArrayLike, logits: ArrayLike, temperature: ArrayLike = 1.0
+) -> jax.Array:
+    """Do as `reinmax`, with the class given.
 
-    Forward: as `gumbel_softmax`.
-    Backward: as `gumbel_softmax`; nothing to noise.
+    Forward: sample.
+    Backward: as `reinmax`; nothing to sample.
 
     Args:
-      noise: standard Gumbel noise `[..., n]`, best of float32.
+      sample: one-hot `[..., n]`, of any dtype.
       logits: floats `[..., n]`.
-      temperature: as in `gumbel_softmax`.
-      hard: as in `gumbel_softmax`.
-      backward_temperature: as in `gumbel_softmax`.
+      temperature: as in `reinmax`.
 
     Returns:
-      A sample `[..., n]` of logits' dtype.
+      The sample in logits' dtype.
 
     Raises:
-      TypeError, ValueError: as `gumbel_softmax`; noise has another shape.
+      TypeError, ValueError: as `reinmax`; sample has another shape.
     """
-    called = "gumbel_softmax_given(noise, logits, temperature)"
-    x = _choices(logits, called)
-    z = _wide(x) + _noise(noise, x, x.shape, called)
-    soft = _softmax(z, temperature, backward_temperature, called).astype(x.dtype)
-    if hard:
-        return replace_value(soft, _one_hot(z).astype(x.dtype))
-    if backward_temperature is None:
-        return soft
-    return replace_value(soft, _softmax(z, temperature, None, called).astype(x.dtype))
+    called = "reinmax_given(sample, logits)"
+    x = draws.choices(logits, "logits", called)
+    value = draws.fitting(sample, "sample", x.shape, x.dtype, called)
+    step = draws.wide(replace_value(x, jnp.zeros_like(x)))  # -inf - -inf is nan
+
+    def along(p: jax.Array) -> jax.Array:  # J(p), held fixed, times the step
+        p = jax.lax.stop_gradient(p)
+        return p * (step - jnp.sum(p * step, -1, keepdims=True))
+
+    middle = draws.softmax(x, temperature, None, called) + value.astype(step.dtype)
+    source = 2 * along(middle / 2) - along(jax.nn.softmax(draws.wide(x))) / 2
+    return replace_value(source.astype(x.dtype), value)
+
+
+def top_k_mask(scores: ArrayLike, k: int) -> jax.Array:
+    """Mark the k largest scores of each row; the gradient passes straight through.
+
+    Biased; nothing is drawn. For the k largest of a whole tensor, as in edge-popup,
+    ravel the scores.
+
+    Forward: 1 at the k largest of the last axis, of equals the first; else 0. A row
+      with a nan is nan.
+    Backward: g.
+
+    Args:
+      scores: floats `[..., n]`.
+      k: how many, from 1 to n; an int.
+
+    Returns:
+      Zeros and ones `[..., n]` of scores' dtype, with k ones in each row.
+
+    Raises:
+      TypeError: scores are not floating, or k is no int.
+      ValueError: scores have no axis, or k is not from 1 to n.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
+        >>> scores = jnp.array([0.1, 0.9, 0.5])
+        >>> mask = lambda s: sg.sample.top_k_mask(s, 2)
+        >>> print(mask(scores), jax.grad(lambda s: mask(s) @ scores)(scores))
+        [0. 1. 1.] [0.1 0.9 0.5]
+
+    Reference:
+      Ramanujan, Wortsman, Kembhavi, Farhadi and Rastegari (2020), "What's Hidden in a
+      Randomly Weighted Neural Network?".
+    """
+    called = f"top_k_mask(scores, k={k})"
+    x = draws.choices(scores, "scores", called)
+    if draws.count(k, "k", called) > x.shape[-1]:
+        expected = f"k is at most {x.shape[-1]}, the length of a row"
+        raise ValueError(beats(called, expected, type_of(x), f"k={x.shape[-1]}"))
+    fixed = jax.lax.stop_gradient(x)
+    places = jax.lax.top_k(fixed, k)[1]
+    zeros = jnp.zeros_like(fixed)
+    mask = jnp.put_along_axis(zeros, places, 1, axis=-1, inplace=False)
+    top = jnp.max(fixed, -1, keepdims=True)
+    return replace_value(x, jnp.where(jnp.isnan(top), top, mask))
