@@ -4,6 +4,7 @@ import itertools
 import os
 import pathlib
 
+import estimator_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,19 @@ def page():
         "",
         "Trees: " + ", ".join(TREES) + ". Dtypes: " + ", ".join(DTYPES) + ": the full",
         f"product at float32, every pair of values beyond ({len(ROWS)} cells).",
+        "",
+        "## Estimators",
+        "",
+        "`tests/test_estimators.py`: value, gradient and tangent of each agree with a",
+        f"Python loop over the examples under {', '.join(estimator_cases.CONTEXTS)};",
+        "bfloat16 and float16 stay what they are, and finite.",
+        "",
+        "| | modes |",
+        "|---|---|",
+        *(
+            f"| `{name}` | {'both' if estimator_cases.has_forward(f) else 'reverse'} |"
+            for name, f in estimator_cases.ESTIMATORS.items()
+        ),
         "",
     ]
     return "\n".join(lines)
