@@ -5,6 +5,8 @@ NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
 PYTEST := -n auto -q
 STRICT := x64 dtype rank checks leaks
+# Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
+LARQ := larq terminaltables tf-keras
 
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -27,11 +29,13 @@ notebooks: .venv/ready
 support-matrix: .venv/ready
 	cd tests && ../.venv/bin/python test_conformance.py
 
-bench: .venv-peers/ready
+bench: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python benchmarks/run.py
+	.venv-peers-torch/bin/python benchmarks/estimators.py
 
-test-peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers
+test-peers: .venv-peers/ready .venv-peers-torch/ready
+	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch
+	.venv-peers-torch/bin/python -m pytest $(PYTEST) tests/peers/torch
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
@@ -60,7 +64,15 @@ test-strict-%: .venv/ready
 .venv-peers/ready: pyproject.toml
 	$(NEWEST) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,peers]'
+	.venv-peers/bin/python -m pip install -q --disable-pip-version-check --no-deps $(LARQ)
+	touch $@
+
+.venv-peers-torch/ready: pyproject.toml
+	@test -n "$(OLDEST)" || { echo "test-peers needs Python 3.11, and found none"; exit 1; }
+	$(OLDEST) -m venv .venv-peers-torch
+	.venv-peers-torch/bin/python -m pip install -q --disable-pip-version-check -e '.[peers-torch]'
+	.venv-peers-torch/bin/python -m pip install -q --disable-pip-version-check --no-deps spikingjelly
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-peers build
+	rm -rf .venv .venv-oldest .venv-peers .venv-peers-torch build
