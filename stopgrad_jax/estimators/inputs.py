@@ -30,7 +30,7 @@ def real(x: Any, name: str, called: str, *, rank: int = 0) -> jax.Array:
     try:
         array = jnp.asarray(x)
         came, is_real = type_of(array), jnp.issubdtype(array.dtype, jnp.floating)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter for None
         array, came, is_real = jnp.zeros(()), type(x).__name__, False
     if not is_real:
         instead = "the call on the float value, before it is rounded or cast"
@@ -52,7 +52,7 @@ def parameter(value: Any, x: jax.Array, name: str, called: str) -> jax.Array:
         came = type_of(array)
         is_real = jnp.issubdtype(array.dtype, jnp.integer)
         is_real = is_real or jnp.issubdtype(array.dtype, jnp.floating)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter for None
         array, came, is_real = jnp.zeros(()), repr(value)[:60], False
     if not is_real:
         raise TypeError(beats(called, f"{name} is a real number", came, f"{name}=1.0"))
