@@ -251,14 +251,16 @@ def reinmax_given(
     called = "reinmax_given(sample, logits)"
     x = draws.choices(logits, "logits", called)
     value = draws.fitting(sample, "sample", x.shape, x.dtype, called)
+    p = jax.nn.softmax(draws.wide(x))
+    twice = draws.softmax(x, temperature, None, called) + value.astype(p.dtype)
+    p, twice = jax.lax.stop_gradient((p, twice))
     step = draws.wide(replace_value(x, jnp.zeros_like(x)))  # -inf - -inf is nan
 
-    def along(p: jax.Array) -> jax.Array:  # J(p), held fixed, times the step
-        p = jax.lax.stop_gradient(p)
-        return p * (step - jnp.sum(p * step, -1, keepdims=True))
+    def along(v: jax.Array) -> jax.Array:
+        return v * jnp.sum(v * step, -1, keepdims=True)
 
-    middle = draws.softmax(x, temperature, None, called) + value.astype(step.dtype)
-    source = 2 * along(middle / 2) - along(jax.nn.softmax(draws.wide(x))) / 2
+    # 2 J(twice / 2) - J(p) / 2, times the step
+    source = (twice - p / 2) * step + (along(p) - along(twice)) / 2
     return replace_value(source.astype(x.dtype), value)
 
 

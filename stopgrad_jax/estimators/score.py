@@ -55,7 +55,7 @@ def magic_box(log_prob: ArrayLike) -> jax.Array:
       Infinitely Differentiable Monte Carlo Estimator".
     """
     x = floating(log_prob, "log_prob", "magic_box(log_prob)")
-    return jnp.exp(_ratio(x))
+    return jnp.exp(replace_value(x, jnp.where(jnp.isnan(x), x, jnp.zeros_like(x))))
 
 
 def score_loss(
@@ -222,7 +222,7 @@ def dice(
 
 def _ratio(log: jax.Array) -> jax.Array:
     """Return log p minus itself: 0, also where p is 0, with the derivative of log p."""
-    return replace_value(log, jnp.where(jnp.isnan(log), log, jnp.zeros_like(log)))
+    return replace_value(log, jnp.zeros_like(log))
 
 
 def _powers(discount: jax.Array, log: jax.Array) -> jax.Array:
