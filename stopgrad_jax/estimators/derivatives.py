@@ -264,9 +264,8 @@ def in_float32(derivative: Callable[[jax.Array], jax.Array]) -> Derivative:
     @functools.wraps(derivative)
     def wide(x: Any) -> jax.Array:
         x = jnp.asarray(x)
-        return derivative(x.astype(jnp.promote_types(x.dtype, "float32"))).astype(
-            x.dtype
-        )
+        narrow = x.dtype.itemsize < 4
+        return derivative(x.astype("float32") if narrow else x).astype(x.dtype)
 
     return wide
 
