@@ -40,11 +40,13 @@ test-peers: .venv-peers/ready .venv-peers-torch/ready
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
 
-# The switches together, then one by one; `make test-strict-together` is the first half.
-test-strict: test-strict-together $(STRICT:%=test-strict-%)
+# The switches together on both versions, then one by one on the newest.
+test-strict: test-strict-together test-strict-together-oldest $(STRICT:%=test-strict-%)
 
-test-strict-together: .venv/ready .venv-oldest/ready
+test-strict-together: .venv/ready
 	STOPGRAD_STRICT="$(STRICT)" .venv/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
+
+test-strict-together-oldest: .venv-oldest/ready
 	STOPGRAD_STRICT="$(STRICT)" .venv-oldest/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
 
 test-strict-%: .venv/ready
