@@ -442,6 +442,7 @@ def test_gumbel_noise_given_its_argmax_is_gumbel_noise():
     keys = jax.random.split(jax.random.key(5), COUNT)
     hot = jax.vmap(sg.sample.categorical, (0, None))(keys, jnp.array(LOGITS))
     noise = np.random.default_rng(4).gumbel(size=(COUNT, 4))
+    hot = np.asarray(hot)
     z = np.stack([conditioned(g, h, LOGITS) for g, h in zip(noise, hot, strict=True)])
     np.testing.assert_array_equal(z.argmax(-1), np.argmax(hot, -1))
     g = z - LOGITS
@@ -484,13 +485,13 @@ def by_hand(value, pull):
     return f
 
 
-def _j(p, g):
-    return p * (g - jnp.sum(p * g, -1, keepdims=True))
-
-
-def _reinmax_pull(g, x, d):
+def _reinmax(x, d):
+    """Algorithm 2 of the paper."""
     p = jax.nn.softmax(x)
-    return 2 * _j((p + d) / 2, g) - _j(p, g) / 2
+    middle = (jax.nn.softmax(x) + d) / 2
+    one = jax.nn.softmax(lax.stop_gradient(jnp.log(middle) - x) + x)
+    two = 2 * one - p / 2
+    return two - lax.stop_gradient(two) + d
 
 
 PAIRS = {
@@ -506,10 +507,7 @@ PAIRS = {
         lambda x, d: sg.sample.gumbel_softmax_given(d, x, 0.5, False),
         lambda x, d: jax.nn.softmax((x + d) / 0.5),
     ),
-    "reinmax": (
-        lambda x, d: sg.sample.reinmax_given(d, x),
-        by_hand(lambda x, d: d, _reinmax_pull),
-    ),
+    "reinmax": (lambda x, d: sg.sample.reinmax_given(d, x), _reinmax),
 }
 
 
