@@ -102,7 +102,7 @@ estimators = {
     "score, 4 samples": by_score(4, False),
     "score, 4, leave one out": by_score(4, True),
 }
-draws = 20_000
+draws = 10_000
 keys = jax.random.split(jax.random.key(0), draws)
 
 
@@ -240,6 +240,10 @@ assert soft[0, 0] < soft[-1, 0] / 3  # and the bias grows
 assert np.all(rao[:, 1] < plain[:, 1])
 
 # %% [markdown]
+# A noise of 5 leaves a chance of 5% in the mean of 10,000 draws, so the bias at the
+# lowest temperatures may be smaller than it looks. Gumbel-Rao keeps its noise within
+# bounds where that of Gumbel-softmax grows and grows.
+#
 # ## 3. Second and third derivatives: DiCE
 #
 # Meta-learning, curvature and games against a learning opponent need derivatives of
@@ -400,10 +404,10 @@ plt.show()
 # ## 4. Where to look: hard attention
 #
 # Now a network that must choose. A digit lies in one of nine places of a larger
-# canvas, half hidden in noise. The network sees the canvas only as a blur of 4 by 4
-# averages; from that it chooses one place to look at, and reads an 8 by 8 glimpse
-# there. Nobody tells it where the digit is: the choice is trained by the reading
-# alone.
+# canvas; the rest is noise. The network sees the canvas only as a blur of 4 by 4
+# averages. From that it chooses one place to look at, and reads an 8 by 8 glimpse
+# there. Nobody tells it where the digit is: the choice is trained by the reading alone.
+
 
 # %%
 digits = load_digits()
@@ -512,7 +516,7 @@ losses = {name: sampled_loss(sampler) for name, sampler in once.items()}
 losses["score, no baseline"] = scored_loss(False)
 losses["score, leave one out"] = scored_loss(True)
 optimizer = optax.adam(3e-3)
-blocks, block_steps, batch_size, seeds = 20, 60, 64, 3
+blocks, block_steps, batch_size, seeds = 20, 35, 64, 3
 
 
 def test(params, key):
@@ -618,3 +622,12 @@ axes[0, 0].set_ylabel("where it looks")
 axes[1, 0].set_ylabel("probability\nof each place")
 fig.suptitle("The network trained with ReinMax, on test digits")
 plt.show()
+
+# %% [markdown]
+# - A place next to the right one shows half of the digit. That is often enough to read
+#   it, so more digits are read than found.
+# - The loss is nearly linear between two glimpses, and plain straight-through learns
+#   fastest. ReinMax pays for a smaller bias with noise that this task does not reward.
+# - Without a baseline the likelihood ratio learns slowly. With the other three samples
+#   as its baseline it keeps up, and it never differentiates the reading by the choice:
+#   the glimpse could come from a camera.
