@@ -1,12 +1,14 @@
 """(h) Estimators, forward and backward, against hand-written JAX and the libraries.
 
-Same numbers, same sizes, two threads on either side, in one process. JAX is compiled,
-torch is eager, as its users run it, and TensorFlow is in a `tf.function`. A library
-that is not installed has no rows: `make bench` runs this file in the environment of
-each. Run by itself it prints its rows.
+Same numbers and sizes, in one process. JAX is compiled, torch is eager, as its users
+run it, and TensorFlow is in a `tf.function`. A library that is not installed has no
+rows: torch has an environment of its own, where this file is run by itself. It then
+prints its rows, and all sides have one core: with two threads, torch's wait for each
+other so long on a busy machine that nothing else would be measured.
 """
 
 import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ from measure import repeated, side_by_side
 
 import stopgrad_jax as sg
 
+if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts
+
 STEPS, BATCH, NEURONS = 100, 32, 256
-THREADS = 2
 CODES, WIDTH, VECTORS = 512, 64, 4096
 RNG = np.random.default_rng(0)
 
@@ -195,7 +199,7 @@ def torch_libraries():
     from torch.nn.functional import gumbel_softmax
     from vector_quantize_pytorch import VectorQuantize
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
 
     def eager(fun, *args):
         leaves = [torch.tensor(a, requires_grad=True) for a in args]

@@ -6,7 +6,8 @@
 (d) experiments A and B: steps per second against TensorFlow's session and `jax.jit`;
 (e) each gate, forward and backward, against hand-written JAX and what users have today;
 (f) a model that is frozen in nine parts of ten, against the usual recipes;
-(g) `flow` against tracing `jax.grad`, and pictures.
+(g) `flow` against tracing `jax.grad`, and pictures;
+(h) estimators against hand-written JAX and the libraries that have them.
 
 Each figure is the median of several rounds; in each round both sides are measured, one
 after the other. The table is printed and written to build/benchmarks.json.
@@ -19,6 +20,7 @@ import pathlib
 import platform
 import statistics
 
+import estimators
 import flow
 import freezing
 import gates
@@ -116,7 +118,7 @@ def main():
     """Run all of it, print the table, write the file."""
     rows = {}
     parts = (named_point, tracing, compiling, identity_edit, experiments)
-    parts += (gates.rows, freezing.rows, flow.rows)
+    parts += (gates.rows, freezing.rows, flow.rows, estimators.rows)
     for part in tqdm(parts, desc="benchmarks"):
         for name, row in part():
             rows[name] = row
