@@ -626,8 +626,8 @@ plt.show()
 # %% [markdown]
 # - A place next to the right one shows half of the digit. That is often enough to read
 #   it, so more digits are read than found.
-# - The loss is nearly linear between two glimpses, and plain straight-through learns
-#   fastest. ReinMax pays for a smaller bias with noise that this task does not reward.
+# - Plain straight-through learns fastest here: little noise is worth more to this task
+#   than little bias, and ReinMax has more of the first and less of the second.
 # - Without a baseline the likelihood ratio learns slowly. With the other three samples
 #   as its baseline it keeps up, and it never differentiates the reading by the choice:
 #   the glimpse could come from a camera.
