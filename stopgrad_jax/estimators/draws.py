@@ -30,9 +30,14 @@ def choices(x: ArrayLike, name: str, called: str) -> jax.Array:
     return array
 
 
+def wider(dtype: jnp.dtype) -> jnp.dtype:
+    """Return a floating dtype of 32 bits at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
 def wide(x: jax.Array) -> jax.Array:
     """Widen to float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wider(x.dtype))
 
 
 def fitting(

@@ -17,7 +17,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
-from .draws import floating
+from .draws import floating, wider
 
 __all__ = ["dice", "leave_one_out", "magic_box", "score_loss"]
 
@@ -143,7 +143,7 @@ def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
         instead = "jax.vmap over the keys of several samples"
         raise ValueError(beats(called, expected, type_of(x), instead))
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
-    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    x = x.astype(wider(dtype))
     others = jnp.sum(x, axis, keepdims=True) - x
     return (others / (x.shape[axis] - 1)).astype(dtype)
 
@@ -227,7 +227,7 @@ def _ratio(log: jax.Array) -> jax.Array:
 
 def _powers(discount: jax.Array, log: jax.Array) -> jax.Array:
     """Return discount^t, `[time, ...]`, computed in float32 at least."""
-    wide = jnp.promote_types(log.dtype, jnp.float32)
+    wide = wider(log.dtype)
     steps = jax.lax.broadcasted_iota(wide, log.shape, 0)
     return (discount.astype(wide) ** steps).astype(log.dtype)
 
@@ -258,7 +258,8 @@ def _costs(x: ArrayLike, name: str, called: str) -> jax.Array:
 def _together(cost: jax.Array, log: jax.Array) -> jnp.dtype:
     if not jnp.issubdtype(cost.dtype, jnp.floating):
         return log.dtype
-    return jnp.promote_types(cost.dtype, log.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(cost.dtype, log.dtype)
 
 
 def _same_shape(
