@@ -23,8 +23,7 @@ def gumbel_softmax(
 
     Soft, it is the exact gradient of a relaxed problem; hard, straight-through and
     biased. With the temperature the bias falls and the variance grows, without bound.
-    PyTorch's `F.gumbel_softmax` and DeepMind's notebooks do this, with a value that is
-    one-hot only up to rounding.
+    PyTorch's `F.gumbel_softmax` does this.
 
     Forward: z = logits + noise; one-hot of argmax z (hard) or softmax(z / temperature).
     Backward: J(p) g / t with t = backward_temperature, p = softmax(z / t).
