@@ -99,7 +99,7 @@ def approx_sign() -> Derivative:
 def swish_sign(beta: Any = 5.0) -> Derivative:
     """Make the derivative of the sign-swish function, which overshoots on both sides.
 
-    Finite where `beta * x` overflows, as the published quotient is not. Presets: 5 in larq.
+    Finite where `beta * x` overflows, as the published quotient is not. 5 in larq.
 
     Forward: that of `sign`; of `spike` with half of it.
     Backward: cotangent * beta * (2 - z * tanh(z / 2)) / (1 + cosh(z)), z = beta * x.
