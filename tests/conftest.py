@@ -23,7 +23,8 @@ KEEPING = ["test_flow_labels.py", "test_flow_soundness.py", "test_flow_zoo.py"]
 # The estimators are compositions of what is checked for leaks; their statistics and
 # compiled programs would take half an hour more with it.
 COMPOSED = [
-    *("test_codebook.py", "test_estimators.py", "test_quantize.py", "test_score.py"),
+    *("test_codebook.py", "test_codebook_cost.py", "test_estimators.py"),
+    *("test_quantize.py", "test_score.py"),
     *("test_sample.py", "test_sample_means.py", "test_surrogate.py"),
 ]
 collect_ignore = [*KEEPING, *COMPOSED] if jax.config.jax_check_tracer_leaks else []

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from programs import assert_same_bits, every_value, f32, instructions, mesh
+from programs import assert_same_bits, every_value, f32, mesh
 
 import stopgrad_jax as sg
 
@@ -347,58 +347,6 @@ def test_a_codebook_learns_in_vmap_and_shard_map():
         out_specs=P(),
     )
     np.testing.assert_allclose(jax.grad(shards)(CODES, z), expected, rtol=1e-5)
-
-
-# Cost: against what users write today ----------------------------------------------
-
-_stop = jax.lax.stop_gradient
-
-
-def _fsq(z):
-    half, width = np.float32([3.4965, 1.998, 0.999]), np.float32([4, 2, 1])
-    offset = np.float32([0.5, 0, 0])
-    bounded = jnp.tanh(z + np.float32(np.tan(offset / half))) * half - offset
-    return (bounded + _stop(jnp.round(bounded) - bounded)) / width
-
-
-def _vq(z, codes):
-    scores = jnp.sum(codes**2, -1) / 2 - jnp.matmul(z, codes.T, precision="highest")
-    indices = jnp.argmin(scores, -1)
-    code = codes[indices]
-    quantized = jnp.where(jnp.isnan(z), z, z + _stop(code - z))
-    losses = jnp.mean((_stop(z) - code) ** 2), jnp.mean((z - _stop(code)) ** 2)
-    return quantized, indices, *losses
-
-
-PAIRS = {
-    "fsq": (lambda z: q.fsq(z, (8, 5, 3)), _fsq, ()),
-    "lfq": (
-        q.lfq,
-        lambda z: z + _stop(jnp.where(z == 0, -1.0, jnp.sign(z)) - z),
-        (),
-    ),
-    "vector_quantize": (q.vector_quantize, _vq, (CODES,)),
-}
-
-
-@pytest.mark.usefixtures("usual_settings")
-@pytest.mark.parametrize(("ours", "theirs", "more"), PAIRS.values(), ids=PAIRS)
-def test_nothing_is_added(ours, theirs, more):
-    args = (normal(0, 4, 3), *more)
-    total = lambda out: sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
-    gradient = lambda f: jax.grad(lambda *a: total(f(*a)), tuple(range(len(args))))
-    if more:  # indices carry no gradient
-        total = lambda out: jnp.sum(out[0] ** 2) + out[2] + out[3]
-    assert instructions(ours, *args) <= instructions(theirs, *args)
-    assert instructions(gradient(ours), *args) <= instructions(gradient(theirs), *args)
-
-
-def test_rotation_costs_what_its_matrix_free_form_costs():
-    """Two dot products and their transposes; no d by d matrix."""
-    z = normal(0, 4, 64)
-    f = lambda z: jnp.sum(rotated(z, jnp.ones(64, jnp.float32)) ** 2)
-    text = jax.jit(jax.grad(f)).lower(z).compile().as_text()
-    assert "64,64]" not in text
 
 
 # Bad input ------------------------------------------------------------------------

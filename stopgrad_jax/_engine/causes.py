@@ -24,7 +24,7 @@ class Cut:
 
     Attributes:
       reason: "stop_gradient", "zero_derivative", "integer", "comparison", "sampled",
-        "zero_rule", "overwritten", "held", or "unknown".
+        "zero_rule", "overwritten" or "held".
       words: the same in words; `brief` in fewer.
       op: the number of the operation at which they end.
       ops: the numbers of all operations of the expression.

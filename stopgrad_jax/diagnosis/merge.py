@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .model import Edge, Picture, Step
-
-# where a merged pair of steps has several edges, the one that says most is drawn
-_TELLING = ("flow", "replace", "gate", "cut", "shadow", "value")
+from .model import STATUSES, Edge, Picture, Step
 
 
 def too_big(picture: Picture, most: int = 300) -> bool:
@@ -101,7 +98,7 @@ def _drawn(picture: Picture, groups: list[list[Step]]) -> Picture:
         pair = number[edge.source], number[edge.target]
         if pair[0] != pair[1]:
             told = (status.get(pair, edge.status), edge.status)
-            status[pair] = min(told, key=_TELLING.index)
+            status[pair] = min(told, key=STATUSES.index)
     return dataclasses.replace(
         picture,
         steps=tuple(_one(at, group) for at, group in enumerate(groups)),

@@ -52,7 +52,7 @@ class Step:
       repeat: how often the statement ran (a Python loop).
       box: the number of the box it lies in, or None.
       reason: for a cut, one of "stop_gradient", "zero_derivative", "integer",
-        "comparison", "sampled", "zero_rule", "overwritten", "unused", "unknown"; or "".
+        "comparison", "sampled", "zero_rule", "overwritten"; or "".
       flows: a gradient passes here: it comes from the output and goes on to an input.
       data: an input that nobody wants the gradient of.
     """
@@ -69,6 +69,10 @@ class Step:
     reason: str = ""
     flows: bool = False
     data: bool = False
+
+
+# The statuses of an edge, by how much they say: the first of several is drawn.
+STATUSES = ("flow", "replace", "gate", "cut", "shadow", "value")
 
 
 @dataclasses.dataclass(frozen=True)

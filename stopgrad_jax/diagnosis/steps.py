@@ -12,10 +12,7 @@ from stopgrad_jax._engine.labels import Path, Spot
 from stopgrad_jax._errors import type_of
 
 from .grouping import Group, Grouping, Prefix
-from .model import Box, Edge, Site, Step
-
-# How much an edge says; the first of several is drawn.
-_STATUS = ("flow", "replace", "gate", "cut", "shadow", "value")
+from .model import STATUSES, Box, Edge, Site, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +280,7 @@ def _edges(
                     steps[target].kind,
                 )
                 old = out.get((origin, target), "value")
-                out[origin, target] = min(old, status, key=_STATUS.index)
+                out[origin, target] = min(old, status, key=STATUSES.index)
     return out
 
 

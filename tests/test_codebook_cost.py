@@ -1,0 +1,115 @@
+"""Quantizers of vectors cost what users write today, by instructions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import instructions
+
+import stopgrad_jax as sg
+
+q = sg.quantize
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+CODES = normal(5, 6, 3)
+
+
+def rotated(z, code):
+    """Quantize to the only code there is."""
+    return q.vector_quantize(z, code[None], gradient="rotation").quantized
+
+
+_stop = jax.lax.stop_gradient
+
+
+def _fsq(z):
+    half, width = np.float32([3.4965, 1.998, 0.999]), np.float32([4, 2, 1])
+    offset = np.float32([0.5, 0, 0])
+    bounded = jnp.tanh(z + np.float32(np.tan(offset / half))) * half - offset
+    return (bounded + _stop(jnp.round(bounded) - bounded)) / width
+
+
+def _vq(z, codes):
+    scores = jnp.sum(codes**2, -1) / 2 - jnp.matmul(z, codes.T, precision="highest")
+    indices = jnp.argmin(scores, -1)
+    code = codes[indices]
+    quantized = jnp.where(jnp.isnan(z), z, z + _stop(code - z))
+    losses = jnp.mean((_stop(z) - code) ** 2), jnp.mean((z - _stop(code)) ** 2)
+    return quantized, indices, *losses
+
+
+def _unit(z):
+    """z / norm(z) and the norm, for numbers of any size."""
+    largest = _stop(jnp.max(jnp.abs(z), -1, keepdims=True))
+    zero = largest == 0
+    largest = jnp.where(zero, 1.0, largest)
+    scaled = z / largest
+    square = jnp.sum(scaled * scaled, -1, keepdims=True)
+    norm = jnp.sqrt(jnp.where(zero, 1.0, square))
+    return scaled / norm, jnp.where(zero, 0.0, largest * norm)
+
+
+def _bsq(z):
+    unit = _unit(z)[0]
+    corner = jnp.where(z == 0, -1.0, jnp.sign(z)) / np.float32(np.sqrt(z.shape[-1]))
+    return unit + _stop(corner - unit)
+
+
+def _rotation(z, codes):
+    scores = jnp.sum(codes**2, -1) / 2 - jnp.matmul(z, codes.T, precision="highest")
+    code = _stop(codes[jnp.argmin(scores, -1)])
+    (e, e_norm), (q_unit, q_norm) = _unit(_stop(z)), _unit(code)
+    both, eps = e + q_unit, np.finfo("float32").eps
+    square = jnp.sum(both * both, -1, keepdims=True)
+    turns = (e_norm > eps * q_norm) & (q_norm > eps * e_norm) & (square > 16 * eps)
+    twice = jnp.where(turns, 2 / jnp.where(turns, square, 1.0), 0.0)
+    turned = z - twice * jnp.sum(both * z, -1, keepdims=True) * both
+    onto = jnp.where(turns, 2.0, 0.0) * jnp.sum(e * z, -1, keepdims=True)
+    factor = jnp.where(turns, q_norm / jnp.where(turns, e_norm, 1.0), 1.0)
+    turned = factor * (turned + onto * q_unit)
+    return jnp.where(jnp.isnan(z), z, turned + _stop(code - turned))
+
+
+PAIRS = {
+    "bsq": (q.bsq, _bsq, ()),
+    "rotation": (
+        lambda z: rotated_to_nearest(z, CODES),
+        lambda z: _rotation(z, CODES),
+        (),
+    ),
+    "fsq": (lambda z: q.fsq(z, (8, 5, 3)), _fsq, ()),
+    "lfq": (
+        q.lfq,
+        lambda z: z + _stop(jnp.where(z == 0, -1.0, jnp.sign(z)) - z),
+        (),
+    ),
+    "vector_quantize": (q.vector_quantize, _vq, (CODES,)),
+}
+
+
+def rotated_to_nearest(z, codes):
+    return q.vector_quantize(z, codes, gradient="rotation").quantized
+
+
+@pytest.mark.usefixtures("usual_settings")
+@pytest.mark.parametrize(("ours", "theirs", "more"), PAIRS.values(), ids=PAIRS)
+def test_nothing_is_added(ours, theirs, more):
+    args = (normal(0, 4, 3), *more)
+    total = lambda out: sum(jnp.sum(x**2) for x in jax.tree.leaves(out))
+    gradient = lambda f: jax.grad(lambda *a: total(f(*a)), tuple(range(len(args))))
+    if more:  # indices carry no gradient
+        total = lambda out: jnp.sum(out[0] ** 2) + out[2] + out[3]
+    assert instructions(ours, *args) <= instructions(theirs, *args)
+    assert instructions(gradient(ours), *args) <= instructions(gradient(theirs), *args)
+
+
+def test_rotation_costs_what_its_matrix_free_form_costs():
+    """Two dot products and their transposes; no d by d matrix."""
+    z = normal(0, 4, 64)
+    f = lambda z: jnp.sum(rotated(z, jnp.ones(64, jnp.float32)) ** 2)
+    text = jax.jit(jax.grad(f)).lower(z).compile().as_text()
+    assert "64,64]" not in text
