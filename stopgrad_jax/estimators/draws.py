@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, type_of
 
+from .inputs import wide as wide
+
 
 def floating(x: ArrayLike, name: str, called: str) -> jax.Array:
     """Return an array of floats; refuse any other."""
@@ -28,16 +30,6 @@ def choices(x: ArrayLike, name: str, called: str) -> jax.Array:
         instead = f"{name}[..., None], or sg.sample.bernoulli for a choice of two"
         raise ValueError(beats(called, expected, type_of(array), instead))
     return array
-
-
-def wider(dtype: jnp.dtype) -> jnp.dtype:
-    """Return a floating dtype of 32 bits at least."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """Widen to float32 at least."""
-    return x.astype(wider(x.dtype))
 
 
 def fitting(

@@ -1,4 +1,4 @@
-"""What the quantizers take: real arrays, steps and bounds that fit them."""
+"""What estimators take: real arrays, steps and bounds that fit them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "require_positive",
     "whole",
     "wide",
+    "wider",
 ]
 
 
@@ -100,9 +101,14 @@ def require(
         raise ValueError(beats(called, expected, came.format(*values), instead))
 
 
+def wider(dtype: Any) -> Any:
+    """Return a floating dtype of 32 bits at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
 def wide(x: jax.Array) -> jax.Array:
     """Return x in float32 at least: bfloat16 has too few digits to divide in."""
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+    return x.astype(wider(x.dtype))
 
 
 def codes(qmin: Any, qmax: Any, called: str) -> tuple[int, int]:

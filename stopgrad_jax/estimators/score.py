@@ -17,7 +17,8 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
-from .draws import floating, wider
+from .draws import floating
+from .inputs import wider
 
 __all__ = ["dice", "leave_one_out", "magic_box", "score_loss"]
 
