@@ -8,6 +8,7 @@ from .cotangents import transform_gradient as transform_gradient
 from .diagnosis.contracts import assert_gradient as assert_gradient
 from .diagnosis.contracts import assert_no_gradient as assert_no_gradient
 from .diagnosis.flow import flow as flow
+from .diagnosis.statistics import gradient_stats as gradient_stats
 from .estimators import quantize as quantize
 from .estimators import recurrent as recurrent
 from .estimators import sample as sample
@@ -49,6 +50,7 @@ __all__ = [
     "edit",
     "flow",
     "freeze",
+    "gradient_stats",
     "gradients",
     "mask",
     "mask_gradient",

@@ -359,6 +359,12 @@ def varying(aval: Any) -> frozenset[str]:
     return frozenset(manual.varying) if manual else frozenset(getattr(aval, "vma", ()))
 
 
+def unchecked_axes() -> frozenset[str]:
+    """Mesh axes of the `shard_map(check_vma=False)` that is being traced."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return frozenset(a for a in axes if not varying(jax.typeof(jax.lax.axis_index(a))))
+
+
 def zeros(aval: Any) -> jax.Array:
     """Zeros of this type: PRNG keys, explicit shardings and varying axes too."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended):

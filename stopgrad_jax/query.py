@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
-from ._address import RETURN, nodes
+from ._address import nodes
 from ._engine.differentiate import Differentiation
-from ._engine.given import cotangents
+from ._engine.given import cotangents, default_ys
 from ._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Traced, Value, filled, trace
-from ._errors import beats, function_name, quoted
+from ._errors import beats, function_name
 
 P = ParamSpec("P")
 
@@ -210,7 +210,10 @@ class _Query:
         refuse_loops(program, [*xs, *stops, *ys], called)
         refuse_rules(program, [*xs, *stops, *ys], called)
 
-        y_tree = self._default_ys(traced) if self.ys is None else program.tree(self.ys)
+        if self.ys is None:
+            y_tree = default_ys(traced, self.has_aux, called)
+        else:
+            y_tree = program.tree(self.ys)
         pairs = cotangents(program, y_tree, self.grad_ys, called)
         x_tree = program.tree(self.xs)
         wanted = {v for v in jax.tree.leaves(x_tree) if isinstance(v, Value)}
@@ -220,34 +223,6 @@ class _Query:
         out, grads = differentiation.gradients(pairs, want_value)
         value = filled(traced.output, {"output": out}) if want_value else None
         return value, self._filled(x_tree, grads, program)
-
-    def _default_ys(self, traced: Traced) -> Any:
-        """Places of the one array that `fun` returns; first of two with has_aux."""
-        output = traced.output
-        if self.has_aux:
-            if not (isinstance(output, tuple) and len(output) == 2):
-                raise TypeError(
-                    beats(
-                        self.called,
-                        f"with has_aux, {traced.name} must return (y, aux)",
-                        f"{jax.tree.structure(output)}",
-                        "return y, aux",
-                    )
-                )
-            output = output[0]
-        places = [v for v in jax.tree.leaves(output) if isinstance(v, Value)]
-        if len(places) != 1:
-            values = [p for p, v in nodes(output, RETURN) if isinstance(v, Value)]
-            one = f'ys="{values[0]}" for one, ys="return" for the sum' if values else ""
-            raise TypeError(
-                beats(
-                    self.called,
-                    f"{traced.name} must return one array, or ys must say which",
-                    f"{len(places)} arrays: {quoted(values)}",
-                    one or "return the array that is to be differentiated",
-                )
-            )
-        return output
 
     def _refuse_unconnected(
         self, program: Program, differentiation: Differentiation, ys: list[Value]

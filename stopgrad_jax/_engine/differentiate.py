@@ -16,6 +16,7 @@ from .causes import Analysis
 from .connect import Reach, read
 from .dependence import Rules
 from .labels import Labels
+from .reduced import channel
 from .rewrite import Actions, Rewriter
 from .select import Program
 from .trace import Value
@@ -30,12 +31,17 @@ class Differentiation:
       program: a traced function, looked up.
       xs: the places to differentiate by; those that carry no gradient are left out.
       stops: addresses held constant.
+      sums: the gradients of points are summed up where they are made (`reduced.py`).
     """
 
     def __init__(
-        self, program: Program, xs: set[Value], stops: Sequence[Address]
+        self,
+        program: Program,
+        xs: set[Value],
+        stops: Sequence[Address],
+        sums: bool = False,
     ) -> None:
-        self._program = program
+        self._program, self._sums = program, sums
         self._xs = sorted(x for x in xs if _jax.is_differentiable(program.types[x]))
         self._held = program.targets_of(stops)
         self._reach = Reach(Rules(), self._is_held)
@@ -83,12 +89,7 @@ class Differentiation:
         evaluate = functools.partial(self._evaluate, ys, xs, want_value)
         if not xs:
             return (evaluate([], None)[1] if want_value else []), {}
-        program = self._program
-        leaves, types = program.traced.leaves, program.types
-        values = [
-            leaves[x.index] if x.kind == "argument" else _jax.zeros(types[x])
-            for x in xs
-        ]
+        values = [self._start(x) for x in xs]
         if self._held:
             token = jnp.zeros((), jnp.float32)
             _, pullback, out = jax.vjp(evaluate, values, token, has_aux=True)
@@ -96,6 +97,16 @@ class Differentiation:
             rest = functools.partial(evaluate, token=None)
             _, pullback, out = jax.vjp(rest, values, has_aux=True)
         return out, dict(zip(xs, pullback([ct for _, ct in pairs])[0], strict=True))
+
+    def _start(self, x: Value) -> Any:
+        """Return what is differentiated by for a place."""
+        program = self._program
+        if x.kind == "argument":
+            return program.traced.leaves[x.index]
+        if self._sums and x.kind == "point":
+            found = program.plan.found[x.index]
+            return channel(found.aval, found.steps)
+        return _jax.zeros(program.types[x])
 
     def _evaluate(
         self,
@@ -114,7 +125,9 @@ class Differentiation:
         captures = {
             t for y in ys if y.kind == "point" for t in plan.found[y.index].targets
         }
-        actions = Actions(holds=self._held, captures=frozenset(captures))
+        actions = Actions(
+            holds=self._held, captures=frozenset(captures), sums=self._sums
+        )
         sinks = self._sinks(ys)
         if want_value:
             n = len(traced.jaxpr.outvars)

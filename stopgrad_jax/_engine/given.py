@@ -10,11 +10,40 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import Address
+from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._errors import beats, quoted, type_of
 
 from .select import Program
-from .trace import Value
+from .trace import Traced, Value
+
+
+def default_ys(traced: Traced, has_aux: bool, called: str) -> Any:
+    """Places of the one array that a function returns; first of two with has_aux."""
+    output = traced.output
+    if has_aux:
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise TypeError(
+                beats(
+                    called,
+                    f"with has_aux, {traced.name} must return (y, aux)",
+                    f"{jax.tree.structure(output)}",
+                    "return y, aux",
+                )
+            )
+        output = output[0]
+    places = [v for v in jax.tree.leaves(output) if isinstance(v, Value)]
+    if len(places) != 1:
+        values = [p for p, v in nodes(output, RETURN) if isinstance(v, Value)]
+        one = f'ys="{values[0]}" for one, ys="return" for the sum' if values else ""
+        raise TypeError(
+            beats(
+                called,
+                f"{traced.name} must return one array, or ys must say which",
+                f"{len(places)} arrays: {quoted(values)}",
+                one or "return the array that is to be differentiated",
+            )
+        )
+    return output
 
 
 def cotangents(

@@ -54,10 +54,14 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A value inside a body that something is done to: its type there, its fate."""
+    """A value inside a body that something is done to: its type there, its fate.
+
+    `channel`: what is given for it is not like the value, and one for all shards.
+    """
 
     aval: Any
     captured: bool
+    channel: bool = False
 
 
 # A body that is run with more than its own operands: (which body, its operands,
@@ -252,21 +256,26 @@ def _rebuild_shard_map(
 ) -> Any:
     axes = [sharded_over(eqn, slot.aval) for slot in slots[0]]
     specs = [PartitionSpec(a) if a else PartitionSpec() for a in axes]
+    channel = [slot.channel for slot in slots[0]]
     # A scalar that differs from shard to shard leaves as a vector of them.
     scalar = [bool(a) and not s.aval.shape for a, s in zip(axes, slots[0], strict=True)]
+    shaped = [s and not c for s, c in zip(scalar, channel, strict=True)]
 
-    def reshaped(values: Any, shape: tuple[int, ...]) -> list[Any]:
-        pairs = zip(values, scalar, strict=True)
-        return [x if x is None or not s else x.reshape(shape) for x, s in pairs]
+    def reshaped(values: Any, which: list[bool], shape: tuple[int, ...]) -> list[Any]:
+        pairs = zip(values, which, strict=True)
+        return [x if x is None or not w else x.reshape(shape) for x, w in pairs]
 
     def body(operands: Any, perturbations: Any, token: Any) -> Any:
-        out, captured = call(0, operands, reshaped(perturbations, ()), token)
-        return out, reshaped(captured, (1,))
+        out, captured = call(0, operands, reshaped(perturbations, shaped, ()), token)
+        return out, reshaped(captured, scalar, (1,))
 
     def only(specs: Any, used: Any) -> list[Any]:
         return [p if u else None for p, u in zip(specs, used, strict=True)]
 
-    given = only(specs, [p is not None for p in perturbations])
+    given = only(
+        [PartitionSpec() if c else p for p, c in zip(specs, channel, strict=True)],
+        [p is not None for p in perturbations],
+    )
     taken = only(specs, [slot.captured for slot in slots[0]])
     return jax.shard_map(
         body,

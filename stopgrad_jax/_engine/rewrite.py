@@ -17,6 +17,7 @@ import stopgrad_jax._jax as _jax
 from .edits import Edits, NamedEdits, edited_operation, operation_edits
 from .nested import Slot, rebuild
 from .perturbation import hold, perturb
+from .reduced import summed
 from .runs import Runs
 from .walk import Found, Match, Plan
 
@@ -27,17 +28,19 @@ class Actions:
 
     In this order: `edits` replace it, `holds` makes it a constant of the
     differentiation that owns the token, a perturbation is added, `captures` hands the
-    value out. `once`: see `perturb`.
+    value out. `once`: see `perturb`. `sums`: perturbations are channels, see `reduced`.
     """
 
     edits: Edits = dataclasses.field(default_factory=dict)
     holds: frozenset[int] = frozenset()
     captures: frozenset[int] = frozenset()
     once: bool = True
+    sums: bool = False
 
     def slot(self, found: Found) -> Slot:
         """Tell an equation that is made anew about a value inside it."""
-        return Slot(found.aval, not self.captures.isdisjoint(found.targets))
+        captured = not self.captures.isdisjoint(found.targets)
+        return Slot(found.aval, captured, self.sums)
 
 
 class Rewriter:
@@ -106,7 +109,9 @@ class Rewriter:
         for k, (found, perturbation) in enumerate(zip(match.own, own, strict=True)):
             if token is not None and not actions.holds.isdisjoint(found.targets):
                 out[k] = hold(out[k], token)
-            if perturbation is not None:
+            if perturbation is not None and actions.sums:
+                out[k] = summed(out[k], perturbation)
+            elif perturbation is not None:
                 out[k] = perturb(out[k], perturbation, once=actions.once)
             captured.append(out[k] if actions.slot(found).captured else None)
         return out, captured

@@ -65,8 +65,9 @@ class Found:
     """One value that addresses select.
 
     `aval` is its type outside all the equations that it lies in: with the time axis of
-    a scan and with all the shards. `rule`: it is behind a custom rule. `dynamic`: it
-    is in a while loop. `differentiated`: a derivative of it has already been taken.
+    a scan and with all the shards. `steps`: how many of the scans that it lies in,
+    outermost first. `rule`: it is behind a custom rule. `dynamic`: it is in a while
+    loop. `differentiated`: a derivative of it has already been taken.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Found:
     rule: bool = False
     dynamic: bool = False
     differentiated: bool = False
+    steps: tuple[int, ...] = ()
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -264,7 +266,10 @@ class Search:
 
 def _lifted(found: Found, inner: Nested, eqn: Any) -> Found:
     line = found.line or _jax.line_of(eqn)
-    return dataclasses.replace(found, aval=inner.lift(found.aval), line=line)
+    scanned = (eqn.params["length"],) if eqn.primitive.name == "scan" else ()
+    steps = (*scanned, *found.steps)
+    aval = inner.lift(found.aval)
+    return dataclasses.replace(found, aval=aval, line=line, steps=steps)
 
 
 def _hit(target: int, root: str, name: str) -> Hit:

@@ -1,0 +1,187 @@
+"""Norms and the like of gradients, from inside a jitted function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec
+
+import jax
+import jax.numpy as jnp
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import Address, nodes
+from stopgrad_jax._engine.differentiate import Differentiation
+from stopgrad_jax._engine.given import cotangents, default_ys
+from stopgrad_jax._engine.reduced import summary, summary_dtype
+from stopgrad_jax._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
+from stopgrad_jax._engine.select import Program, listed, look_up
+from stopgrad_jax._engine.trace import Traced, Value, filled, trace
+from stopgrad_jax._errors import beats, function_name, type_of
+
+P = ParamSpec("P")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What one gradient is like; of a value in a scan, an array of a number per step.
+
+    Attributes:
+      norm: the Euclidean norm, in float32 at least; nan where the gradient has nan.
+      max: the largest magnitude.
+      zero_fraction: how much of it is exactly zero, from 0 to 1.
+      nonfinite: how many entries are nan or infinite.
+      cause: why it is structurally zero, with file and line; None if it is not. A
+        Python string: decided when the function is traced, and static under `jax.jit`.
+    """
+
+    norm: jax.Array
+    max: jax.Array
+    zero_fraction: jax.Array
+    nonfinite: jax.Array
+    cause: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def gradient_stats(
+    fun: Callable[P, Any], xs: Any, *, ys: Any = None
+) -> Callable[P, dict[str, Stats]]:
+    """Say how large gradients are, at arguments and at values inside.
+
+    To watch a training step from inside `jax.jit`: no host callback, and no gradient
+    of a value inside is stored: it is summed up where it is made, in a scan step by
+    step.
+
+    Forward: not returned.
+    Backward: that of `sg.gradients(fun, xs)`, as norms.
+
+    Args:
+      fun: any function that JAX can trace.
+      xs: an address or several: arguments, named values, operations, variables. Each
+        selects one array or a tree of them; leaves that carry no gradient are left out.
+      ys: addresses of what is differentiated; `fun`'s output if it is one array.
+
+    Returns:
+      A function of `fun`'s arguments that returns {address of each array: `Stats`}, an
+      ordinary pytree of scalars. A name that occurs several times has the addresses
+      "h/0", "h/1". In `shard_map` the numbers are those of all shards together (with
+      `check_vma=False` each device's copy of a replicated value counts).
+
+    Raises:
+      AddressError: an address matches nothing, or more than one kind of thing.
+      TypeError: an address selects nothing that carries a gradient, or `fun` returns
+        several arrays and `ys` does not say which.
+      ValueError: a value lies in a `while_loop` or in the body of a custom rule.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
+        >>> def loss(w, frozen, x):
+        ...     h = sg.name(jax.nn.relu(x * w), "h")
+        ...     return jnp.sum(h**2) + jax.lax.stop_gradient(frozen)
+        >>> stats = sg.gradient_stats(loss, ["w", "h", "frozen"])
+        >>> found = jax.jit(stats)(2.0, 1.0, jnp.array([2.0, -1.0]))
+        >>> print(found["h"].norm, found["h"].zero_fraction, found["w"].norm)
+        8.0 0.5 16.0
+        >>> print(found["frozen"].cause)
+        stop_gradient, on purpose ...
+    """
+    over = "" if ys is None else f", ys={ys!r:.80}"
+    called = f"gradient_stats({function_name(fun)}, {xs!r:.80}{over})"
+    wanted = listed(xs, called, "xs")
+    asked = None if ys is None else listed(ys, called, "ys")
+    if not wanted:
+        raise TypeError(
+            beats(called, "xs must hold at least one address", f"{xs!r}", 'xs="params"')
+        )
+
+    @functools.wraps(fun)
+    def stats_of(*args: P.args, **kwargs: P.kwargs) -> dict[str, Stats]:
+        traced = trace(fun, args, kwargs)
+        return measured(traced, frozenset(), wanted, called, ys=asked)[2]
+
+    return stats_of
+
+
+def measured(
+    traced: Traced,
+    xs: Iterable[Value],
+    stats: Iterable[Address],
+    called: str,
+    *,
+    ys: Any = None,
+    has_aux: bool = False,
+) -> tuple[Any, dict[Value, jax.Array], dict[str, Stats]]:
+    """Differentiate a traced function once, for gradients and for their statistics.
+
+    Returns its result (if there are `xs`), the gradients of those xs that are
+    connected, and the statistics at the addresses in `stats`.
+    """
+    addresses = list(stats)
+    asked = [] if ys is None else jax.tree.leaves(ys)
+    program = look_up(traced, [*addresses, *asked], called)
+    refuse_outputs(program, addresses, called)
+    refuse_loops(program, [*addresses, *asked], called)
+    refuse_rules(program, [*addresses, *asked], called)
+    default = ys is None
+    y_tree = default_ys(traced, has_aux, called) if default else program.tree(ys)
+    pairs = cotangents(program, y_tree, None, called)
+    places = dict(_places(program, addresses, called))
+
+    xs = set(xs)
+    everything = xs | set(places.values())
+    differentiation = Differentiation(program, everything, (), sums=True)
+    out, found = differentiation.gradients(pairs, want_value=bool(xs))
+    ends = [y for y, _ in pairs]
+    result = {}
+    for path, place in places.items():
+        aval, steps = program.types[place], _steps(program, place)
+        cause, totals = None, found.get(place)
+        if totals is None:
+            totals = jnp.zeros((*steps, 4), summary_dtype(aval.dtype))
+            cause = differentiation.why(place, ends)
+        elif place.kind == "argument":
+            totals = summary(totals)
+        size = math.prod(aval.shape) // max(1, math.prod(steps))
+        result[path] = _stats(totals, size, cause)
+    value = filled(traced.output, {"output": out}) if xs else None
+    return value, {x: found[x] for x in xs if x in found}, result
+
+
+def _steps(program: Program, place: Value) -> tuple[int, ...]:
+    return program.plan.found[place.index].steps if place.kind == "point" else ()
+
+
+def _stats(totals: jax.Array, size: int, cause: str | None) -> Stats:
+    squares, largest, nonzero, nonfinite = (totals[..., k] for k in range(4))
+    fraction = (size - nonzero) / size if size else jnp.ones_like(nonzero)
+    return Stats(
+        jnp.sqrt(squares), largest, fraction, nonfinite.astype(jnp.int32), cause
+    )
+
+
+def _places(
+    program: Program, addresses: Iterable[Address], called: str
+) -> Iterator[tuple[str, Value]]:
+    """Yield the full address and the place of each array that is asked for."""
+    for address in addresses:
+        every = [
+            (path, place)
+            for root, tree in program.matched[address].places.items()
+            for path, place in nodes(tree, root)
+            if isinstance(place, Value)
+        ]
+        types = {path: program.types[place] for path, place in every}
+        carry = [(p, v) for p, v in every if _jax.is_differentiable(types[p])]
+        if not carry:
+            came = ", ".join(dict.fromkeys(map(type_of, types.values())))
+            raise TypeError(
+                beats(
+                    f"{called}: address {address!r}",
+                    "a value that carries a gradient (float or complex)",
+                    came or "a Python value, which is not traced",
+                    "the address of a float",
+                )
+            )
+        yield from carry
