@@ -453,6 +453,13 @@ def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Jaxpr:
     return opened(jaxprs[0])[0]
 
 
+def known(x: Any) -> np.ndarray:
+    """Return a value that is known; in an eager `shard_map`, those of all shards."""
+    while isinstance(x, jax.core.Tracer) and hasattr(x, "val"):
+        x = getattr(x, "val")  # noqa: B009 (of JAX's own kind of tracer)
+    return np.asarray(x)
+
+
 def is_traced(x: Any) -> bool:
     """Tell a value that is not known yet from one that is."""
     return isinstance(x, jax.core.Tracer)

@@ -1,0 +1,1 @@
+"""Training steps: the parts behind `stopgrad_jax.train`."""

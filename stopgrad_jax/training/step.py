@@ -1,0 +1,241 @@
+"""A jitted training step, and the states that it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._where import Where
+from stopgrad_jax.freezing import migrate_state
+
+from .spread import is_spread, replicated, settled, shardings
+from .state import Layout, State, copied, kind_of, layout_of
+from .update import Update
+
+
+class Step:
+    """A training step: call it with (state, batch), or (state, batch, key).
+
+    `make_step` makes it and says what it does.
+
+    Attributes:
+      optimizer: the optimizer, with the frozen leaves hidden (`sg.freeze`).
+    """
+
+    def __init__(self, update: Update, optimizer: Any, frozen: Where, donate: bool):
+        """Keep what `make_step` has checked."""
+        self.optimizer = optimizer
+        self._update, self._frozen, self._donate = update, frozen, donate
+        self._layouts: dict[Any, Layout] = {}
+        self._programs: dict[Any, Any] = {}
+        self.__name__ = function_name(update.objective.loss)
+
+    def __repr__(self) -> str:
+        """Name the loss."""
+        return f"<step of {self.__name__}>"
+
+    def init(self, params: Any) -> State:
+        """Begin: a state of fresh moments at step 0.
+
+        The leaves that train are copied, as the step will donate them: `params` stays
+        yours. The frozen ones are not.
+
+        Args:
+          params: a pytree. Leaves that carry no gradient (ints, bools, strings,
+            functions, keys, None) stay as they are, and reach the loss.
+
+        Returns:
+          The state.
+
+        Raises:
+          AddressError: `frozen` matches nothing.
+          ValueError: no leaf trains.
+        """
+        layout = self._layout(params)
+        trained, rest = layout.split(jax.tree.leaves(params))
+        trained = [copied(x) for x in trained]
+        leaves, structure = self._fresh(layout, trained)
+        params = layout.join(trained, rest)
+        return State(params, structure.unflatten(leaves), jnp.zeros((), jnp.int32))
+
+    def __call__(self, state: State, batch: Any, key: Any = None) -> tuple[State, Any]:
+        """Take one step.
+
+        Args:
+          state: from `init`, or from the step before. Its trained leaves and optimizer
+            state are donated: what you keep of it is gone, but for the frozen leaves.
+          batch: a pytree of arrays, handed to the loss.
+          key: a PRNG key, handed to the loss; None: the loss takes none.
+
+        Returns:
+          (the new state, metrics), see `make_step`.
+
+        Raises:
+          TypeError: `state` is no state, or the loss is not as `make_step` wants it.
+          ValueError: a state or batch that does not fit, see `make_step`.
+          RuntimeError: the state was used up by an earlier step.
+        """
+        layout, args = self._arguments(state, batch, key)
+        if _is_nested(args):
+            program = self._program(layout, False, None)
+        else:
+            args, program = self._placed(layout, args)
+        trained, opt_state, count, metrics = program(*args)
+        return State(layout.join(trained, args[1]), opt_state, count), metrics
+
+    def lower(self, state: State, batch: Any, key: Any = None) -> jax.stages.Lowered:
+        """Return the step's program for these arguments, as `jax.jit(f).lower` does."""
+        layout, args = self._arguments(state, batch, key)
+        args, program = self._placed(layout, args)
+        return program.lower(*args)
+
+    def migrate(self, state: State, old: Step) -> State:
+        """Go on with a state of another step, of the same optimizer: freeze or thaw.
+
+        What trains in both keeps its moments; what is thawed starts with fresh ones.
+
+        Args:
+          state: a state of `old`. It is used up, as by a step.
+          old: the step so far.
+
+        Returns:
+          A state of this step, with the same parameters and step number.
+
+        Raises:
+          ValueError: see `sg.migrate_state`.
+        """
+        before, now = old._layout(state.params), self._layout(state.params)
+        opt_state = migrate_state(
+            state.opt_state, old._hiding(before), self._hiding(now), state.params
+        )
+        leaves = jax.tree.leaves(state.params)
+        triples = zip(leaves, before.kinds, now.kinds, strict=True)
+        thawed = [
+            copied(x) if kind == "trained" != was else x for x, was, kind in triples
+        ]
+        return State(now.structure.unflatten(thawed), opt_state, state.step)
+
+    def _layout(self, params: Any) -> Layout:
+        """Say which leaves train: asked once of each tree, as paths take time."""
+        leaves, structure = jax.tree.flatten(params)
+        seen = (structure, tuple(map(kind_of, leaves)))
+        if seen not in self._layouts:
+            called = f"make_step({self.__name__}, ..., frozen={self._frozen!r:.60})"
+            layout = layout_of(params, self._frozen, called)
+            if "trained" not in layout.kinds:
+                raise _nothing_trains(called, params)
+            self._layouts[seen] = layout
+        return self._layouts[seen]
+
+    def _fresh(self, layout: Layout, trained: list[Any]) -> tuple[list[Any], Any]:
+        """Return the leaves and the structure of a new optimizer state.
+
+        Each is a copy: it may be one of the parameters, or an array of the optimizer.
+        """
+        state = self._update.optimizer.init(layout.alone(trained))
+        leaves, structure = jax.tree.flatten(state)
+        del state
+        for k, leaf in enumerate(leaves):  # one at a time: the memory of one more
+            leaves[k] = copied(leaf)
+        return leaves, structure
+
+    def _hiding(self, layout: Layout) -> optax.GradientTransformation:
+        """Return the optimizer as `migrate_state` asks it, of all parameters."""
+        inner = self._update.optimizer
+
+        def init(params: Any) -> Any:
+            trained, _ = layout.split(jax.tree.leaves(params))
+            return inner.init(layout.alone(trained))
+
+        return optax.GradientTransformation(init, inner.update)
+
+    def _arguments(self, state: State, batch: Any, key: Any) -> tuple[Layout, Any]:
+        if not isinstance(state, State):
+            raise TypeError(
+                beats(
+                    "step(state, batch)",
+                    "a state",
+                    f"{type(state).__name__}",
+                    "state = step.init(params)",
+                )
+            )
+        layout = self._layout(state.params)
+        trained, rest = layout.split(jax.tree.leaves(state.params))
+        if not _jax.is_traced(trained[0]) and _is_used_up(trained[0]):
+            raise RuntimeError(
+                beats(
+                    "step(state, batch)",
+                    "a state that is not used up: a step donates its memory",
+                    "a state whose arrays are deleted",
+                    "state, metrics = step(state, batch), and go on with that; or "
+                    "make_step(..., donate=False)",
+                )
+            )
+        return layout, (trained, rest, state.opt_state, state.step, batch, key)
+
+    def _placed(self, layout: Layout, args: Any) -> tuple[Any, Any]:
+        """Return the arguments where they should lie, and the program for them."""
+        trained, rest, opt_state, count, batch, key = args
+        if self._donate:
+            trained = _distinct(trained, rest)
+        owned, structure = jax.tree.flatten((trained, opt_state, count))
+        layouts = None
+        if any(map(is_spread, owned)) or any(map(is_spread, jax.tree.leaves(args))):
+            everywhere = replicated([*owned, *jax.tree.leaves(args)])
+            owned = settled(owned, everywhere)
+            trained, opt_state, count = structure.unflatten(owned)
+            layouts = (shardings(owned), structure)
+        program = self._program(layout, self._donate, layouts)
+        return (trained, rest, opt_state, count, batch, key), program
+
+    def _program(self, layout: Layout, donate: bool, layouts: Any) -> Any:
+        which = (layout, donate, layouts)
+        if which not in self._programs:
+            update, out = self._update, dict[str, Any]()
+
+            def train_step(*args: Any) -> Any:
+                return update(layout, *args)
+
+            if layouts is not None:
+                kept, structure = layouts
+                out = {"out_shardings": (*structure.unflatten(kept), None)}
+            donated = (0, 2, 3) if donate else ()
+            self._programs[which] = jax.jit(train_step, donate_argnums=donated, **out)
+        return self._programs[which]
+
+
+def _is_nested(args: Any) -> bool:
+    """Tell a call under another transformation from one that runs by itself."""
+    return _jax.is_tracing() or any(map(_jax.is_traced, jax.tree.leaves(args)))
+
+
+def _is_used_up(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.is_deleted()
+
+
+def _distinct(trained: list[Any], rest: list[Any]) -> list[Any]:
+    """Copy what would be donated and used in one call, as a teacher just set equal."""
+    seen = {id(x) for x in rest}
+    result = []
+    for leaf in trained:
+        result.append(copied(leaf) if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return result
+
+
+def _nothing_trains(called: str, params: Any) -> Exception:
+    leaves = jax.tree.leaves(params)
+    floats = sum(map(_jax.carries_gradient, leaves))
+    return ValueError(
+        beats(
+            called,
+            "at least one leaf of params trains",
+            f"{len(leaves)} leaves, {floats} of floats, and all of these frozen",
+            'frozen="encoder" for a part of the parameters' if floats else "floats",
+        )
+    )

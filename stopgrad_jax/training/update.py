@@ -1,0 +1,147 @@
+"""One training step as a pure function of arrays, as one would write it by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import printed
+from stopgrad_jax._errors import beats
+
+from .gradient import Objective
+from .state import Layout, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What a step does with a gradient."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformationExtraArgs
+    wants_value: bool  # the optimizer takes the loss and its function
+    nonfinite: str | None
+
+    def __call__(
+        self,
+        layout: Layout,
+        trained: list[Any],
+        rest: list[Any],
+        opt_state: Any,
+        count: Any,
+        batch: Any,
+        key: Any,
+    ) -> tuple[list[Any], Any, Any, dict[str, Any]]:
+        """Return the new (trained, opt_state, count), and metrics."""
+        params = layout.alone(trained)
+        self._check(opt_state, params)
+
+        objective, split = self.objective, Split(layout, trained, rest)
+        loss, gradients, aux, stats = objective.gradients(split, batch, key)
+        # JAX's gradient of a real function of complex z points against the descent.
+        grads = layout.alone(jnp.conj(g) if _is_complex(g) else g for g in gradients)
+        extra = {}
+        if self.wants_value:
+            extra = {
+                "value": loss,
+                "grad": grads,
+                "value_fn": lambda tree: objective.value(
+                    split._replace(trained=jax.tree.leaves(tree)), batch, key
+                ),
+            }
+        updates, changed = self.optimizer.update(grads, opt_state, params, **extra)
+        moved = jax.tree.leaves(optax.apply_updates(params, updates))
+        new = [_like(x, old) for x, old in zip(moved, trained, strict=True)]
+        changed = jax.tree.map(_like, changed, opt_state)
+
+        metrics: dict[str, Any] = {"loss": loss}
+        if objective.has_aux:
+            metrics["aux"] = aux
+        if objective.stats:
+            metrics["stats"] = stats
+        if self.nonfinite:
+            bad = _nonfinite(gradients, jax.tree.leaves(updates))
+            metrics["nonfinite"] = dict(zip(_paths(params), bad, strict=True))
+            if self.nonfinite == "skip":
+                skip = jnp.any(jnp.stack(bad))
+                new, changed = jax.tree.map(
+                    lambda new, old: jax.lax.select(skip, old, new),
+                    (new, changed),
+                    (trained, opt_state),
+                )
+        return new, changed, count + 1, metrics
+
+    def _check(self, opt_state: Any, params: Any) -> None:
+        """Refuse a state that this optimizer did not make for these parameters."""
+        expected = jax.eval_shape(self.optimizer.init, params)
+        ours, theirs = _shapes(expected), _shapes(opt_state)
+        same = jax.tree.structure(expected) == jax.tree.structure(opt_state)
+        if same and ours == theirs:
+            return
+        missing = {k: v for k, v in ours.items() if theirs.get(k) != v}
+        excess = {k: v for k, v in theirs.items() if ours.get(k) != v}
+        if not (missing or excess):
+            missing = {"": jax.tree.structure(expected)}
+            excess = {"": jax.tree.structure(opt_state)}
+        raise ValueError(
+            beats(
+                "step(state, batch)",
+                "the optimizer's state is one that this step made for these "
+                f"parameters, with {_listed(missing) or 'nothing else'}",
+                _listed(excess) or "none of it",
+                "state = step.init(params), or step.migrate(state, old_step) to keep "
+                "the moments of another step",
+            )
+        )
+
+
+def _is_complex(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def _like(new: Any, old: Any) -> jax.Array:
+    """Keep the old type, weak or not, so that a step does not trace twice."""
+    aval = jax.typeof(old)
+    if not hasattr(new, "dtype") or not jnp.issubdtype(new.dtype, jax.dtypes.extended):
+        weak = getattr(jax.typeof(new), "weak_type", False)
+        if weak or jax.typeof(new).dtype != aval.dtype:
+            return jax.lax.convert_element_type(new, aval.dtype)
+    return new
+
+
+def _nonfinite(gradients: list[Any], updates: list[Any]) -> list[jax.Array]:
+    """Tell for each leaf if its gradient is not finite; if all are, its update."""
+    bad = [_has_nonfinite(g) for g in gradients]
+    fine = ~jnp.any(jnp.stack(bad))
+    return [b | (fine & _has_nonfinite(u)) for b, u in zip(bad, updates, strict=True)]
+
+
+def _has_nonfinite(x: jax.Array) -> jax.Array:
+    found = ~jnp.all(jnp.isfinite(x))
+    axes = tuple(_jax.varying(jax.typeof(x)) or _jax.unchecked_axes())
+    if not axes:
+        return found
+    # In a shard_map all devices must come to the same decision.
+    return jax.lax.pmax(found.astype(jnp.int32), axes) > 0
+
+
+def _paths(tree: Any) -> list[str]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [printed(path) for path, _ in flat]
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {printed(path): jnp.shape(leaf) for path, leaf in flat}
+
+
+def _listed(found: dict[str, Any], most: int = 4) -> str:
+    shown = [
+        f'{list(v) if isinstance(v, tuple) else v} at "{k}"' for k, v in found.items()
+    ]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more

@@ -1,0 +1,98 @@
+"""What a step tells beside its loss: nonfinite gradients, and sizes of gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from programs import f32
+from test_train import BATCH, X, Y, assert_same_bits, loss, params, run
+
+import stopgrad_jax as sg
+from stopgrad_jax.train import fit, make_step
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+NAN = (X.at[0, 0].set(jnp.nan), Y)
+
+
+def test_nonfinite_gradients_are_named():
+    def fun(p, batch):
+        return loss(p, batch) + jnp.sum(p["fine"]) ** 2
+
+    p = {**params(), "fine": f32(1.0)}
+    step = make_step(fun, optax.adam(1e-2), nonfinite="report")
+    state, metrics = step(step.init(p), BATCH)
+    assert metrics["nonfinite"] == {"encoder": False, "fine": False, "head": False}
+    state, metrics = step(state, NAN)
+    assert metrics["nonfinite"] == {"encoder": True, "fine": False, "head": True}
+    assert jnp.isnan(state.params["head"]).all()
+    # Where gradients are finite, the update is looked at: 1 / 0 here.
+    bad = optax.stateless_with_tree_map(lambda g, p: jnp.where(p < 0, g / 0.0, g))
+    step = make_step(loss, bad, frozen="encoder", nonfinite="report")
+    _, metrics = step(step.init(params()), BATCH)
+    assert metrics["nonfinite"] == {"head": True}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skipped_steps_change_nothing_but_the_count(accumulate):
+    step = make_step(
+        loss,
+        optax.adamw(1e-2),
+        frozen="encoder",
+        nonfinite="skip",
+        accumulate=accumulate,
+        donate=False,
+    )
+    before, _ = run(step, step.init(params()), 2)
+    skipped, metrics = step(before, NAN)
+    assert jnp.isnan(metrics["loss"])
+    assert metrics["nonfinite"] == {"head": True}
+    jax.tree.map(assert_same_bits, skipped.params, before.params)
+    jax.tree.map(assert_same_bits, skipped.opt_state, before.opt_state)
+    assert skipped.step == before.step + 1
+    after, _ = step(skipped, BATCH)
+    expected, _ = step(before, BATCH)
+    jax.tree.map(assert_same_bits, after.params, expected.params)
+
+
+def test_sizes_of_gradients_are_metrics():
+    def fun(p, batch):
+        x, y = batch
+        h = sg.name(jnp.tanh(x @ p["encoder"]), "h")
+        return jnp.mean((h @ p["head"] - y) ** 2) + 0 * jnp.sum(p["unused"])
+
+    p = {**params(), "unused": jnp.ones(2)}
+    plain = make_step(fun, optax.adam(1e-2), frozen="unused")
+    asked = make_step(
+        fun, optax.adam(1e-2), frozen="unused", stats=["h", "p/head", "p/unused"]
+    )
+    expected, losses = run(plain, plain.init(p), 3)
+    state, metrics = asked(asked.init(p), BATCH)
+    x, y = BATCH
+    h = jnp.tanh(x @ p["encoder"])
+    grad = 2 / 8 * (h @ p["head"] - y)[:, None] * p["head"]  # of the mean by h
+    stats = metrics["stats"]
+    np.testing.assert_allclose(stats["h"].norm, jnp.linalg.norm(grad), rtol=1e-5)
+    head = jnp.linalg.norm(jax.grad(fun)(p, BATCH)["head"])
+    np.testing.assert_allclose(stats["p/head"].norm, head, rtol=1e-5)
+    assert stats["p/unused"].norm == 0
+    state, ours = run(asked, asked.init(p), 3)
+    np.testing.assert_allclose(ours, losses, rtol=1e-6)
+    np.testing.assert_allclose(state.params["head"], expected.params["head"], rtol=1e-5)
+    # Of micro-batches: each its own.
+    halves = make_step(fun, optax.adam(1e-2), stats="h", accumulate=2)
+    _, metrics = halves(halves.init(p), BATCH)
+    each = [2 * jnp.linalg.norm(grad[i::2]) for i in range(2)]
+    np.testing.assert_allclose(metrics["stats"]["h"].norm, each, rtol=1e-5)
+    # In a loop of steps, and with a cause where nothing comes
+    stopped = lambda p, batch: fun(jax.lax.stop_gradient(p), batch) + p["head"][0]
+    step = make_step(stopped, optax.sgd(0.1), stats=["p/encoder", "p/head"])
+    _, history = fit(
+        step, step.init(p), lambda n: BATCH, steps=4, log_every=2, progress=False
+    )
+    assert history["stats"]["p/head"].norm.shape == (4,)
+    assert history["stats"]["p/encoder"].cause.startswith("stop_gradient")
+    wrong = make_step(fun, optax.sgd(0.1), stats="hh")
+    state = wrong.init(p)
+    with pytest.raises(sg.AddressError, match=r"make_step\(fun[\s\S]*hh"):
+        wrong(state, BATCH)
