@@ -295,9 +295,12 @@ def test_between_two_steps_is_soon_enough():
 
 def test_in_a_thread_and_with_signals_ignored():
     step, result = step_of(), []
-    run = lambda: result.append(
-        fit(step, step.init(params()), SOURCES["list"], steps=3, progress=False)
-    )
+
+    def run():
+        with jax.numpy_dtype_promotion("standard"):  # of this thread
+            state = step.init(params())
+            result.append(fit(step, state, SOURCES["list"], steps=3, progress=False))
+
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -343,7 +346,10 @@ def test_lines_where_there_is_no_bar(capsys, monkeypatch):
         "step 12/12",
     ]
     (told,) = [line for line in lines if "nonfinite" in line]
-    assert told == "2 steps with a nonfinite gradient, the first is 7: head"
+    assert told == (
+        "2 of these steps had a nonfinite gradient, the first of them step 7 (from 0): "
+        "head"
+    )
     fit(
         step,
         step.init(params()),

@@ -431,3 +431,49 @@ def test_a_teacher_is_an_average_of_its_student():
     state = state.replace(params={**state.params, "teacher": state.params["student"]})
     after, _ = inner(state, BATCH)
     assert not after.params["teacher"]["head"].is_deleted()
+
+
+def test_models_of_flax_and_of_equinox():
+    nnx, eqx = pytest.importorskip("flax.nnx"), pytest.importorskip("equinox")
+    linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    graph, p = nnx.split(linear)
+    fun = lambda p, batch: jnp.mean(nnx.merge(graph, p)(batch[0])[:, 0] - batch[1]) ** 2
+    step = make_step(fun, optax.adamw(0.1), frozen="kernel")
+    state, losses = run(step, step.init(p), 20)
+    assert losses[-1] < losses[0]
+    assert state.params["kernel"][...] is p["kernel"][...]
+    # With the activation as a leaf
+    model = eqx.nn.MLP(3, "scalar", 4, 1, key=jax.random.key(0))
+    fun = lambda m, batch: jnp.mean((jax.vmap(m)(batch[0]) - batch[1]) ** 2)
+    step = make_step(fun, optax.adamw(0.1), frozen="layers/0")
+    state, losses = run(step, step.init(model), 20)
+    assert losses[-1] < losses[0]
+    assert state.params.layers[0].weight is model.layers[0].weight
+    looped, _ = fit(step, step.init(model), lambda n: BATCH, steps=20, progress=False)
+    np.testing.assert_allclose(
+        looped.params.layers[1].weight, state.params.layers[1].weight, rtol=1e-5
+    )
+
+
+def test_a_predicate_is_asked_of_boxes_once():
+    nnx = pytest.importorskip("flax.nnx")
+    asked = []
+
+    def frozen(path, leaf):
+        asked.append(path)
+        return isinstance(leaf, nnx.LoRAParam)
+
+    model = nnx.LoRALinear(3, 1, lora_rank=2, rngs=nnx.Rngs(0))
+    graph, p = nnx.split(model)
+    fun = lambda p, batch: jnp.mean(nnx.merge(graph, p)(batch[0])[:, 0] - batch[1]) ** 2
+    step = make_step(fun, optax.adam(0.1), frozen=frozen)
+    state, _ = run(step, step.init(p), 3)
+    assert len(asked) == len(set(asked))
+    kept = [
+        leaf for path, leaf in nnx.to_flat_state(state.params) if "lora" in str(path)
+    ]
+    before = [leaf for path, leaf in nnx.to_flat_state(p) if "lora" in str(path)]
+    assert kept
+    for a, b in zip(kept, before, strict=True):
+        assert_same_bits(a[...], b[...])
+    assert not jnp.array_equal(state.params["kernel"][...], p["kernel"][...])

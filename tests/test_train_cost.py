@@ -81,7 +81,8 @@ def test_reports_cost_only_who_asks():
 
 def test_frozen_leaves_have_no_gradient_and_no_state():
     """User story 10: not in the state, not in the program."""
-    p = {"encoder": jnp.zeros((64, 32)), "head": jnp.ones(32)}
+    p = {"encoder": np.zeros((64, 32), np.float32), "head": np.ones(32, np.float32)}
+    p = jax.tree.map(jnp.asarray, p)
     fun = lambda p, x: jnp.sum(jnp.tanh(p["encoder"]) @ p["head"] * x)
     step = make_step(fun, optax.adamw(1e-3), frozen="encoder")
     state = jax.eval_shape(step.init, p)

@@ -53,7 +53,7 @@ GATES = {"no gate": plain, "clip_gradient_norm": clipped, "scale_gradient": scal
 def loss_of(gate, axis=None):
     def loss(p, batch):
         x, y = batch
-        h = gate(jnp.tanh(x @ p["w1"] + p["b1"]), axis)
+        h = gate(jnp.tanh(x @ p["w1"] + p["b1"][None]), axis)
         local = jnp.mean((h @ p["w2"] - y) ** 2)
         return jax.lax.pmean(local, axis) if axis else local
 
@@ -212,6 +212,50 @@ def test_in_shard_map(gate):
         sharded, step.init(params()), lambda n: (X, Y), steps=20, progress=False
     )
     assert_agrees(gate, history["loss"], state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2},
+        {"nonfinite": "skip"},
+        {"stats": "p/w1"},
+        {"accumulate": 2, "nonfinite": "report", "stats": ["p/w1", "p/b1"]},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_every_option_on_many_devices(options):
+    """With shardings in types, and in shard_map; sizes are of the whole gradient."""
+    m = mesh(8, explicit=True)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(m, spec))
+    p = {k: put(x, P()) for k, x in params().items()}
+    batch = (put(X, P("data")), put(Y, P("data")))
+    step = make_step(loss_of(plain), ADAMW, **options)
+    with jax.set_mesh(m):
+        state, losses = run(step, p, batch)
+        _, metrics = step(step.init(p), batch)
+    assert_agrees("no gate", losses, state)
+    mapped = make_step(loss_of(plain, "data"), ADAMW, **options)
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    sharded = jax.jit(jax.shard_map(mapped, mesh=mesh(8), **specs))
+    state, losses = mapped.init(params()), []
+    for _ in range(20):
+        state, found = sharded(state, (X, Y))
+        losses.append(found["loss"])
+    assert_agrees("no gate", np.array(losses), state)
+    if options.get("stats") == "p/w1":
+        norm = jnp.linalg.norm(one_device("no gate")[1]["w1"])
+        np.testing.assert_allclose(metrics["stats"]["p/w1"].norm, norm, rtol=RTOL)
+        first = sharded(mapped.init(params()), (X, Y))[1]["stats"]["p/w1"].norm
+        np.testing.assert_allclose(first, norm, rtol=RTOL)
+
+
+def test_a_shard_map_that_would_not_add_gradients_up():
+    step = make_step(loss_of(plain, "data"), ADAMW)
+    specs = {"in_specs": (P(), P("data")), "out_specs": P(), "check_vma": False}
+    sharded = jax.jit(jax.shard_map(step, mesh=mesh(8), **specs))
+    with pytest.raises(ValueError, match=r'adds[\s\S]*over "data"[\s\S]*=True'):
+        sharded(step.init(params()), (X, Y))
 
 
 def test_all_shards_skip_the_same_steps():

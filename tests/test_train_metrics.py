@@ -70,7 +70,7 @@ def test_sizes_of_gradients_are_metrics():
     state, metrics = asked(asked.init(p), BATCH)
     x, y = BATCH
     h = jnp.tanh(x @ p["encoder"])
-    grad = 2 / 8 * (h @ p["head"] - y)[:, None] * p["head"]  # of the mean by h
+    grad = 2 / 8 * (h @ p["head"] - y)[:, None] * p["head"][None]  # of the mean by h
     stats = metrics["stats"]
     np.testing.assert_allclose(stats["h"].norm, jnp.linalg.norm(grad), rtol=1e-5)
     head = jnp.linalg.norm(jax.grad(fun)(p, BATCH)["head"])

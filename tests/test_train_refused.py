@@ -13,7 +13,7 @@ from stopgrad_jax.train import fit, make_step
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 BEATS = r"[\s\S]*\n  got:   {}[\s\S]*\n  write: {}"
 P = {"encoder": f32(1.0, 2.0), "head": f32(3.0)}
-X = jnp.ones((6, 2))
+X = jnp.ones((6, 2), jnp.float32)
 ADAM = optax.adam(0.1)
 
 

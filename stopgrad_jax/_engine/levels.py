@@ -196,8 +196,9 @@ class Runner:
         level.outputs = [[k] for k in carry]
         return level
 
+    @staticmethod
     def _round(
-        self, level: Level, op: Op, run: Any, body: Body, reads: Sequence[int], step: int
+        level: Level, op: Op, run: Any, body: Body, reads: Sequence[int], step: int
     ) -> list[int]:
         same = {"eqn": op.eqn, "path": op.path, "scopes": op.scopes}
         return level.run(run, reads, body=body, step=step, **same)

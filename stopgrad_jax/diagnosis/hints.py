@@ -39,7 +39,7 @@ _FORWARD = {
     "outside for the value you mean",
     "rem": "a remainder by zero: jnp.where(b == 0, 1.0, b) before the call",
     "sqrt": "the root of a negative number: jnp.maximum(x, 0.0) before the call",
-    "rsqrt": "the inverse root of zero or less: jnp.maximum(x, epsilon) before the call",
+    "rsqrt": "the inverse root of zero or less: jnp.maximum(x, epsilon) before",
     "pow": "a power of zero or of a negative number: keep the base above zero",
     "integer_pow": "a power that overflows, or a negative one of zero",
     "mul": "the product overflows {dtype}, or is zero times an infinity: see operands",
@@ -67,8 +67,8 @@ def _masked(op: Op, mask: Op) -> str:
     safe = "safe" if argument != "safe" else "safe_"
     inner = _with_argument(call, safe) or f"f({safe})"
     return (
-        f"{why} Mask the operand too: {safe} = jnp.where({condition}, {argument}, 1.0), "
-        f"then jnp.where({condition}, {inner}, ...)"
+        f"{why} Mask the operand too: {safe} = jnp.where({condition}, {argument}, "
+        f"1.0), then jnp.where({condition}, {inner}, ...)"
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, nodes
-from stopgrad_jax._engine.blame import Birth, count, find
+from stopgrad_jax._engine.blame import Birth, count, find, has_nan
 from stopgrad_jax._engine.given import cotangents, default_ys
 from stopgrad_jax._engine.labels import Labels, Spot
 from stopgrad_jax._engine.levels import Runner
@@ -300,9 +300,8 @@ def _is_derivative(birth: Birth) -> bool:
     """Whether it was born in a derivative: it goes nowhere but to a backward pass."""
     if "transpose(" in birth.op.scopes:
         return True
-    after = birth.follower
-    inside = "jvp(" in birth.op.scopes and after is not None
-    return inside and "transpose(" in after.scopes
+    after = birth.follower.scopes if birth.follower else ""
+    return "jvp(" in birth.op.scopes and "transpose(" in after
 
 
 def _lines(
@@ -315,8 +314,7 @@ def _lines(
     example: int | None,
     words: str,
 ) -> Iterator[list[Part]]:
-    kind = "nan" if np.isnan(np.asarray(birth.result, _wide(birth.result))).any() else ""
-    kind = kind or "inf"
+    kind = "nan" if has_nan(birth.result) else "inf"
     names = ", ".join(reaches[:4]) + (", ..." if reaches[4:] else "")
     what = f"the gradient of {names}" if direction == "backward" else names
     name = birth.op.eqn.primitive.name

@@ -124,7 +124,11 @@ class Runner:
     def _program(self, batch: Any) -> Program:
         flat, structure = jax.tree.flatten((self._leaves, batch, self._key))
         types = tuple(x.type if isinstance(x, _Row) else jax.typeof(x) for x in flat)
-        which = (self._structure, tuple(self._held), structure, types)
+        settings = (
+            jax.config.jax_default_matmul_precision,  # type: ignore
+            jax.sharding.get_abstract_mesh(),
+        )
+        which = (self._structure, tuple(self._held), structure, types, settings)
         programs = _kept_with(self._step, self._draw)
         if which not in programs:
             programs[which] = self._traced(batch)
@@ -158,7 +162,8 @@ class Runner:
         pairs = zip(inputs, jaxpr.outvars[:count], strict=True)
         changing = tuple(came_from(out) is not into for into, out in pairs)
         number = jaxpr.invars[len(consts) + count]
-        counts = any(v is number for eqn in jaxpr.eqns for v in eqn.invars)
+        used = [v for eqn in jaxpr.eqns for v in eqn.invars]
+        counts = any(v is number for v in [*used, *jaxpr.outvars])
         return Program(jaxpr, consts, changing, counts, metrics[0])
 
     def _arrays(self, state: Any, before: Sequence[Any]) -> list[Any]:

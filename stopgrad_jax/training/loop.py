@@ -97,10 +97,10 @@ def fit(
                 else:
                     for _ in range(size):
                         log.add(runner.one(_next(source, runner, steps)))
-                        if asked():
+                        if asked() and jax.process_count() == 1:
                             break
-                metrics, count = log.flush()
-                bar.update(count, metrics)
+                metrics = log.flush()
+                bar.update(runner.done, metrics)
                 if callback is not None and callback(runner.state, metrics) is True:
                     break
             if runner.done < steps:
@@ -121,24 +121,22 @@ class _Log:
     def add(self, metrics: Any, stacked: bool = False) -> None:
         self._pending.append((metrics, stacked))
 
-    def flush(self) -> tuple[Any, int]:
-        """Fetch what is pending; return it and the number of its steps."""
+    def flush(self) -> Any:
+        """Fetch what is pending, and return it."""
         if not self._pending:
-            return {}, 0
+            return {}
         part = _concatenated([_stacked(*each) for each in self._pending])
         self._parts.append(part)
         self._pending = []
-        leaves = jax.tree.leaves(part)
-        return part, len(leaves[0]) if leaves else 0
+        return part
 
     def history(self) -> Any:
         return _concatenated(self._parts)
 
 
-def _stacked(metrics: Any, stacked: bool) -> Any:
-    return jax.tree.map(
-        lambda x: _fetched(x) if stacked else _fetched(x)[None], metrics
-    )
+def _stacked(metrics: Any, is_stacked: bool) -> Any:
+    fetched = jax.tree.map(_fetched, metrics)
+    return fetched if is_stacked else jax.tree.map(lambda x: x[None], fetched)
 
 
 def _concatenated(parts: list[Any]) -> Any:
@@ -198,11 +196,11 @@ def _are_arrays(batches: Any) -> bool:
 
 def _check_arrays(batches: Any, steps: int) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(batches)
-    sizes = {printed(p): x.shape[0] if x.ndim else None for p, x in flat}
+    scalars = [printed(p) for p, x in flat if not x.ndim]
+    sizes = {printed(p): x.shape[0] for p, x in flat if x.ndim}
     expected = f"arrays have a leading axis of batches, at least steps={steps} of them"
-    if None in sizes.values():
-        scalar = next(p for p, n in sizes.items() if n is None)
-        came = f'a scalar at "{scalar}"' if scalar else "a scalar"
+    if scalars:
+        came = f'a scalar at "{scalars[0]}"' if scalars[0] else "a scalar"
         instead = "lambda number: batch, for the same batch at every step"
         raise ValueError(beats(CALLED, expected, came, instead))
     if len(set(sizes.values())) > 1:
@@ -277,10 +275,11 @@ def _attach(error: BaseException, start: Any, runner: Runner, log: _Log) -> None
             raise RuntimeError("donated to a program that failed")
     except Exception:  # a program failed while it ran: its state is gone
         state, done = start, 0
-    words = (
-        f"`state` is that after {done} good steps" if done else "`state` is as it was"
+    which = f"that after {done} good steps" if done else "the one that fit was given"
+    error.add_note(
+        f"In fit: the attribute `state` of this exception is {which}; `history` has the "
+        "metrics until then."
     )
-    error.add_note(f"In fit: of this exception, {words}; `history` is that until then.")
     with contextlib.suppress(AttributeError):  # an exception with slots
         error.state, error.history = state, log.history()  # type: ignore
 

@@ -23,21 +23,21 @@ class Progress:
         self._wanted = wanted and jax.process_index() == 0
         self._bar = _bar(steps) if self._wanted else None
 
-    def update(self, count: int, metrics: Any) -> None:
-        """Show that so many steps were taken, and their last loss."""
-        self._done += count
+    def update(self, done: int, metrics: Any) -> None:
+        """Show how many steps were taken, and the last loss."""
+        before, self._done = self._done, done
         if not self._wanted:
             return
         loss = _last_loss(metrics)
         if self._bar is not None:
             if loss:
                 self._bar.set_postfix_str(loss, refresh=False)
-            self._bar.update(count)
+            self._bar.update(done - before)
         else:
             rate = self._done / max(time.perf_counter() - self._start, 1e-9)
             text = f"step {self._done}/{self._steps}  {loss}  {rate:.0f} steps/s"
             self.note(text)
-        for line in _nonfinite_lines(metrics, self._done - count):
+        for line in _nonfinite_lines(metrics, before):
             self.note(line)
 
     def note(self, text: str) -> None:
@@ -75,8 +75,8 @@ def _nonfinite_lines(metrics: Any, first: int) -> Iterator[str]:
         steps = np.flatnonzero(np.any([found[name] for name in names], axis=0))
         shown = ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
         yield (
-            f"{len(steps)} steps with a nonfinite gradient, the first is "
-            f"{first + int(steps[0])}: {shown}"
+            f"{len(steps)} of these steps had a nonfinite gradient, the first of them "
+            f"step {first + int(steps[0])} (from 0): {shown}"
         )
 
 

@@ -63,7 +63,7 @@ class Held:
             return False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # told by identity, which is quick
 class Layout:
     """Where the leaves of a tree go: which train, which take part, which are fixed.
 
@@ -123,9 +123,11 @@ def layout_of(params: Any, frozen: Where, called: str) -> Layout:
 
 def kind_of(leaf: Any) -> Any:
     """Return what a program that was made for one leaf asks of another."""
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+    if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype
-    return type(leaf) if isinstance(leaf, float | complex) else Held(leaf)
+    if isinstance(leaf, float | complex):
+        return type(leaf)
+    return (leaf.shape, leaf.dtype) if is_traceable(leaf) else Held(leaf)
 
 
 def copied(leaf: Any) -> jax.Array:

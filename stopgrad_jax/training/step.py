@@ -81,8 +81,8 @@ class Step:
           RuntimeError: the state was used up by an earlier step.
         """
         layout, args = self._arguments(state, batch, key)
-        if _is_nested(args):
-            program = self._program(layout, False, None)
+        if _jax.is_tracing() or any(map(_jax.is_traced, jax.tree.leaves(args))):
+            program = self._program(layout, False, None)  # a call in another program
         else:
             args, program = self._placed(layout, args)
         trained, opt_state, count, metrics = program(*args)
@@ -183,11 +183,10 @@ class Step:
         trained, rest, opt_state, count, batch, key = args
         if self._donate:
             trained = _distinct(trained, rest)
-        owned, structure = jax.tree.flatten((trained, opt_state, count))
-        layouts = None
-        if any(map(is_spread, owned)) or any(map(is_spread, jax.tree.leaves(args))):
-            everywhere = replicated([*owned, *jax.tree.leaves(args)])
-            owned = settled(owned, everywhere)
+        layouts, leaves = None, jax.tree.leaves(args)
+        if any(map(is_spread, leaves)):
+            owned, structure = jax.tree.flatten((trained, opt_state, count))
+            owned = settled(owned, replicated([*owned, *leaves]))
             trained, opt_state, count = structure.unflatten(owned)
             layouts = (shardings(owned), structure)
         program = self._program(layout, self._donate, layouts)
@@ -196,7 +195,8 @@ class Step:
     def _program(self, layout: Layout, donate: bool, layouts: Any) -> Any:
         which = (layout, donate, layouts)
         if which not in self._programs:
-            update, out = self._update, dict[str, Any]()
+            update = self._update
+            out: dict[str, Any] = {}
 
             def train_step(*args: Any) -> Any:
                 return update(layout, *args)
@@ -209,18 +209,15 @@ class Step:
         return self._programs[which]
 
 
-def _is_nested(args: Any) -> bool:
-    """Tell a call under another transformation from one that runs by itself."""
-    return _jax.is_tracing() or any(map(_jax.is_traced, jax.tree.leaves(args)))
-
-
 def _is_used_up(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and leaf.is_deleted()
 
 
 def _distinct(trained: list[Any], rest: list[Any]) -> list[Any]:
     """Copy what would be donated and used in one call, as a teacher just set equal."""
-    seen = {id(x) for x in rest}
+    seen = set(map(id, rest))
+    if len(seen.union(map(id, trained))) == len(seen) + len(trained):
+        return trained
     result = []
     for leaf in trained:
         result.append(copied(leaf) if id(leaf) in seen else leaf)

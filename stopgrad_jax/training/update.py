@@ -11,7 +11,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import printed
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import beats, quoted
 
 from .gradient import Objective
 from .state import Layout, Split
@@ -37,6 +37,7 @@ class Update:
         key: Any,
     ) -> tuple[list[Any], Any, Any, dict[str, Any]]:
         """Return the new (trained, opt_state, count), and metrics."""
+        _refuse_unchecked()
         params = layout.alone(trained)
         self._check(opt_state, params)
 
@@ -99,6 +100,21 @@ class Update:
         )
 
 
+def _refuse_unchecked() -> None:
+    """Refuse what would train each device's copy on its own part of the batch."""
+    axes = _jax.unchecked_axes()
+    if axes:
+        raise ValueError(
+            beats(
+                "step(state, batch)",
+                "in a shard_map, one that knows which values differ by device: it adds "
+                "the gradients of a parameter up over the devices, once",
+                f"shard_map(..., check_vma=False) over {quoted(sorted(axes))}",
+                "shard_map(..., check_vma=True)",
+            )
+        )
+
+
 def _is_complex(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.complexfloating)
 
@@ -122,7 +138,7 @@ def _nonfinite(gradients: list[Any], updates: list[Any]) -> list[jax.Array]:
 
 def _has_nonfinite(x: jax.Array) -> jax.Array:
     found = ~jnp.all(jnp.isfinite(x))
-    axes = tuple(_jax.varying(jax.typeof(x)) or _jax.unchecked_axes())
+    axes = tuple(_jax.varying(jax.typeof(x)))
     if not axes:
         return found
     # In a shard_map all devices must come to the same decision.
