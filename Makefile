@@ -32,6 +32,7 @@ support-matrix: .venv/ready
 bench: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python benchmarks/run.py
 	.venv-peers-torch/bin/python benchmarks/estimators.py
+	.venv-peers-torch/bin/python benchmarks/training.py
 
 test-peers: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch

@@ -7,7 +7,8 @@
 (e) each gate, forward and backward, against hand-written JAX and what users have today;
 (f) a model that is frozen in nine parts of ten, against the usual recipes;
 (g) `flow` against tracing `jax.grad`, and pictures;
-(h) estimators against hand-written JAX and the libraries that have them.
+(h) estimators against hand-written JAX and the libraries that have them;
+(i) training steps and `fit` against loops by hand and other libraries; devices, memory.
 
 Each figure is the median of several rounds; in each round both sides are measured, one
 after the other. The table is printed and written to build/benchmarks.json.
@@ -26,6 +27,7 @@ import freezing
 import gates
 import jax
 import programs
+import training
 from measure import repeated, seconds, side_by_side
 from tqdm import tqdm
 
@@ -118,7 +120,7 @@ def main():
     """Run all of it, print the table, write the file."""
     rows = {}
     parts = (named_point, tracing, compiling, identity_edit, experiments)
-    parts += (gates.rows, freezing.rows, flow.rows, estimators.rows)
+    parts += (gates.rows, freezing.rows, flow.rows, estimators.rows, training.rows)
     for part in tqdm(parts, desc="benchmarks"):
         for name, row in part():
             rows[name] = row

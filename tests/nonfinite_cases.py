@@ -70,9 +70,8 @@ def one_example_backward(w, xs):
 
 
 def _shard(x):
-    return lax.psum(
-        jnp.sum(jnp.log(x)), "d"
-    )  # here on_one_shard, on_one_shard_unchecked
+    logs = jnp.log(x)  # here on_one_shard, on_one_shard_unchecked
+    return lax.psum(jnp.sum(logs), "d")
 
 
 def on_one_shard(x):

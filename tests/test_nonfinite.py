@@ -72,7 +72,14 @@ def test_us4_is_told_with_its_remedy():
     assert [float(x) for x in report.operands] == [0.5, 0.0]
     assert "masks the value and not the derivative" in report.hint
     assert "safe = jnp.where(x.sum() > 0, x, 1.0)" in report.hint
-    assert "jnp.where(x.sum() > 0, jnp.linalg.norm(safe), ...)" in report.hint
+    assert "jnp.where(x.sum() > 0, jnp.linalg.norm(safe), 0.0)" in report.hint
+
+
+def test_the_remedy_of_a_mask_that_is_true_where_it_is_bad():
+    f = lambda x: jnp.where(x == 0, 0.0, jnp.sqrt(x))
+    hint = sg.find_nonfinite(f)(0.0).hint
+    assert "safe = jnp.where(x == 0, 1.0, x)" in hint
+    assert "jnp.where(x == 0, 0.0, jnp.sqrt(safe))" in hint
 
 
 @pytest.mark.parametrize("name", ["one_example", "one_example_backward"])

@@ -12,8 +12,10 @@ from stopgrad_jax._engine.levels import Op
 
 def hint(birth: Birth, backward: bool) -> str:
     """Return the remedy for a birth, in one or two sentences."""
-    if birth.mask is not None:
-        return _masked(birth.op, birth.mask)
+    if birth.mask is not None and (call := _call(_text(birth.mask))) is not None:
+        name = ast.unparse(call.func).rpartition(".")[2]
+        if name in ("where", "select") and len(call.args) == 3:
+            return _masked(birth.op, birth.mask, call)
     operand = birth.operands[-1] if birth.operands else np.zeros(())
     if backward:
         return (
@@ -52,23 +54,23 @@ _FORWARD = {
 }
 
 
-def _masked(op: Op, mask: Op) -> str:
+def _masked(op: Op, mask: Op, where: ast.Call) -> str:
     """Say the double-where remedy in the user's own terms, if they can be read."""
-    spot, call = _text(mask), _text(op)
-    where = f"{spot} " if spot else "the selection "
-    place = mask.path.spots[-1].place if mask.path.spots else ""
-    why = (
-        f"{where}({place}) masks the value and not the derivative: zero times an "
-        "infinite slope is nan."
-    )
-    condition, argument = _argument(spot, 0), _argument(call, 0)
-    if not condition or not argument or not argument.isidentifier():
-        condition, argument, call = condition or "condition", "x", "f(x)"
-    safe = "safe" if argument != "safe" else "safe_"
-    inner = _with_argument(call, safe) or f"f({safe})"
+    text = _text(op)
+    condition, yes, no = map(ast.unparse, where.args)
+    argument = _argument(text)
+    if argument.isidentifier():
+        inner = _with_argument(text, "safe")
+    else:
+        argument, inner = "x", "f(safe)"
+    old = _normal(text)
+    bad_first = old in no and old not in yes
+    safe = f"1.0, {argument}" if bad_first else f"{argument}, 1.0"
+    yes, no = (side.replace(old, inner) if old in side else side for side in (yes, no))
     return (
-        f"{why} Mask the operand too: {safe} = jnp.where({condition}, {argument}, "
-        f"1.0), then jnp.where({condition}, {inner}, ...)"
+        f"{_text(mask)} ({mask.path.spots[-1].place}) masks the value and not the "
+        "derivative: zero times an infinite slope is nan. Mask the operand too: safe = "
+        f"jnp.where({condition}, {safe}), then jnp.where({condition}, {yes}, {no})"
     )
 
 
@@ -84,9 +86,17 @@ def _call(text: str) -> ast.Call | None:
     return node if isinstance(node, ast.Call) and node.args else None
 
 
-def _argument(text: str, position: int) -> str:
+def _argument(text: str) -> str:
     call = _call(text)
-    return ast.unparse(call.args[position]) if call else ""
+    return ast.unparse(call.args[0]) if call else ""
+
+
+def _normal(text: str) -> str:
+    """Return an expression as `ast.unparse` writes it."""
+    try:
+        return ast.unparse(ast.parse(text, mode="eval"))
+    except SyntaxError:
+        return text
 
 
 def _with_argument(text: str, argument: str) -> str:

@@ -277,8 +277,8 @@ def _attach(error: BaseException, start: Any, runner: Runner, log: _Log) -> None
         state, done = start, 0
     which = f"that after {done} good steps" if done else "the one that fit was given"
     error.add_note(
-        f"In fit: the attribute `state` of this exception is {which}; `history` has the "
-        "metrics until then."
+        f"In fit: the attribute `state` of this exception is {which}; `history` has "
+        "the metrics until then."
     )
     with contextlib.suppress(AttributeError):  # an exception with slots
         error.state, error.history = state, log.history()  # type: ignore
