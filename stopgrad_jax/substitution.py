@@ -158,7 +158,9 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         positional, keywords = _by_position(fun, args, kwargs)
         # Keyword-only arguments are not stopped: a derivative by one must be refused.
-        out = call(*_stopped(positional), **keywords)
+        with jax.named_scope("with_backward"):  # tells these stops from a user's own
+            stopped = _stopped(positional)
+        out = call(*stopped, **keywords)
         return attached(out, positional, keywords, backward, called)
 
     return wrapped
