@@ -3,7 +3,7 @@
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
-PYTEST := -n auto -q
+PYTEST := -n auto --dist worksteal -q
 STRICT := x64 dtype rank checks leaks
 # Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
 LARQ := larq terminaltables tf-keras

@@ -8,6 +8,7 @@ from .cotangents import (
     replace_nonfinite_gradient,
     transform_gradient,
 )
+from .diagnosis.check import check_gradients
 from .diagnosis.contracts import assert_gradient, assert_no_gradient
 from .diagnosis.flow import flow
 from .diagnosis.nonfinite import find_nonfinite
@@ -33,6 +34,7 @@ __all__ = [
     "assert_gradient",
     "assert_no_gradient",
     "capture",
+    "check_gradients",
     "clip_gradient",
     "clip_gradient_norm",
     "combine",

@@ -280,6 +280,19 @@ def stack_of(eqn: Any) -> tuple[tuple[types.CodeType, int], ...]:
     return tuple(zip(*traceback.raw_frames(), strict=True))[::-1]
 
 
+def is_of_jax(eqn: Any) -> bool:
+    """Tell a `stop_gradient` that JAX wrote from one of the user or of this package.
+
+    Jitted helpers of JAX have no stack at all.
+    """
+    outer = ""
+    for code, _ in stack_of(eqn):
+        if code.co_name == "stop_gradient" and code.co_filename.startswith(_OWN[:2]):
+            return outer.startswith(_OWN[:2])
+        outer = code.co_filename
+    return True
+
+
 def is_derivative(stack: Sequence[tuple[types.CodeType, int]]) -> bool:
     """Tell whether one of these calls is that of `jax.grad`, `jvp` or the like."""
     return any(

@@ -2,13 +2,14 @@
 
 A program is evaluated on several copies of its operands at once: the first is the point
 at which it is differentiated, the *base*, the others are moved from it. What is stopped
-stays at the base; a straight-through value moves as its source does; a linear gate moves
-by its factor. The difference of two copies, over the distance, is then what JAX's
+stays at the base; a straight-through value moves as its source does; a linear gate
+moves by its factor. The difference of two copies, over the distance, is then what JAX's
 derivative ought to be.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -69,9 +70,10 @@ class Declared:
             return [_jax.bind(eqn, *operands) for operands in copies], {}
         name = eqn.primitive.name
         if name == "stop_gradient":
-            # `with_backward` stops what it hands to its function, which does move.
-            own = "with_backward" in _jax.scopes_of(eqn)
-            return [list(c if own else copies[0]) for c in copies], {}
+            # `with_backward` stops what it hands to its function, which does move; and
+            # JAX stops what its derivative passes by, as a factorization in `solve`.
+            moves = "with_backward" in _jax.scopes_of(eqn) or _jax.is_of_jax(eqn)
+            return [list(c if moves else copies[0]) for c in copies], {}
         if name == "gate":
             return self._gate(eqn, copies)
         if name in _jax.CUSTOM:
@@ -110,7 +112,9 @@ class Declared:
             residuals = [*values, *parameters]
 
             def push(deltas: Sequence[Any]) -> list[Any]:
-                return _transposed(lambda cts: rule.pull(cts, residuals), values, deltas)
+                return _transposed(
+                    lambda cts: rule.pull(cts, residuals), values, deltas
+                )
 
             outs = [list(v) for v, _, _ in split]
             ins = [s for _, s, _ in split]
@@ -118,10 +122,13 @@ class Declared:
         if not rule.linear:
             return [list(v) for v, _, _ in split], {}
         results = [list(values)]
-        for _, there, _ in moved:
+        for _, there, factors in moved:
             deltas = [a - b for a, b in zip(there, source, strict=True)]
-            pushed = rule.pull(deltas, parameters)
-            results.append([v + d for v, d in zip(values, pushed, strict=True)])
+            # A factor that moves itself counts halfway: then the second derivative of
+            # what is declared is the derivative of the factor, as JAX has it.
+            sides = rule.pull(deltas, parameters), rule.pull(deltas, factors)
+            pairs = zip(values, *sides, strict=True)
+            results.append([v + (a + b) / 2 for v, a, b in pairs])
         return results, {}
 
     def _custom(self, eqn: Any, copies: Copies) -> tuple[list[list[Any]], Reports]:
@@ -223,9 +230,10 @@ class Declared:
         return jax.lax.while_loop(goes_on, step, init), {}
 
     def _cond(self, eqn: Any, copies: Copies) -> tuple[list[list[Any]], Reports]:
+        inner = nested(eqn)
         branches = [
-            lambda every, b=_jax.opened(b): self.run(*b, every)
-            for b in eqn.params["branches"]
+            functools.partial(self.run, body.jaxpr, body.consts)
+            for body in (inner.bodies if inner else ())
         ]
         operands = [[jnp.asarray(x) for x in c[1:]] for c in copies]
         shapes = [jax.eval_shape(branch, operands)[1] for branch in branches]

@@ -71,8 +71,7 @@ def check_gradients(
         >>> sg.check_gradients(wrong)(0.5)
         Traceback (most recent call last):
             ...
-        AssertionError: check_gradients(sin): the rule of with_backward is not the
-        derivative of its function: 0.87... by differences, 0.47... by the rule
+        AssertionError: check_gradients(sin): the rule of with_backward is not ...
     """
     called = f"check_gradients({function_name(fun)})"
     _require_options(order, modes, called)
@@ -150,7 +149,9 @@ class _Checked:
     def _moved(self, moved: Iterable[int], h: float) -> list[Any]:
         leaves = list(self.leaves)
         for k in moved:
-            leaves[k] = leaves[k] + jnp.asarray(h, leaves[k].dtype) * self._directions[k]
+            leaves[k] = (
+                leaves[k] + jnp.asarray(h, leaves[k].dtype) * self._directions[k]
+            )
         return leaves
 
     def compare_rules(self) -> None:
@@ -161,7 +162,9 @@ class _Checked:
             for h in self._steps:
                 args = self.leaves, self._moved(moved, h), self._moved(moved, -h)
                 for name, report in self._triple(*args)[1].items():
-                    found.setdefault(name, []).append(np.asarray(report))
+                    error, true, told = np.asarray(report, np.float64)
+                    scaled = np.array([error, true / h, told / h])
+                    found.setdefault(name, []).append(scaled)
             for name, reports in found.items():
                 least = min(reports, key=lambda r: float(r[0]))
                 if name not in best or best[name][0] < least[0]:
@@ -254,10 +257,10 @@ class _Checked:
             return sum(jnp.vdot(c, o) for c, o in zip(self._cts, out, strict=True))
 
         try:
-            return {k: jax.jit(slope, static_argnums=1)(self._values(), k)
-                    for k in self.places}
+            jitted = jax.jit(slope, static_argnums=1)
+            return {k: jitted(self._values(), k) for k in self.places}
         except TypeError as error:
-            rules = [r for r in self._declared.rules]
+            rules = list(self._declared.rules)
             raise TypeError(
                 beats(
                     f"{self.called}, modes=('fwd',)",
