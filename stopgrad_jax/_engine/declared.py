@@ -78,7 +78,9 @@ class Declared:
             return self._gate(eqn, copies)
         if name in _jax.CUSTOM:
             return self._custom(eqn, copies)
-        return _NESTED.get(name, Declared._inline)(self, eqn, copies)
+        loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
+        loops["shard_map"] = self._shard_map
+        return loops.get(name, self._inline)(eqn, copies)
 
     def _is_special(self, eqn: Any, moved: bool) -> bool:
         name = eqn.primitive.name
@@ -258,14 +260,6 @@ class Declared:
                 "the check of the function on one device, without shard_map",
             )
         )
-
-
-_NESTED: dict[str, Callable[..., Any]] = {
-    "scan": Declared._scan,
-    "while": Declared._while,
-    "cond": Declared._cond,
-    "shard_map": Declared._shard_map,
-}
 
 
 def _is_open(rule: Any) -> bool:
