@@ -258,7 +258,7 @@ def mended(params, batch):
         return jnp.mean((network(params, x) - y) ** 2)
 
     value, gradients = jax.value_and_grad(loss)(params)
-    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), value
+    return jax.tree.map(lambda p, g: p - 0.02 * g, params, gradients), value
 
 
 print(sg.find_nonfinite(mended)(PARAMS, DATA))
