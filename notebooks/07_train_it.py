@@ -141,10 +141,10 @@ whole = np.concatenate([before["loss"], after["loss"]])
 axis.plot(smooth(history["loss"]), color=ORANGE, label="all train from the start")
 axis.plot(smooth(whole), color=BLUE, label="convolutions frozen, then thawed")
 axis.axvline(150, color="gray", linestyle=":")
-axis.text(153, 1.2, "thaw", color="gray")
+axis.text(153, 0.9, "thaw", color="gray", va="top")
 axis.set(xlabel="step", ylabel="loss, mean of 10 steps", yscale="log")
 axis.set_title("Random filters get far; thawed, the loss goes on falling")
-axis.legend(frameon=False)
+axis.legend(frameon=False, loc="lower left")
 axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
@@ -237,8 +237,8 @@ for title, scale in {"variance 2 / n": 1.0, "half as wide": 0.5}.items():
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, (title, norm) in zip(axes, norms.items(), strict=True):
-    logs = np.log10(np.maximum(norm, 1e-8))
-    image = axis.imshow(logs, aspect="auto", vmin=-8, vmax=0.5, cmap="viridis")
+    logs = np.log10(np.maximum(norm, 1e-5))
+    image = axis.imshow(logs, aspect="auto", vmin=-5, vmax=0.5, cmap="viridis")
     axis.set(title=title, xlabel="step")
 axes[0].set_ylabel("layer, from the input on")
 figure.colorbar(image, ax=axes, label="log10 of the gradient's norm")

@@ -9,7 +9,7 @@ from programs import EVERYWHERE, f32, instructions, mesh, primitives
 
 import stopgrad_jax as sg
 
-W, X = 0.7, f32(0.5, -1.0, 0.0, 2.0)
+W, X = jnp.float32(0.7), f32(0.5, -1.0, 0.0, 2.0)
 GRADIENT = 2 * np.tanh(0.7 * np.array([0.5, -1.0, 0.0, 2.0]))  # of sum(h**2) by h
 PER_STEP = ("scan", "map", "fori_loop", "jit of scan of remat")
 
@@ -57,7 +57,8 @@ def test_nonfinite_entries_are_counted():
 
 def test_every_array_of_a_tree_has_its_address():
     def loss(params, x):
-        return jnp.sum(params["a"]["w"] * x) + params["b"] ** 2 + params["n"]
+        offset = params["n"].astype(jnp.float32)
+        return jnp.sum(params["a"]["w"] * x) + params["b"] ** 2 + offset
 
     params = {"a": {"w": f32(1.0, 2.0)}, "b": jnp.float32(3.0), "n": jnp.int32(1)}
     found = sg.gradient_stats(loss, "params")(params, f32(3.0, 4.0))
@@ -77,6 +78,10 @@ def test_sites_of_one_name_are_told_apart():
     assert {k: float(v.norm) for k, v in found.items()} == {"h/0": 1.0, "h/1": 3.0}
 
 
+@pytest.mark.skipif(
+    jax.config.jax_check_tracer_leaks,
+    reason="JAX reports plain JAX as a leak here (tests/test_jax.py)",
+)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_scan_in_shard_map(check_vma):
     """Row i of x is on device i; step t hands on c * w; the loss is sum(c**2)."""
@@ -163,16 +168,16 @@ def test_no_host_callback_and_one_backward_pass():
     assert "custom-call" not in text
     more = instructions(stats, W, X) - instructions(jax.grad(f), W, X)
     assert 0 < more < 100  # the sums
-    longer = jnp.ones(400)
+    longer = jnp.ones(400, jnp.float32)
     more_of_longer = instructions(stats, W, longer)
-    assert abs(more_of_longer - instructions(stats, W, jnp.ones(40))) <= 2
+    assert abs(more_of_longer - instructions(stats, W, longer[:40])) <= 2
 
 
 def test_traced_once_under_jit():
     traces = []
 
     def f(w):
-        traces.append(w)
+        traces.append(None)
         return sg.name(w, "h") ** 2
 
     stats = jax.jit(sg.gradient_stats(f, "h"))
@@ -190,11 +195,11 @@ def test_ys_choose_what_is_differentiated():
 
 
 def test_refusals():
-    f = lambda x, n: x * n
+    f = lambda x, n: x * n.astype(x.dtype)
     with pytest.raises(sg.AddressError, match='one of "x"'):
-        sg.gradient_stats(f, "xx")(1.0, 2.0)
+        sg.gradient_stats(f, "xx")(jnp.float32(1.0), jnp.int32(2))
     with pytest.raises(TypeError) as caught:
-        sg.gradient_stats(f, "n")(1.0, jnp.int32(3))
+        sg.gradient_stats(f, "n")(jnp.float32(1.0), jnp.int32(3))
     message = str(caught.value)
     assert "address 'n': a value that carries a gradient" in message
     assert "got:   i32[]" in message

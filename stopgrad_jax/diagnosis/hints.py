@@ -49,6 +49,8 @@ _FORWARD = {
     "sub": "infinities of one sign are subtracted, as in a softmax over a row that is "
     "masked as a whole: mask with a large finite number, such as -1e9",
     "reduce_sum": "the sum overflows {dtype}: average, or sum in a wider dtype",
+    "custom_linear_solve": "the matrix is singular: add epsilon * jnp.eye(n) to it",
+    "triangular_solve": "the matrix is singular: add epsilon * jnp.eye(n) to it",
     "dot_general": "a product of matrices overflows {dtype}: scale the operands",
     "convert_element_type": "the number is too large for {dtype}: scale it before",
 }
