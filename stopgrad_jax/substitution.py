@@ -161,7 +161,8 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
         with jax.named_scope("with_backward"):  # tells these stops from a user's own
             stopped = _stopped(positional)
         out = call(*stopped, **keywords)
-        return attached(out, positional, keywords, backward, called)
+        name = function_name(fun)
+        return attached(out, positional, keywords, backward, called, name)
 
     return wrapped
 

@@ -28,6 +28,7 @@ COMPOSED = [
     *("test_sample.py", "test_sample_means.py", "test_surrogate.py"),
     *("test_train.py", "test_train_devices.py", "test_train_processes.py"),
     *("test_train_cost.py", "test_fit.py", "test_nonfinite.py", "test_check.py"),
+    "test_check_refused.py",
 ]
 collect_ignore = [*KEEPING, *COMPOSED] if jax.config.jax_check_tracer_leaks else []
 

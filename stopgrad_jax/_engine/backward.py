@@ -18,9 +18,17 @@ from .rule import Rule, program
 
 
 def attached(
-    out: Any, args: tuple, keywords: dict, backward: Callable[..., Any], called: str
+    out: Any,
+    args: tuple,
+    keywords: dict,
+    backward: Callable[..., Any],
+    called: str,
+    of: str,
 ) -> Any:
-    """Return `out` with the derivative that `backward` gives it, by the arguments."""
+    """Return `out` with the derivative that `backward` gives it, by the arguments.
+
+    `called` and `of` are for messages: the call, and the function's own name.
+    """
     leaves, structure = jax.tree.flatten(out)
     require_gradient(leaves, f"{called}: the result")
     learns = [_jax.carries_gradient(x) for x in leaves]
@@ -52,6 +60,7 @@ def attached(
         typed=True,
         forward=_no_forward_mode(called),
         only_sources=_closed_over(called),
+        of=of,
     )
     flat_args = jax.tree.leaves(args)
     sources = [jnp.asarray(flat_args[k]) for k in connected]

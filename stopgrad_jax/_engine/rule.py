@@ -28,6 +28,7 @@ class Rule:
       axes: names of the axes that `pull` sums over.
       typed: `pull` is a traced program: its operands keep the types they were traced
         with (in `shard_map`: the axes they vary over).
+      of: the function whose derivative it gives, if it is of one, for messages.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Rule:
     only_sources: str | None = None
     axes: tuple[str, ...] = ()
     typed: bool = False
+    of: str = ""
 
     def __repr__(self) -> str:
         return self.name
