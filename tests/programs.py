@@ -97,7 +97,12 @@ if jax.config.jax_check_tracer_leaks:
 
 def instructions(fun, *args):
     """Count the instructions of the optimized program, fused ones included."""
-    text = jax.jit(fun).lower(*args).compile().as_text()
+    return instructions_of(jax.jit(fun).lower(*args))
+
+
+def instructions_of(lowered):
+    """Count those of a program that is lowered already."""
+    text = lowered.compile().as_text()
     return len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
 
 

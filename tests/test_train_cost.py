@@ -8,17 +8,12 @@ import numpy as np
 import optax
 import pytest
 from programs import f32
+from programs import instructions_of as instructions
 from test_train import BATCH, loss, params
 
 from stopgrad_jax.train import fit, make_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-def instructions(lowered):
-    """Count the instructions of the optimized program, fused ones included."""
-    text = lowered.compile().as_text()
-    return len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
 
 
 def hand_written(optimizer, frozen, accumulate=1):

@@ -89,9 +89,8 @@ def test_random_programs_agree(start):
         if found := differences(ours, theirs, program):
             lines = ["Ours is not TensorFlow's:", *found, "", programs.source(program)]
             failures.append("\n".join(lines))
-    if failures:
-        count = f"{len(failures)} of {CHUNK} programs differ, the first of them:\n"
-        pytest.fail(count + failures[0], pytrace=False)
+    count = f"{len(failures)} of {CHUNK} programs differ, the first of them:\n"
+    assert not failures, count + failures[0]
 
 
 def test_the_generator_covers_what_it_should():
