@@ -218,7 +218,9 @@ class Declared:
             parts = zip(heads, carries, xs, strict=True)
             every = [[*h, *c, *x] for h, c, x in parts]
             outs, reports = self.run(jaxpr, consts, every)
-            carry = [_typed(out[:num_carry], c) for out, c in zip(outs, carries)]  # noqa: B905
+            carry = [
+                _typed(out[:num_carry], c) for out, c in zip(outs, carries, strict=True)
+            ]
             return carry, ([out[num_carry:] for out in outs], reports)
 
         params = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}

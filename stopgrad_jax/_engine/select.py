@@ -183,10 +183,8 @@ class _Finder:
 
     def _edges(self) -> Iterator[tuple[str, Any]]:
         traced = self._traced
-        for name, tree in traced.arguments.items():
+        for name, tree in (dict(traced.arguments) | traced.roots).items():
             yield from nodes(tree, name)
-        for k, tree in enumerate(traced.positional):
-            yield from nodes(tree, str(k))
         yield from nodes(traced.output, RETURN)
 
     def _inside(self, address: Address) -> dict[str, Any]:

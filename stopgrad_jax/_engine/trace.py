@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stopgrad_jax._errors import function_name
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import nodes
+from stopgrad_jax._errors import beats, function_name, type_of
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -46,6 +48,22 @@ class Traced:
     positional: Sequence[Any]
     output: Any
     fun: Callable[..., Any]
+
+    @property
+    def roots(self) -> dict[str, Any]:
+        """Trees of places of the arguments, by position and by name."""
+        return {str(k): tree for k, tree in enumerate(self.positional)} | {
+            **self.arguments
+        }
+
+    def paths(self) -> dict[int, str]:
+        """Address of each argument place, by number: by name where it has one."""
+        return {
+            place.index: path
+            for root, tree in self.roots.items()
+            for path, place in nodes(tree, root)
+            if isinstance(place, Value)
+        }
 
 
 def is_traceable(leaf: Any) -> bool:
@@ -98,6 +116,21 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         result[0],
         fun,
     )
+
+
+def require_known(values: Iterable[Any], called: str, name: str) -> None:
+    """Refuse what is traced or only a shape, where a function is to be run."""
+    for x in values:
+        if _jax.is_traced(x) or isinstance(x, jax.ShapeDtypeStruct):
+            traced = _jax.is_traced(x)
+            raise TypeError(
+                beats(
+                    called,
+                    "arrays whose values are known: the function is run",
+                    f"a traced {type_of(x)}" if traced else f"only {type_of(x)}",
+                    f"the call outside of jax.jit: sg.{name}(jax.jit(fun))(*args)",
+                )
+            )
 
 
 def _as_array(leaf: Any) -> Any:

@@ -13,7 +13,7 @@ from stopgrad_jax._engine.graph import Op
 
 from .fold import Folded
 from .look import Look
-from .page import Part, underlined
+from .page import Part, snippet
 
 _ZERO = "gradient is exactly zero."
 
@@ -168,19 +168,7 @@ def _cut(
         return
     function = spot.function.split(".<locals>.")[-1]
     yield [(f"     --> {spot.place} in {function}()", "dim")]
-    line, col, end_line, end_col = spot.position
-    rows = spot.source.rows(line, line) if spot.is_current else []
-    if not rows:
-        yield [(f"         {spot.expression} {way} ends here".rstrip(), "cut")]
-        return
-    text = rows[0][1]
-    start = spot.source.column(line, col)
-    end = spot.source.column(line, end_col) if end_line == line else len(text)
-    gutter = " " * (max(0, 4 - len(str(line)))) + str(line)
-    shown, marks = underlined(text, start, end, "^")
-    yield [(f"      {gutter} | ", "dim"), (shown, "")]
-    below = f"{marks} {way} ends here"
-    yield [(f"      {' ' * len(gutter)} | ", "dim"), (below, "cut")]
+    yield from snippet(spot, f"{way} ends here", 6)
 
 
 def _labels(look: Look, cut: Cut, before: dict[int, Any]) -> list[str]:

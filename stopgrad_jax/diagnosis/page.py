@@ -7,7 +7,7 @@ import html
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 Part = tuple[str, str]  # text, style
@@ -110,6 +110,30 @@ def underlined(text: str, start: int, end: int, mark: str) -> tuple[str, str]:
     lead = head + whole[first : len(before)]
     below = whole[len(before) : min(len(marked), first + _WIDEST)]
     return head + shown + tail, " " * _columns(lead) + mark * max(1, _columns(below))
+
+
+def snippet(spot: Any, words: str, indent: int) -> Iterator[list[Part]]:
+    """Yield the row of source that an expression is in, and words below it.
+
+    Of an expression over several rows the first; where the source is not to be had, the
+    words alone.
+    """
+    line, col, end_line, end_col = spot.position
+    rows = spot.source.rows(line, line) if spot.is_current else []
+    margin = " " * indent
+    if not rows:
+        yield [(f"{margin}   {spot.expression} {words}".rstrip(), "cut")]
+        return
+    text = rows[0][1]
+    start = spot.source.column(line, col)
+    end = spot.source.column(line, end_col) if end_line == line else len(text)
+    gutter = f"{line:>4}"
+    shown, marks = underlined(text, start, end, "^")
+    yield [(f"{margin}{gutter} | ", "dim"), (shown, "")]
+    yield [
+        (f"{margin}{' ' * len(gutter)} | ", "dim"),
+        (f"{marks} {words}", "cut"),
+    ]
 
 
 _WIDEST = 110  # columns of a row of source

@@ -15,7 +15,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Address, nodes
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.given import cotangents, default_ys
-from stopgrad_jax._engine.reduced import summary, summary_dtype
+from stopgrad_jax._engine.reduced import SUMMED, channel, summary
 from stopgrad_jax._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from stopgrad_jax._engine.select import Program, listed, look_up
 from stopgrad_jax._engine.trace import Traced, Value, filled, trace
@@ -124,8 +124,10 @@ def measured(
     refuse_outputs(program, addresses, called)
     refuse_loops(program, [*addresses, *asked], called)
     refuse_rules(program, [*addresses, *asked], called)
-    default = ys is None
-    y_tree = default_ys(traced, has_aux, called) if default else program.tree(ys)
+    if ys is None:
+        y_tree = default_ys(traced, has_aux, called)
+    else:
+        y_tree = program.tree(ys)
     pairs = cotangents(program, y_tree, None, called)
     places = dict(_places(program, addresses, called))
 
@@ -139,7 +141,7 @@ def measured(
         aval, steps = program.types[place], _steps(program, place)
         cause, totals = None, found.get(place)
         if totals is None:
-            totals = jnp.zeros((*steps, 4), summary_dtype(aval.dtype))
+            totals = channel(aval, steps)
             cause = differentiation.why(place, ends)
         elif place.kind == "argument":
             totals = summary(totals)
@@ -154,7 +156,7 @@ def _steps(program: Program, place: Value) -> tuple[int, ...]:
 
 
 def _stats(totals: jax.Array, size: int, cause: str | None) -> Stats:
-    squares, largest, nonzero, nonfinite = (totals[..., k] for k in range(4))
+    squares, largest, nonzero, nonfinite = (totals[..., k] for k in range(SUMMED))
     fraction = (size - nonzero) / size if size else jnp.ones_like(nonzero)
     return Stats(
         jnp.sqrt(squares), largest, fraction, nonfinite.astype(jnp.int32), cause
