@@ -114,6 +114,11 @@ def assert_agrees(gate, losses, state):
         np.testing.assert_allclose(x, p[name], rtol=RTOL, atol=RTOL * scale)
 
 
+def assert_compiled_once(step):
+    (program,) = step._programs.values()
+    assert program._cache_size() <= 1  # 0: after thousands of tests JAX forgets some
+
+
 def gradients_by_sgd(loss, p, batch):
     """A step of rate 1: a gradient that was added N times would show N times."""
     step = make_step(loss, optax.sgd(1.0))
@@ -136,8 +141,7 @@ def test_every_layout_agrees_with_one_device(layout, gate):
     for name, x in p.items():
         for tree in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
             assert tree[name].sharding.is_equivalent_to(x.sharding, x.ndim)
-    (program,) = step._programs.values()
-    assert program._cache_size() == 1
+    assert_compiled_once(step)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -163,8 +167,7 @@ def test_parameters_on_one_device_follow_the_batch():
     assert_agrees("no gate", losses, state)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
     assert len(state.params["w1"].sharding.device_set) == 8
-    (program,) = step._programs.values()
-    assert program._cache_size() == 1
+    assert_compiled_once(step)
 
 
 def test_frozen_leaves_stay_where_they_are():
