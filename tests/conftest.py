@@ -1,11 +1,20 @@
-"""Eight CPU devices, the strict switches, and the ways in which a function is run."""
+"""Eight CPU devices, a cache of programs, strict switches, ways to run a function."""
 
+import gc
 import os
+import pathlib
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Most of the time goes into compiling, and many tests compile the same: the first one
+# does. JAX looks programs up by their text, their options and its own version.
+CACHE = pathlib.Path(__file__).parents[1] / "build" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 SWITCHES = {
     "x64": ("jax_enable_x64", True),
@@ -31,6 +40,12 @@ COMPOSED = [
     "test_check_refused.py",
 ]
 collect_ignore = [*KEEPING, *COMPOSED] if jax.config.jax_check_tracer_leaks else []
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of every later search for garbage or for leaks."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["eager", "jit"])
