@@ -1,5 +1,6 @@
 # Each target sets up what it needs in a local virtual environment.
-.PHONY: demo test check notebooks support-matrix bench test-peers test-oldest test-strict clean
+.PHONY: demo test check notebooks support-matrix bench test-peers test-oldest \
+  test-oldest-transforms test-strict clean
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
@@ -39,8 +40,18 @@ test-peers: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers-torch/bin/python -m pytest $(PYTEST) tests/peers/torch
 
 # Without LLVM's optimizations, which take a quarter of the time. XLA's own are as usual.
+OLDEST_PYTEST := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
+  .venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
+
 test-oldest: .venv-oldest/ready
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" .venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
+	$(OLDEST_PYTEST)
+
+# The same but for each estimator's definition and statistics, for CI: what an estimator
+# does under JAX's transformations is in `tests/test_estimators.py`, which runs.
+DEFINITIONS := codebook quantize sample sample_means score surrogate
+
+test-oldest-transforms: .venv-oldest/ready
+	$(OLDEST_PYTEST) $(DEFINITIONS:%=--ignore tests/test_%.py)
 
 # The switches together on both versions, then one by one on the newest.
 test-strict: test-strict-together test-strict-together-oldest $(STRICT:%=test-strict-%)
