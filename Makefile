@@ -39,7 +39,7 @@ test-peers: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch
 	.venv-peers-torch/bin/python -m pytest $(PYTEST) tests/peers/torch
 
-# Without LLVM's optimizations, which take a quarter of the time. XLA's own are as usual.
+# Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
 OLDEST_PYTEST := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
   .venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
 
