@@ -12,7 +12,7 @@ PACKAGE = ROOT / "stopgrad_jax"
 # A file imports only from floors below its own, or from those before it in its row
 # if the row is a chain.
 FLOORS = [
-    {"_errors", "_jax"},
+    {"_errors", "_jax", "_words"},
     {"_address"},
     {"_where"},
     {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
