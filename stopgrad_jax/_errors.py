@@ -19,6 +19,12 @@ def beats(called: str, expected: str, came: str, instead: str) -> str:
     return f"{called}: {expected}\n  got:   {came}\n  write: {instead}"
 
 
+def has_beats(error: BaseException) -> bool:
+    """Tell whether an error says all four already."""
+    text = str(error)
+    return "\n  got:   " in text and "\n  write: " in text
+
+
 def function_name(fun: Any) -> str:
     """Name a callable the way its author would."""
     inner = getattr(fun, "func", None)  # functools.partial

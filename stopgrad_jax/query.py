@@ -217,18 +217,19 @@ class _Query:
         pairs = cotangents(program, y_tree, self.grad_ys, called)
         x_tree = program.tree(self.xs)
         wanted = {v for v in jax.tree.leaves(x_tree) if isinstance(v, Value)}
-        differentiation = Differentiation(program, wanted, stops)
+        ends = [y for y, _ in pairs]
+        differentiation = Differentiation(program, wanted, ends, stops, called)
         if self.unconnected == "error":
-            self._refuse_unconnected(program, differentiation, [y for y, _ in pairs])
+            self._refuse_unconnected(program, differentiation)
         out, grads = differentiation.gradients(pairs, want_value)
         value = filled(traced.output, {"output": out}) if want_value else None
         return value, self._filled(x_tree, grads, program)
 
     def _refuse_unconnected(
-        self, program: Program, differentiation: Differentiation, ys: list[Value]
+        self, program: Program, differentiation: Differentiation
     ) -> None:
         """Raise if no y is connected to some x, and say where each gradient ends."""
-        connected, why = set(differentiation.connected(ys)), []
+        connected, why = set(differentiation.connected), []
         for address in jax.tree.leaves(self.xs):
             for path, tree in program.matched[address].places.items():
                 below = [(p, v) for p, v in nodes(tree, path) if isinstance(v, Value)]
@@ -239,7 +240,7 @@ class _Query:
                     why.append(f"{path}: a Python value, which is not traced")
                 for at, x in carry or below:
                     if x not in connected:
-                        why.append(f"{at}: {differentiation.why(x, ys)}")
+                        why.append(f"{at}: {differentiation.why(x)}")
         if why:
             raise ValueError(
                 beats(

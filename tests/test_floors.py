@@ -16,7 +16,7 @@ FLOORS = [
     {"_address"},
     {"_where"},
     {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
-    {"_engine/syntax", "_engine/overwrite", "_engine/slope"},
+    {"_engine/syntax", "_engine/overwrite", "_engine/slope", "_engine/references"},
     {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},
     {"_engine/gate", "_engine/assignment", "_engine/levels"},
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},

@@ -37,7 +37,8 @@ class Traced:
 
     `arguments` maps each parameter's name to its argument with every leaf replaced
     by a `Value` or a `Static`; `positional` holds the positional ones in order, and
-    `output` is the result in the same way.
+    `output` is the result in the same way. `call` is what it was called with, and
+    `run(*leaves)` calls it anew with other leaves and returns the arrays of its result.
     """
 
     name: str
@@ -48,6 +49,12 @@ class Traced:
     positional: Sequence[Any]
     output: Any
     fun: Callable[..., Any]
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    run: Callable[..., list[Any]]
+
+    def again(self) -> Traced:
+        """Trace anew: what was asked of this trace's rules may have left its marks."""
+        return trace(self.fun, *self.call)
 
     @property
     def roots(self) -> dict[str, Any]:
@@ -79,7 +86,8 @@ def _is_extension_float(dtype: np.dtype) -> bool:
 
 def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Traced:
     """Trace `fun` as `jax.jit` does, anew at every call."""
-    flat, tree = jax.tree.flatten((args, kwargs))
+    call = args, kwargs
+    flat, tree = jax.tree.flatten(call)
     dynamic = [is_traceable(leaf) for leaf in flat]
     leaves = [_as_array(x) for x, d in zip(flat, dynamic, strict=True) if d]
     result: list[Any] = []
@@ -115,6 +123,8 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         args,
         result[0],
         fun,
+        call,
+        run,
     )
 
 

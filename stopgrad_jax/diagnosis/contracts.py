@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
+import stopgrad_jax._words as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import trace
 from stopgrad_jax._errors import beats, function_name, quoted
 
-from .explain import cuts_of, explain, verdict
+from .explain import cuts_of, explain, said
 from .flow import looked_at
 from .fold import Folded
 from .look import Look, require_outputs
@@ -93,7 +94,7 @@ def assert_no_gradient(
         Traceback (most recent call last):
             ...
         AssertionError: assert_no_gradient(loss, 'w')
-        w: expected none, gets a gradient ...
+        w: expected none, can get a gradient ...
     """
     return _contract(fun, xs, ys, "assert_no_gradient", _with)
 
@@ -103,7 +104,7 @@ def _contract(
     xs: Any,
     ys: Any,
     name: str,
-    broken: Callable[[Look], tuple[list[Folded], str]],
+    broken: Callable[[Look], list[tuple[Folded, str]]],
 ) -> Callable[P, None]:
     named = "" if ys is None else f", ys={ys!r:.80}"
     called = f"{name}({function_name(fun)}, {xs!r:.80}{named})"
@@ -117,42 +118,47 @@ def _contract(
         require_outputs(look)
         _require_one_output(look, called, asked)
         _require_leaves(look, called, wanted)
-        rows, expected = broken(look)
-        if rows:
+        if broken(look):
             whole = looked_at(traced, labels, None, asked, called)
             look = looked_at(traced, labels, wanted, asked, called, base=whole)
-            rows, expected = broken(look)
+            rows = broken(look)
             # Deep in the library: the test's author wants to see the message alone.
             __tracebackhide__ = True
-            lines = [f"{row.path}: {expected}{_because(look, row)}" for row in rows]
-            text = page(explain(look, rows, cuts=broken is _without)).plain
+            lines = [f"{r.path}: {expected}{_because(look, r)}" for r, expected in rows]
+            shown = [row for row, _ in rows]
+            text = page(explain(look, shown, cuts=broken is _without)).plain
             raise AssertionError("\n".join([called, *lines, "", text]))
 
     return check
 
 
-def _without(look: Look) -> tuple[list[Folded], str]:
-    """The rows that get no gradient."""
+def _without(look: Look) -> list[tuple[Folded, str]]:
+    """The rows that get no gradient, and what was expected of them."""
     rows = [r for r in look.asked if r.bits and look.verdict(r.bits) != "flows"]
-    return rows, "expected a gradient, structurally zero"
+    raises = _words.EXPECTED_SOME_RAISES
+    words = {"unknown": raises}
+    return [(r, words.get(look.verdict(r.bits), _words.EXPECTED_SOME)) for r in rows]
 
 
-def _with(look: Look) -> tuple[list[Folded], str]:
-    """The rows that get a gradient."""
-    zero = ("cut", "unused")
-    rows = [r for r in look.asked if r.bits and look.verdict(r.bits) not in zero]
-    return rows, "expected none, gets a gradient"
+def _with(look: Look) -> list[tuple[Folded, str]]:
+    """The rows that get a gradient, and what was expected of them."""
+    words = {
+        "flows": _words.EXPECTED_NONE,
+        "unknown": _words.EXPECTED_NONE_RAISES,
+    }
+    pairs = [(r, words.get(look.verdict(r.bits), "")) for r in look.asked if r.bits]
+    return [(row, expected) for row, expected in pairs if expected]
 
 
 def _because(look: Look, row: Folded) -> str:
     word = look.verdict(row.bits)
     if word == "cut":
-        cuts = dict.fromkeys(f"{c.words}: {c.place}" for c in cuts_of(look, row))
+        cuts = dict.fromkeys(f"{c.words}: {c.places}" for c in cuts_of(look, row))
         return f" ({'; '.join(cuts)})" if cuts else ""
     if word == "unused":
-        return " (the output is not computed from it)"
+        return f" ({_words.NOT_COMPUTED})"
     if word == "unknown":
-        return f" ({verdict(look, row)})"
+        return f"; {said(look, row)}"
     return ""
 
 

@@ -46,13 +46,15 @@ class CutSite:
     """A place at which gradients end: why, in words, where, and those of which inputs.
 
     `reason` is "stop_gradient", "zero_derivative", "integer", "comparison", "sampled",
-    "zero_rule" or "overwritten".
+    "zero_rule" or "overwritten". `site` is the user's own expression; where that calls
+    another library, `inside` is the library's own at which they end.
     """
 
     reason: str
     words: str
     site: Site | None
     inputs: tuple[str, ...]
+    inside: Site | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -268,10 +270,10 @@ def _made(look: Look, fun: Any) -> Flow:
         inputs.append(Input(row.path, row.size, row.count, status, cells))
     cuts = []
     for cut in look.cuts:
-        origin = "library" if cut.path.library else "user"
-        site = site_of(cut.spot, origin) if cut.spot else None
-        lost = tuple(row.path for row in look.rows if row.bits & cut.lost)
-        cuts.append(CutSite(cut.reason, cut.words, site, lost))
+        inside = site_of(cut.path.inside, "library") if cut.path.inside else None
+        site = site_of(cut.spot, "library" if inside else "user") if cut.spot else None
+        lost = tuple(row.path for row in look.rows if row.bits & look.told(cut))
+        cuts.append(CutSite(cut.reason, cut.words, site, lost, inside))
     return Flow(
         function_name(fun),
         _place(look, fun),

@@ -119,7 +119,7 @@ def measured(
     connected, and the statistics at the addresses in `stats`.
     """
     addresses = list(stats)
-    asked = [] if ys is None else jax.tree.leaves(ys)
+    asked, xs = [] if ys is None else jax.tree.leaves(ys), set(xs)
     program = look_up(traced, [*addresses, *asked], called)
     refuse_outputs(program, addresses, called)
     refuse_loops(program, [*addresses, *asked], called)
@@ -131,18 +131,17 @@ def measured(
     pairs = cotangents(program, y_tree, None, called)
     places = dict(_places(program, addresses, called))
 
-    xs = set(xs)
     everything = xs | set(places.values())
-    differentiation = Differentiation(program, everything, (), sums=True)
-    out, found = differentiation.gradients(pairs, want_value=bool(xs))
     ends = [y for y, _ in pairs]
+    differentiation = Differentiation(program, everything, ends, (), called, sums=True)
+    out, found = differentiation.gradients(pairs, want_value=bool(xs))
     result = {}
     for path, place in places.items():
         aval, steps = program.types[place], _steps(program, place)
         cause, totals = None, found.get(place)
         if totals is None:
             totals = channel(aval, steps)
-            cause = differentiation.why(place, ends)
+            cause = differentiation.why(place)
         elif place.kind == "argument":
             totals = summary(totals)
         size = math.prod(aval.shape) // max(1, math.prod(steps))
