@@ -115,8 +115,7 @@ class Analysis:
 
     def _refuses(self, op: Op) -> Bits:
         """The sources by which an operation cannot be differentiated."""
-        inputs, _ = op.told or ((), None)
-        values = [*op.refusing, *(inputs if op.refuses < 0 else ())]
+        values = [*op.refusing, *(op.inputs if op.refuses < 0 else ())]
         moving = self.reached(self.tangent, (v for v in values if v is not None))
         return moving | max(op.refuses, 0)
 

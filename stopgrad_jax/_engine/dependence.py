@@ -198,6 +198,24 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     return Answer(dependence, refuses=every)
 
 
+def is_linear(eqn: Any, moved: list[int]) -> bool:
+    """Tell whether an equation is linear in some operands, whatever the others are."""
+    results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
+
+    def tangents(operands: Any, moves: Any) -> Any:
+        primals = tuple(operands[k] for k in moved)
+        return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
+
+    avals = [atom.aval for atom in eqn.invars]
+    try:
+        moves = tuple(avals[k] for k in moved)
+        jaxpr = _jax.traced_at(eqn, tangents, avals, moves)
+        bits = union(all_that_flows(jaxpr))
+    except Exception:  # no forward rule
+        return False
+    return not any(bits >> k & 1 for k in moved)
+
+
 def _may_lack_transpose(eqn: Any) -> bool:
     """Tell what may have a forward rule alone: some kernels, other packages' rules."""
     return _jax.is_opaque(eqn) or _jax.sees_which_move(eqn)

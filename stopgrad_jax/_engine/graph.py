@@ -28,26 +28,30 @@ class Op:
         "cotangents",
         "eqn",
         "held",
+        "inputs",
+        "is_told",
         "join",
         "masks",
+        "moving",
         "overwrites",
         "path",
         "refuses",
         "refusing",
-        "told",
         "values",
     )
 
     def __init__(self, eqn: Any, path: Path, join: bool = False) -> None:
         self.eqn, self.path, self.join = eqn, path, join
         self.values: list[Value] = []
+        self.inputs: Sequence[Value | None] = ()
         self.masks = self.overwrites = self.held = False
         # Sources (as bits) and operands with which its rule raises.
         self.refuses: Bits = 0
         self.refusing: Sequence[Value | None] = ()
-        # What a rule was asked that is told what moves: the operands, and with which
-        # sources each moves; and the results (as bits) that a gradient comes to.
-        self.told: tuple[Sequence[Value | None], Sequence[Bits] | None] | None = None
+        # What a rule was told that asks for it: with which sources each operand moves,
+        # and the results (as bits) that a gradient comes to.
+        self.is_told = False
+        self.moving: Sequence[Bits] | None = None
         self.cotangents: Bits | None = None
 
     @property

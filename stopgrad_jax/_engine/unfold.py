@@ -157,12 +157,13 @@ class _Unfolding:
         if not any(x is not None for x in inputs):
             return [None] * len(eqn.outvars)
         op = self._op(eqn, path)
+        op.inputs = inputs
         moves = any(self._moves[x] for x in inputs if x is not None)
         if id(eqn) in self._idle or not moves:
             answer = Answer([0] * len(eqn.outvars))
         elif self._rules.by_pattern(eqn):
             answer, op.refuses = self._rules.by_source(eqn, moving)
-            op.told = inputs, moving
+            op.is_told, op.moving = True, moving
         else:
             answer = self._rules.answer(eqn)
             op.refusing = [x for k, x in enumerate(inputs) if answer.refuses >> k & 1]
@@ -307,7 +308,7 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
 
     Custom rules with symbolic zeros are told which of their results that are.
     """
-    asked = [k for k, op in enumerate(graph.ops) if op.told and _is_told_results(op)]
+    asked = [k for k, op in enumerate(graph.ops) if op.is_told and _has_several(op)]
     if not asked:
         return graph
     graph, rules, sinks = graph.copied(asked), Rules(), list(sinks)
@@ -318,10 +319,9 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
             if cotangents in (0, op.cotangents):
                 continue
             op.cotangents, changed = cotangents, True
-            inputs, moving = op.told or ((), None)
-            answer, op.refuses = rules.by_source(op.eqn, moving, cotangents)
+            answer, op.refuses = rules.by_source(op.eqn, op.moving, cotangents)
             for value, bits in zip(op.values, answer.dependence, strict=False):
-                grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
+                grads = [x for k, x in enumerate(op.inputs) if bits >> k & 1]
                 graph.grads[value] = _values(grads)
         if not changed:
             break
@@ -331,7 +331,7 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
 _ROUNDS = 8  # what arrives at a rule depends on what the rules behind it hand on
 
 
-def _is_told_results(op: Op) -> bool:
+def _has_several(op: Op) -> bool:
     floats = [v for v in op.eqn.outvars if _jax.is_differentiable(v.aval)]
     return bool(op.eqn.params.get("symbolic_zeros")) and len(floats) > 1
 

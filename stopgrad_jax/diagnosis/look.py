@@ -22,7 +22,8 @@ from stopgrad_jax._errors import beats
 
 from .fold import Folded, Leaf, fold
 from .grouping import Grouping
-from .steps import Layout, Row, lay_out, terms
+from .steps import Layout, Row, lay_out
+from .terms import terms
 
 
 class Look:
@@ -96,7 +97,7 @@ class Look:
 
     def serves(self, other: Look) -> bool:
         """Tell whether the graph of this look serves for another one, too."""
-        told = any(op.told for op in self.graph.ops)
+        told = any(op.is_told for op in self.graph.ops)
         followed = {place for place, bit in self._bits.items() if bit}
         asked = {place for place, bit in other._bits.items() if bit}
         same_ends = {*self._ends} >= {*other._ends}
@@ -183,34 +184,9 @@ class Look:
             return _folded(self.outputs)
         if not self.outputs[0][1]:
             return []
-        plain, out = self._plain, dict[str, list[Value]]()
-        at, numbers = terms(plain, len(plain.steps) - 1)
-        for number in numbers:
-            label = plain.steps[number].label
-            while label in out:
-                label += "'"
-            out[label] = self._leaving(number)
+        inputs = {leaf.value: leaf.path for leaf in self.leaves if leaf.bit}
         (sink,) = self.analysis.sinks
-        shapes = {self.graph.avals[v].shape for values in out.values() for v in values}
-        # Parts of a loss have its shape; what it is computed from has another.
-        if len(out) > _COLUMNS or shapes != {self.graph.avals[sink].shape}:
-            return []
-        flow = ("flow", "gate", "replace")
-        direct = {e.source for e in plain.edges if e.target == at and e.status in flow}
-        rows = [plain.step_of.index(k) for k in direct if k < plain.first]
-        return [*out.items(), *([(plain.steps[at].label, rows)] if rows else [])]
-
-    def _leaving(self, number: int) -> list[Value]:
-        """Values of a step that the gradient leaves it by, backwards: its results."""
-        plain, graph = self._plain, self.graph
-        group = plain.groups[number - plain.first]
-        return [
-            v
-            for k in group.ops
-            for v in graph.ops[k].values
-            if self.analysis.arrives[v]
-            and any(plain.step_of[f] not in (number, -1) for f in graph.followers[v])
-        ]
+        return terms(self.analysis, sink, inputs)
 
     def word(self, bits: int, values: Iterable[Value]) -> str:
         """Say how some values fare with some inputs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from stopgrad_jax._engine.causes import Analysis, Cut
@@ -294,41 +294,3 @@ def _status(
     if analysis.arrives[value]:
         return kind if kind in ("replace", "gate") else "flow"
     return "cut" if kind == "cut" else "shadow"
-
-
-def terms(layout: Layout, output: int) -> tuple[int, list[int]]:
-    """Return where the gradient splits above an output, and the steps it goes to."""
-    before: dict[int, list[int]] = {}
-    for edge in layout.edges:
-        if edge.status in ("flow", "gate", "replace"):
-            before.setdefault(edge.target, []).append(edge.source)
-    at, seen = output, {output}
-    while True:
-        above = before.get(at, [])
-        named = [s for s in above if layout.steps[s].kind != "input"]
-        if len(named) >= 2:
-            return at, sorted(named) if _independent(named, before) else []
-        if len(above) != 1 or not named or named[0] in seen:
-            return at, []
-        at = named[0]
-        seen.add(at)
-
-
-def _independent(steps: Sequence[int], before: dict[int, list[int]]) -> bool:
-    """Tell whether none of the steps is computed from another one."""
-    wanted = set(steps)
-    for step in steps:
-        waiting, seen = list(before.get(step, ())), set[int]()
-        while waiting:
-            at = waiting.pop()
-            if at in wanted:
-                return False
-            if at not in seen:
-                seen.add(at)
-                waiting += before.get(at, ())
-    return True
-
-
-def leaves_of(rows: Iterable[Row]) -> list[Value]:
-    """All values of these rows."""
-    return [value for row in rows for value in row.values]
