@@ -8,6 +8,7 @@ in a bare pytree is `_where.py`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+
+from ._errors import AddressError, beats
 
 RETURN = "return"
 
@@ -150,16 +153,33 @@ def has_wildcard(text: str) -> bool:
 def matching(text: str, paths: Iterable[str]) -> list[str]:
     """Paths that `text` matches, outermost first: none lies below another one.
 
-    `paths` is in depth-first order and holds the inner nodes too.
+    `paths` is in depth-first order and holds the inner nodes too. A path without
+    wildcards may match several where keys hold "/": then it means none of them.
     """
+    paths = paths if isinstance(paths, dict) else dict.fromkeys(paths)
+    if text in paths:
+        return [text]
     if not has_wildcard(text):
-        return [text] if text in set(paths) else []
+        return [path for path in paths if plain(path) == text]
     regex, found = pattern(text), list[str]()
     for path in paths:
         below = found and path.startswith(found[-1] + "/")
-        if not below and regex.fullmatch(path + "/"):
+        if not below and regex.fullmatch(plain(path) + "/"):
             found.append(path)
-    return list(dict.fromkeys(found))
+    return found
+
+
+def require_one_meaning(text: str, matched: list[str], called: str) -> None:
+    """Refuse a path that spells two places, as "a/b" does where a key holds "/"."""
+    if matched[1:] and not has_wildcard(text):
+        raise AddressError(
+            beats(
+                called,
+                "a path means one place",
+                f'"{text}", which means {len(matched)}: a key of the tree holds "/"',
+                " or ".join(f'"{path}"' for path in matched),
+            )
+        )
 
 
 def prefixes(path: str) -> Iterator[str]:
@@ -169,6 +189,14 @@ def prefixes(path: str) -> Iterator[str]:
         yield "/".join(parts[:end])
 
 
+def prefixes_of(path: Any) -> Iterator[str]:
+    """Yield the printed paths of all that a leaf lies in, its own last."""
+    keys, text = list(path), ""
+    for key in keys:
+        text = joined(text, printed((key,)))
+        yield text
+
+
 def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known addresses closest in spelling, the best first."""
     candidates = list(dict.fromkeys(p for path in known for p in prefixes(path)))
@@ -176,8 +204,22 @@ def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def printed(path: Any) -> str:
-    """Print a key path the one way addresses spell it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Print a key path the one way addresses spell it.
+
+    As `keystr` does, but for keys that would be read as none or as several: `['a/b']`.
+    """
+    keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(f"[{key!r}]" if not key or "/" in key else key for key in keys)
+
+
+_QUOTED = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]""")
+
+
+def plain(path: str) -> str:
+    """Print a path as `keystr` does, whatever its keys hold."""
+    if "[" not in path:
+        return path
+    return _QUOTED.sub(lambda found: ast.literal_eval(found[1]), path)
 
 
 def joined(*parts: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 class AddressError(LookupError):
     """An address matches nothing, or more than one kind of thing."""
 
+    __module__ = "stopgrad_jax"  # where users find it
+
 
 def beats(called: str, expected: str, came: str, instead: str) -> str:
     """Lay out the four beats of an error message."""

@@ -29,6 +29,20 @@ Primitive = core.Primitive
 source_info_util.register_exclusion(os.path.dirname(os.path.abspath(__file__)))
 
 
+def _leave_out_of_tracebacks(folder: str) -> None:
+    """Have JAX leave our frames out of the tracebacks from which it removes its own.
+
+    Not public; without it, tracebacks of derivatives show them.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import traceback_util  # noqa: TID251
+
+        traceback_util.register_exclusion(folder)
+
+
+_leave_out_of_tracebacks(os.path.dirname(os.path.abspath(__file__)))
+
+
 # Jaxprs ------------------------------------------------------------------------
 
 
@@ -405,6 +419,11 @@ def rule_site(eqn: Any) -> str:
 def is_own(file: str) -> bool:
     """Tell a file of JAX, or of this package."""
     return file.startswith(_OWN)
+
+
+def is_of_package(file: str) -> bool:
+    """Tell a file of this package."""
+    return file.startswith(_OWN[2])
 
 
 def line_here() -> str:

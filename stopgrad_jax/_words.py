@@ -53,7 +53,7 @@ EXPECTED_NONE_RAISES = "expected none"
 # The contract's row is unused.
 NOT_COMPUTED = "the output is not computed from it"
 # A check was made and thrown away without a call.
-NEVER_CALLED = "{called} was never called, so it asserts nothing"
+NEVER_CALLED = "{called} was never called, so it checks nothing: write {called}(*args)"
 
 
 # Why a gradient ends ------------------------------------------------------------------

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "stopgrad_jax"
 # if the row is a chain.
 FLOORS = [
     {"_errors", "_jax", "_words"},
-    {"_address"},
+    {"_address", "_edge", "_checks"},
     {"_where"},
     {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
     {"_engine/syntax", "_engine/overwrite", "_engine/slope", "_engine/references"},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, overload
 
 import stopgrad_jax._words as _words
 from stopgrad_jax._address import Address
+from stopgrad_jax._checks import require_function, shown
+from stopgrad_jax._edge import Check, public
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import trace
@@ -22,9 +23,31 @@ from .page import page
 P = ParamSpec("P")
 
 
+@overload
 def assert_gradient(
     fun: Callable[P, Any], xs: Any, ys: Any = None
-) -> Callable[P, None]:
+) -> Callable[P, None]: ...
+
+
+@overload
+def assert_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None: ...
+
+
+@public
+def assert_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Assert that a gradient can reach every float leaf of some inputs.
 
     For a test-suite: `sg.assert_gradient(loss, "params/codebook")(params, x)` fails in
@@ -38,9 +61,12 @@ def assert_gradient(
       fun: any function that JAX can trace.
       xs: an address or several.
       ys: addresses of what is differentiated; `fun`'s output if it is one array.
+      args: `fun`'s arguments, to check it at once; a tuple.
+      kwargs: its arguments by keyword, likewise.
 
     Returns:
-      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`).
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`), to be called:
+      it warns if it never is. None, if `args` or `kwargs` are given.
 
     Raises:
       AssertionError: a leaf gets no gradient; lists each, and explains.
@@ -53,18 +79,42 @@ def assert_gradient(
         >>> def loss(w, b):
         ...     return jnp.sum((jnp.round(w) + b) ** 2)
         >>> sg.assert_gradient(loss, "b")(2.0, 1.0)
+        >>> sg.assert_gradient(loss, "b", args=(2.0, 1.0))
         >>> sg.assert_gradient(loss, "w")(2.0, 1.0)
         Traceback (most recent call last):
             ...
         AssertionError: assert_gradient(loss, 'w')
         w: expected a gradient, structurally zero ...
     """
-    return _contract(fun, xs, ys, "assert_gradient", _without)
+    contract = _contract(fun, xs, ys, "assert_gradient", _without)
+    return _asked(contract, args, kwargs)
 
 
+@overload
 def assert_no_gradient(
     fun: Callable[P, Any], xs: Any, ys: Any = None
-) -> Callable[P, None]:
+) -> Callable[P, None]: ...
+
+
+@overload
+def assert_no_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None: ...
+
+
+@public
+def assert_no_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Assert that no gradient can reach any leaf of some inputs.
 
     For targets, teachers and baselines: what must not learn from this loss.
@@ -76,9 +126,12 @@ def assert_no_gradient(
       fun: any function that JAX can trace.
       xs: an address or several.
       ys: addresses of what is differentiated; `fun`'s output if it is one array.
+      args: `fun`'s arguments, to check it at once; a tuple.
+      kwargs: its arguments by keyword, likewise.
 
     Returns:
-      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`).
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`), to be called:
+      it warns if it never is. None, if `args` or `kwargs` are given.
 
     Raises:
       AssertionError: a leaf gets a gradient; lists each, and the way it takes.
@@ -96,7 +149,8 @@ def assert_no_gradient(
         AssertionError: assert_no_gradient(loss, 'w')
         w: expected none, can get a gradient ...
     """
-    return _contract(fun, xs, ys, "assert_no_gradient", _with)
+    contract = _contract(fun, xs, ys, "assert_no_gradient", _with)
+    return _asked(contract, args, kwargs)
 
 
 def _contract(
@@ -105,13 +159,13 @@ def _contract(
     ys: Any,
     name: str,
     broken: Callable[[Look], list[tuple[Folded, str]]],
-) -> Callable[P, None]:
-    named = "" if ys is None else f", ys={ys!r:.80}"
-    called = f"{name}({function_name(fun)}, {xs!r:.80}{named})"
+) -> Check[P]:
+    require_function(fun, name)
+    named = "" if ys is None else f", ys={shown(ys)}"
+    called = f"{name}({function_name(fun)}, {shown(xs)}{named})"
     wanted = listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
 
-    @functools.wraps(fun)
     def check(*args: P.args, **kwargs: P.kwargs) -> None:
         traced, labels = trace(fun, args, kwargs), Labels(fun)
         look = looked_at(traced, labels, wanted, asked, called)
@@ -122,14 +176,25 @@ def _contract(
             whole = looked_at(traced, labels, None, asked, called)
             look = looked_at(traced, labels, wanted, asked, called, base=whole)
             rows = broken(look)
-            # Deep in the library: the test's author wants to see the message alone.
-            __tracebackhide__ = True
             lines = [f"{r.path}: {expected}{_because(look, r)}" for r, expected in rows]
-            shown = [row for row, _ in rows]
-            text = page(explain(look, shown, cuts=broken is _without)).plain
+            told = [row for row, _ in rows]
+            text = page(explain(look, told, cuts=broken is _without)).plain
             raise AssertionError("\n".join([called, *lines, "", text]))
 
-    return check
+    return Check(fun, called, public(check))
+
+
+def _asked(contract: Check[Any], args: Any, kwargs: Any) -> Any:
+    """Call a contract whose arguments are there; else hand it out."""
+    if args is None and kwargs is None:
+        return contract
+    if not isinstance(args, tuple | list | None):
+        contract.drop()
+        called = f"{contract.__name__}: args={shown(args)}"
+        expected = "args is a tuple of the function's arguments"
+        raise TypeError(beats(called, expected, type(args).__name__, "args=(w, x)"))
+    contract(*(args or ()), **(kwargs or {}))
+    return None
 
 
 def _without(look: Look) -> list[tuple[Folded, str]]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 from stopgrad_jax._address import Address, Var
+from stopgrad_jax._checks import require_function
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.labels import Labels, code_of, printed_file
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import Traced, trace
@@ -165,6 +167,7 @@ class Flow(Drawing):
         return [self.text, self.source(), self.explain()]
 
 
+@public
 def flow(
     fun: Callable[P, Any],
     xs: Any = None,
@@ -206,10 +209,12 @@ def flow(
         >>> flow.cuts[0].words
         'the derivative of round is zero almost everywhere'
     """
+    require_function(fun, "flow")
     called = f"flow({function_name(fun)})"
     wanted = None if xs is None else listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
 
+    @public
     @functools.wraps(fun)
     def flow_of(*args: P.args, **kwargs: P.kwargs) -> Flow:
         traced = trace(fun, args, kwargs)

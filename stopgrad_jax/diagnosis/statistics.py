@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Address, nodes
+from stopgrad_jax._checks import require_function, shown
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.given import cotangents, default_ys
 from stopgrad_jax._engine.reduced import SUMMED, channel, summary
@@ -45,6 +47,7 @@ class Stats:
     cause: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
+@public
 def gradient_stats(
     fun: Callable[P, Any], xs: Any, *, ys: Any = None
 ) -> Callable[P, dict[str, Stats]]:
@@ -87,8 +90,9 @@ def gradient_stats(
         >>> print(found["frozen"].cause)
         stop_gradient, on purpose ...
     """
-    over = "" if ys is None else f", ys={ys!r:.80}"
-    called = f"gradient_stats({function_name(fun)}, {xs!r:.80}{over})"
+    require_function(fun, "gradient_stats")
+    over = "" if ys is None else f", ys={shown(ys)}"
+    called = f"gradient_stats({function_name(fun)}, {shown(xs)}{over})"
     wanted = listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
     if not wanted:
@@ -96,6 +100,7 @@ def gradient_stats(
             beats(called, "xs must hold at least one address", f"{xs!r}", 'xs="params"')
         )
 
+    @public
     @functools.wraps(fun)
     def stats_of(*args: P.args, **kwargs: P.kwargs) -> dict[str, Stats]:
         traced = trace(fun, args, kwargs)
