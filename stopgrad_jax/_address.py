@@ -189,14 +189,6 @@ def prefixes(path: str) -> Iterator[str]:
         yield "/".join(parts[:end])
 
 
-def prefixes_of(path: Any) -> Iterator[str]:
-    """Yield the printed paths of all that a leaf lies in, its own last."""
-    keys, text = list(path), ""
-    for key in keys:
-        text = joined(text, printed((key,)))
-        yield text
-
-
 def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known addresses closest in spelling, the best first."""
     candidates = list(dict.fromkeys(p for path in known for p in prefixes(path)))
@@ -204,12 +196,18 @@ def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def printed(path: Any) -> str:
-    """Print a key path the one way addresses spell it.
-
-    As `keystr` does, but for keys that would be read as none or as several: `['a/b']`.
-    """
+    """Print a key path the one way addresses spell it; an empty key as `['']`."""
+    text = jax.tree_util.keystr(path, simple=True, separator="/")
+    if all(text.split("/")):
+        return text
     keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
-    return "/".join(f"[{key!r}]" if not key or "/" in key else key for key in keys)
+    return "/".join(key or "['']" for key in keys)
+
+
+def exact(path: Any) -> str:
+    """Print a key path so that it means one place: `['a/b']`, and `['a']/['b']`."""
+    keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(f"[{key!r}]" for key in keys)
 
 
 _QUOTED = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]""")
@@ -230,11 +228,40 @@ def joined(*parts: str) -> str:
 def nodes(tree: Any, root: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (printed path, subtree) for a tree and everything below it.
 
-    None is a node without leaves here, as in JAX.
+    None is a node without leaves here, as in JAX. Where two places would be printed
+    alike, since a key holds "/", they are told apart as `exact` does.
     """
-    yield root, tree
+    every = [(root, root, tree), *_below(tree, root, root)]
+    first: dict[str, str] = {}
+    twice = {path for path, full, _ in every if first.setdefault(path, full) != full}
+    for path, full, node in every:
+        yield full if path in twice else path, node
+
+
+def _below(tree: Any, root: str, full: str) -> Iterator[tuple[str, str, Any]]:
     for path, child in jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is not tree
     )[0]:
         if path:
-            yield from nodes(child, joined(root, printed(path)))
+            names = joined(root, printed(path)), joined(full, exact(path))
+            yield (*names, child)
+            yield from _below(child, *names)
+
+
+def paths_of(tree: Any) -> list[list[str]]:
+    """For each leaf: the paths of all that it lies in, its own last; see `nodes`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    known: dict[Any, tuple[str, str]] = {(): ("", "")}
+    for path, _ in flat:
+        for k in range(1, len(path) + 1):
+            if path[:k] not in known:
+                above, key = known[path[: k - 1]], path[k - 1 : k]
+                pair = joined(above[0], printed(key)), joined(above[1], exact(key))
+                known[path[:k]] = pair
+    first: dict[str, str] = {}
+    pairs = known.values()
+    twice = {path for path, full in pairs if first.setdefault(path, full) != full}
+    named = {
+        key: full if path in twice else path for key, (path, full) in known.items()
+    }
+    return [[named[path[:k]] for k in range(1, len(path) + 1)] for path, _ in flat]

@@ -105,6 +105,7 @@ class Check(Generic[P]):
         functools.update_wrapper(self, fun, updated=())
         self._called, self._check, self._line = called, check, _jax.line_here()
 
+    @public
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Check the function at these arguments."""
         self._asked = True

@@ -26,8 +26,7 @@ from ._address import (
     is_address,
     matching,
     nodes,
-    prefixes_of,
-    printed,
+    paths_of,
     require_one_meaning,
 )
 from ._errors import AddressError, beats, function_name, quoted, shortened
@@ -101,7 +100,7 @@ def _as_addresses(where: Where) -> list[Any]:
 
 def _at_addresses(tree: Any, addresses: list[Any], called: str) -> list[bool]:
     """Tell for each leaf whether one of the addresses selects it."""
-    every = _with_prefixes(tree)
+    every = paths_of(tree)
     known = dict.fromkeys(path for above in every for path in above)
     selected, excluded = set[str](), list[set[str]]()
     for address in addresses:
@@ -147,12 +146,6 @@ def _tops(
             )
         )
     return negated, set(tops)
-
-
-def _with_prefixes(tree: Any) -> list[list[str]]:
-    """For each leaf: the printed paths of all that it lies in, its own last."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [list(prefixes_of(path)) for path, _ in flat]
 
 
 def _instead(wanted: str, known: list[str]) -> str:
@@ -203,8 +196,8 @@ def _some_gradient(
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(printed(path), leaf) for path, leaf in flat]
+    paths = [above[-1] if above else "" for above in paths_of(tree)]
+    return list(zip(paths, jax.tree.leaves(tree), strict=True))
 
 
 def _leaves_or_boxes(tree: Any) -> list[tuple[str, Any]]:

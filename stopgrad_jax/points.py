@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from ._address import Address, op, point, printed, var
+from ._address import Address, op, paths_of, point, var
 from ._checks import require_function, shown
 from ._edge import public
 from ._engine.edits import kept, same_type
@@ -70,21 +70,18 @@ def name(tree: T, name: str) -> T:
                 'sg.name(tree, "h")',
             )
         )
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [printed(path) for path, _ in flat]
+    flat, structure = jax.tree.flatten(tree)
+    paths = [above[-1] if above else "" for above in paths_of(tree)]
     if paths == [""] and is_traceable(tree):
         return checkpoint_name(tree, name)
     names = [f"{name}/{path}" if path else name for path in paths]
     template = jax.tree.unflatten(
         structure,
-        [
-            Leaf(n) if is_traceable(x) else x
-            for n, (_, x) in zip(names, flat, strict=True)
-        ],
+        [Leaf(n) if is_traceable(x) else x for n, x in zip(names, flat, strict=True)],
     )
     leaves = [
         checkpoint_name(x, PointName(n, name, template)) if is_traceable(x) else x
-        for n, (_, x) in zip(names, flat, strict=True)
+        for n, x in zip(names, flat, strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)
 

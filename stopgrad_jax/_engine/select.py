@@ -181,8 +181,9 @@ class _Finder:
         if self._edge is None:
             self._edge = dict(self._edges(self._traced.roots))
         known = self._edge
-        if has_wildcard(text) and text.split("/")[0] != RETURN:
-            known = dict(self._edges(self._traced.named, outputs=False))
+        if has_wildcard(text):
+            outputs = text.startswith(RETURN)
+            known = dict(self._edges(self._traced.named, outputs))
         matched = matching(text, known)
         require_one_meaning(text, matched, self._called)
         return {path: known[path] for path in matched}
