@@ -18,7 +18,7 @@ from ._checks import require_function, shown
 from ._edge import public
 from ._engine.edits import kept, same_type
 from ._engine.given import perturbations_by_place, require_keys
-from ._engine.perturbation import perturb as perturb_value
+from ._engine.perturbation import shift
 from ._engine.refuse import refuse_differentiated, refuse_loops, refuse_rules
 from ._engine.rewrite import Actions, Rewriter
 from ._engine.select import Program, listed, look_up
@@ -205,7 +205,8 @@ def perturb(
 ) -> Callable[..., T]:
     """Add a perturbation to each named value, for any JAX transform to differentiate.
 
-    Forward: `fun`'s, bit for bit: the perturbations count as zero.
+    Forward: as if the source read `h = h + perturbation` there; `fun`'s bit for bit,
+    and no instruction more, where the perturbation is known to be zero.
     Backward: to the perturbation goes the cotangent of the value, to every order and
     in forward mode too.
 
@@ -214,20 +215,21 @@ def perturb(
       names: an address or several.
 
     Returns:
-      A function of (perturbations, *args): a dict {address: zeros like the value}, as
-      `capture` returns the values.
+      A function of (perturbations, *args): a dict {address: an array like the value},
+      structured as `capture` returns the values.
 
     Raises:
       AddressError: an address matches nothing, or more than one kind of thing.
       TypeError: a perturbation has another structure, shape or dtype than its value.
-      ValueError: a perturbation is known not to be zero, or its value lies in a
-        `while_loop` or in the body of a custom rule.
+      ValueError: a value lies in a `while_loop` or in the body of a custom rule.
 
     Example:
         >>> import jax, stopgrad_jax as sg
         >>> f = lambda x: sg.name(x**2, "h") ** 3
         >>> print(jax.hessian(sg.perturb(f, "h"))({"h": 0.0}, 1.0)["h"]["h"])
         6.0
+        >>> print(sg.perturb(f, "h")({"h": 1.0}, 1.0))
+        8.0
     """
     require_function(fun, "perturb")
     called = f"perturb({function_name(fun)}, {shown(names)})"
@@ -244,9 +246,7 @@ def perturb(
 
         def perturbed_at(kind: str, values: list[Any]) -> list[Any]:
             pairs = ((x, given.get(Value(kind, k))) for k, x in enumerate(values))
-            return [
-                x if p is None else perturb_value(x, p, once=False) for x, p in pairs
-            ]
+            return [x if p is None else shift(x, p) for x, p in pairs]
 
         leaves = perturbed_at("argument", traced.leaves)
         inside = [given.get(Value("point", k)) for k in range(len(program.plan.found))]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, Address, nodes
@@ -149,15 +148,6 @@ def perturbations_by_place(
             p = _jax.number_like(p, aval)
             if not hasattr(p, "dtype") or type_of(p) != type_of(aval):
                 raise _wrong(called, address, type_of(aval), p)
-            if not _jax.is_traced(p) and np.any(np.asarray(p) != 0):
-                raise ValueError(
-                    beats(
-                        called,
-                        "perturbations are zero: they are there to be differentiated",
-                        f"other numbers for {address!r}",
-                        f"sg.edit(fun, {{{address!r}: lambda h: h + d}}) to change it",
-                    )
-                )
             given[place] = p if place not in given else given[place] + p
     return given
 

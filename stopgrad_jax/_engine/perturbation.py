@@ -1,11 +1,13 @@
-"""Two primitives that exist only for differentiation: `perturb` and `hold`.
+"""Primitives that exist only for differentiation: `perturb` and `hold`; and `shift`.
 
-Both hand their first operand on, bit for bit, and compile to nothing. What they
-change is the derivative *of the call that made them*: their second operand is
+The first two hand their first operand on, bit for bit, and compile to nothing. What
+they change is the derivative *of the call that made them*: their second operand is
 always one of the variables that call differentiates by, so JAX hands each of
 them to that call's trace and to no other. This is what makes a stop local to its
 call: differentiate the result again, and the rule has already left only the
 value, an ordinary function of its inputs.
+
+`shift` is what users may perturb by: an addition, but none where nothing is added.
 """
 
 from __future__ import annotations
@@ -13,21 +15,24 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import ad, batching, mlir
 
+import stopgrad_jax._jax as _jax
 from stopgrad_jax._jax import Primitive
 
 perturb_p = Primitive("perturb")  # value, perturbation -> value
 hold_p = Primitive("hold")  # value, token -> value
+shift_p = Primitive("shift")  # value, perturbation -> their sum
 
 
-def perturb(value: Any, perturbation: Any, *, once: bool) -> jax.Array:
+def perturb(value: Any, perturbation: Any) -> jax.Array:
     """Return `value`; its derivative is that of `value + perturbation`.
 
-    `once`: nobody but one call differentiates by this perturbation, so its rule
-    leaves the bare value behind. Otherwise (a Hessian) the rule applies again.
+    Nobody but one call differentiates by this perturbation, which is zero.
     """
-    return perturb_p.bind(value, perturbation, once=once)
+    return perturb_p.bind(value, perturbation)
 
 
 def hold(value: Any, token: Any) -> jax.Array:
@@ -35,10 +40,25 @@ def hold(value: Any, token: Any) -> jax.Array:
     return hold_p.bind(value, token)
 
 
-def _perturb_jvp(primals: Any, tangents: Any, *, once: bool) -> Any:
-    if once and type(tangents[1]) is not ad.Zero:
+def shift(value: Any, perturbation: Any) -> jax.Array:
+    """Return `value + perturbation`; `value`, bit for bit, where that is a known zero.
+
+    Differentiated by a perturbation of zero, it leaves no instruction behind.
+    """
+    known = not _jax.is_traced(perturbation)
+    if known and not np.any(np.asarray(perturbation) != 0):
+        return value
+    return shift_p.bind(value, perturbation)
+
+
+def _perturb_jvp(primals: Any, tangents: Any) -> Any:
+    if type(tangents[1]) is not ad.Zero:
         return primals[0], ad.add_tangents(*tangents)
-    return perturb_p.bind(*primals, once=once), ad.add_tangents(*tangents)
+    return perturb_p.bind(*primals), ad.add_tangents(*tangents)
+
+
+def _shift_jvp(primals: Any, tangents: Any) -> Any:
+    return shift(*primals), ad.add_tangents(*tangents)
 
 
 def _hold_jvp(primals: Any, tangents: Any) -> Any:
@@ -48,7 +68,7 @@ def _hold_jvp(primals: Any, tangents: Any) -> Any:
     return value, ad.Zero(jax.typeof(value).to_tangent_aval())
 
 
-def _perturb_transpose(ct: Any, value: Any, perturbation: Any, *, once: bool) -> Any:
+def _sum_transpose(ct: Any, value: Any, perturbation: Any) -> Any:
     return [ct if ad.is_undefined_primal(x) else None for x in (value, perturbation)]
 
 
@@ -56,25 +76,33 @@ def _hold_transpose(ct: Any, value: Any, token: Any) -> Any:
     return ct, None
 
 
-def _perturb_batch(args: Any, dims: Any, *, once: bool) -> Any:
-    (value, perturbation), (d, e) = args, dims
-    size = next(x.shape[k] for x, k in zip(args, dims, strict=True) if k is not None)
-    value = batching.bdim_at_front(value, d, size)
-    perturbation = batching.bdim_at_front(perturbation, e, size)
-    return perturb_p.bind(value, perturbation, once=once), 0
+def _in_front(bind: Any) -> Any:
+    """Map a primitive of two values alike over examples."""
+
+    def batch(args: Any, dims: Any) -> Any:
+        pairs = list(zip(args, dims, strict=True))
+        size = next(x.shape[k] for x, k in pairs if k is not None)
+        return bind(*(batching.bdim_at_front(x, k, size) for x, k in pairs)), 0
+
+    return batch
 
 
 def _hold_batch(args: Any, dims: Any) -> Any:
     return hold_p.bind(*args), dims[0]
 
 
-for _p, _jvp, _transpose, _batch in (
-    (perturb_p, _perturb_jvp, _perturb_transpose, _perturb_batch),
-    (hold_p, _hold_jvp, _hold_transpose, _hold_batch),
+def _value(value: Any, _: Any) -> Any:
+    return value
+
+
+for _p, _run, _jvp, _transpose, _batch in (
+    (perturb_p, _value, _perturb_jvp, _sum_transpose, _in_front(perturb)),
+    (shift_p, jnp.add, _shift_jvp, _sum_transpose, _in_front(shift_p.bind)),
+    (hold_p, _value, _hold_jvp, _hold_transpose, _hold_batch),
 ):
-    _p.def_impl(lambda value, _, **params: value)
-    _p.def_abstract_eval(lambda value, _, **params: value)
+    _p.def_impl(_run)
+    _p.def_abstract_eval(_value)
     ad.primitive_jvps[_p] = _jvp
     ad.primitive_transposes[_p] = _transpose
     batching.primitive_batchers[_p] = _batch
-    mlir.register_lowering(_p, lambda ctx, value, _, **params: [value])
+    mlir.register_lowering(_p, mlir.lower_fun(_run, multiple_results=False))

@@ -16,7 +16,7 @@ import stopgrad_jax._jax as _jax
 
 from .edits import Edits, NamedEdits, edited_operation, operation_edits
 from .nested import Slot, rebuild
-from .perturbation import hold, perturb
+from .perturbation import hold, perturb, shift
 from .reduced import summed
 from .runs import Runs
 from .walk import Found, Match, Plan
@@ -28,7 +28,8 @@ class Actions:
 
     In this order: `edits` replace it, `holds` makes it a constant of the
     differentiation that owns the token, a perturbation is added, `captures` hands the
-    value out. `once`: see `perturb`. `sums`: perturbations are channels, see `reduced`.
+    value out. `once`: the perturbations are this call's own zeros, and no user's.
+    `sums`: they are channels, see `reduced`.
     """
 
     edits: Edits = dataclasses.field(default_factory=dict)
@@ -112,7 +113,8 @@ class Rewriter:
             if perturbation is not None and actions.sums:
                 out[k] = summed(out[k], perturbation)
             elif perturbation is not None:
-                out[k] = perturb(out[k], perturbation, once=actions.once)
+                move = perturb if actions.once else shift
+                out[k] = move(out[k], perturbation)
             captured.append(out[k] if actions.slot(found).captured else None)
         return out, captured
 
