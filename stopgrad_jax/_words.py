@@ -45,6 +45,9 @@ STRAIGHT_THROUGH = (
     "{call}."
 )
 
+# No argument is an array or a float: other Python values are not traced.
+NO_INPUTS = "no input to differentiate by: {inputs}"
+
 # A contract: the row is cut or unused; it flows; tracing `jax.grad` by it raised.
 EXPECTED_SOME = "expected a gradient, structurally zero"
 EXPECTED_NONE = "expected none, can get a gradient"

@@ -93,7 +93,9 @@ def capture(
     """Return the values at addresses beside the function's own result.
 
     Forward: `fun`'s, and the values; a value in a scan is stacked over its steps, one
-    in a branch that is not taken is zero, several of one name are a tuple.
+    in a branch that is not taken is zero, several of one name are a tuple (so is a loop
+    under `jax.disable_jit()`, which JAX unrolls). Under `vmap` the examples are along
+    the axis where JAX keeps them: the first, with `in_axes=0`.
     Backward: `fun`'s; a captured value is an ordinary output.
 
     Args:
@@ -140,7 +142,8 @@ def edit(
 ) -> Callable[P, T]:
     """Apply functions to the values at addresses, wherever they are in `fun`.
 
-    Forward and Backward: as if the source read `h = edits["h"](h)` at that place. For
+    Forward and Backward: as if the source read `h = edits["h"](h)` at that place. What
+    is asked of the edited function at the same address is the value before that. For
     `sg.op(...)`, as if it read `y = edit(relu, x)` where it reads `y = relu(x)`: this
     is TensorFlow 1's `gradient_override_map`, and more.
 

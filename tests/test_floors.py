@@ -25,7 +25,7 @@ FLOORS = [
     {"_engine/edits", "_engine/connect", "_engine/unfound"},
     {"_engine/rewrite", "_engine/select", "_engine/dependence"},
     {"_engine/graph"},
-    {"_engine/causes", "_engine/unfold"},
+    {"_engine/causes", "_engine/unfold", "_engine/dropped"},
     {"_engine/refuse", "_engine/given", "_engine/differentiate"},
     {"points", "query", "gates", "cotangents", "substitution", "trees", "freezing"},
     {"estimators/__init__", "estimators/inputs"},

@@ -11,7 +11,9 @@ import ast
 import dataclasses
 import functools
 import linecache
+import os
 import re
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -271,7 +273,12 @@ _DISPLAYS = (
 
 def source_of(file: str) -> Source:
     """Return a file's text as it is now; empty where there is none."""
-    linecache.checkcache(file)
+    if os.path.exists(file) or file.startswith("<"):
+        linecache.checkcache(file)
+    elif not linecache.getlines(file):  # inside a zip: its module knows how to read it
+        for module in list(sys.modules.values()):
+            if getattr(module, "__file__", None) == file:
+                linecache.lazycache(file, vars(module))
     return _parsed(file, tuple(linecache.getlines(file)))
 
 

@@ -179,6 +179,8 @@ def _contract(
             lines = [f"{r.path}: {expected}{_because(look, r)}" for r, expected in rows]
             told = [row for row, _ in rows]
             text = page(explain(look, told, cuts=broken is _without)).plain
+            if broken is _with:  # one that was meant to stop it, perhaps
+                lines += [f"{s.place}: {s.expression}: {w}" for s, w in look.dropped]
             raise AssertionError("\n".join([called, *lines, "", text]))
 
     return Check(fun, called, public(check))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from stopgrad_jax._address import Address, Var
 from stopgrad_jax._checks import require_function
@@ -13,7 +13,7 @@ from stopgrad_jax._edge import public
 from stopgrad_jax._engine.labels import Labels, code_of, printed_file
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import Traced, trace
-from stopgrad_jax._errors import AddressError, function_name
+from stopgrad_jax._errors import AddressError, beats, function_name, quoted
 
 from .drawing import Drawing
 from .explain import explain
@@ -59,6 +59,14 @@ class CutSite:
     inside: Site | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """An expression that has no effect, since its result is not used."""
+
+    words: str
+    site: Site
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class View(Drawing):
     """A part of a flow; printed, it explains what is drawn."""
@@ -83,6 +91,7 @@ class Flow(Drawing):
       outputs: names of what is differentiated.
       steps: the user's statements; `edges` and `boxes` hold them together.
       cuts: where gradients end although values go on.
+      dropped: stops, gates and names whose result is not used: they do nothing.
     """
 
     name: str
@@ -95,7 +104,29 @@ class Flow(Drawing):
     edges: tuple[Edge, ...]
     boxes: tuple[Box, ...]
     cuts: tuple[CutSite, ...]
-    _look: Look = dataclasses.field(repr=False, compare=False)
+    dropped: tuple[Dropped, ...]
+    _look: Look | None = dataclasses.field(repr=False, compare=False)
+    # What was printed before it was stored: then there is no program to look at.
+    _stored: dict[str | None, Page] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __copy__(self) -> Flow:
+        """Nothing of it changes."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Flow:
+        """Nothing of it changes."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Store what it prints in place of the program, which only this process has."""
+        asked = [None, *(row.path for row in self.inputs if row.status != "data")]
+        stored = dict(self._stored)
+        if self._look is not None:
+            stored = {address: self.explain(address) for address in asked}
+            stored |= {"text": self.text, "source": self.source()}
+        return {**self.__dict__, "_look": None, "_stored": stored}
 
     @property
     def picture(self) -> Picture:  # type: ignore[override]
@@ -112,11 +143,15 @@ class Flow(Drawing):
     @property
     def text(self) -> Page:  # type: ignore[override]
         """The table."""
+        if self._look is None:
+            return self._stored["text"]
         count = len({_statement(g) for g in self._look.grouping.groups})
         return page(table(self._look, self.place, count, self.ops))
 
     def source(self) -> Page:
         """Return the user's own source with the gradient drawn in its margin."""
+        if self._look is None:
+            return self._stored["source"]
         return page(source(self._look))
 
     def explain(self, address: Address | None = None) -> Page:
@@ -128,9 +163,11 @@ class Flow(Drawing):
         Raises:
           AddressError: it matches nothing.
         """
+        if self._look is None and address in self._stored:
+            return self._stored[address]
         called = f"flow.explain({address!r})"
         look = self._look if address is None else self._at([address], None, called)
-        return page(explain(look))
+        return page(explain(cast(Look, look)))
 
     def focus(self, address: Address) -> View:
         """Return the part of the graph that one input or value reaches."""
@@ -160,6 +197,16 @@ class Flow(Drawing):
         self, xs: Sequence[Address], ys: Sequence[Address] | None, called: str
     ) -> Look:
         old = self._look
+        if old is None:
+            known = quoted(path for path in self._stored if path)
+            raise TypeError(
+                beats(
+                    called,
+                    "a flow of this process, or a page that it was stored with",
+                    "a flow that was stored: it has no program",
+                    f"explain of one of {known}, or sg.flow(fun)(*args) anew",
+                )
+            )
         ys = old.ys if ys is None else ys
         return looked_at(old.traced, old.labels, xs, ys, called, old.internals, old)
 
@@ -290,6 +337,7 @@ def _made(look: Look, fun: Any) -> Flow:
         layout.edges,
         layout.boxes,
         tuple(cuts),
+        tuple(Dropped(words, site_of(spot)) for spot, words in look.dropped),
         look,
     )
 

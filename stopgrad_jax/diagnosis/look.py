@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._words as _words
 from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._engine.causes import Analysis, Cut
 from stopgrad_jax._engine.differentiate import needed_for, places, try_gradient
+from stopgrad_jax._engine.dropped import dropped
 from stopgrad_jax._engine.graph import Value
-from stopgrad_jax._engine.labels import Labels
+from stopgrad_jax._engine.labels import Labels, Spot
 from stopgrad_jax._engine.select import Program, look_up
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
@@ -151,6 +153,12 @@ class Look:
     def cuts(self) -> list[Cut]:
         """The cuts that are shown: comparisons only where nothing else explains."""
         return [cut for cut in self.analysis.cuts if self.told(cut)]
+
+    @functools.cached_property
+    def dropped(self) -> list[tuple[Spot, str]]:
+        """Expressions of the user's that have no effect, and the words for it."""
+        found = dropped(self.traced.jaxpr, self.labels)
+        return [(spot, _words.NO_EFFECT.format(does=does)) for spot, does in found]
 
     def told(self, cut: Cut) -> int:
         """The inputs (as bits) whose gradient a cut is said to end."""

@@ -28,6 +28,7 @@ _CSS = {
     "dim": "color:#6e6e6e",
     "bold": "font-weight:bold",
 }
+_FONT = "font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 _ASCII = str.maketrans({"┃": "|", "╳": "x", "┊": ":", "→": ">", "·": "-"})
 
 
@@ -79,7 +80,8 @@ class Page:
             return f'<span style="{css}">{text}</span>' if css else text
 
         rows = ("".join(part(*p) for p in line) for line in self.lines)
-        style = "white-space:pre;overflow-x:auto;line-height:1.35"
+        # A notebook's theme may set text in a font whose letters differ in width.
+        style = "white-space:pre;overflow-x:auto;line-height:1.35;" + _FONT
         return f'<pre style="{style}">' + "\n".join(rows) + "</pre>"
 
     def _repr_html_(self) -> str:

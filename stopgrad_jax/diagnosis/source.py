@@ -35,6 +35,10 @@ def source(look: Look) -> Iterator[list[Part]]:
             if key not in functions:
                 functions[key] = _Function(call, depth)
             functions[key].mark(call, step.flows)
+    for spot, words in look.dropped:
+        key = (spot.frame.file, spot.function)
+        if key in functions:
+            functions[key].note(spot, words, "cut")
     if not functions:
         computed = any(group >= 0 for group in look.grouping.group_of)
         why = "the functions were not defined in a file or a cell, or have changed"
@@ -78,9 +82,15 @@ class _Function:
             if special.kind == "replace":
                 note = f"replaced, {special.detail}"
             style = special.kind
+        self.note(place, note, style)
+
+    def note(self, place: Spot, words: str, style: str) -> None:
+        """Write something below an expression."""
+        line = place.frame.line
+        self._marks.setdefault(line, "┊")
         notes = self._notes.setdefault(line, [])
-        if all(note != other or place is not at for at, other, _ in notes):
-            notes.append((place, note, style))
+        if all(words != other or place is not at for at, other, _ in notes):
+            notes.append((place, words, style))
 
     def mark(self, spot: Spot, flows: bool) -> None:
         """Note whether a gradient passes the statement of an expression."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import stopgrad_jax._words as _words
+from stopgrad_jax._address import nodes
 from stopgrad_jax._engine.causes import Cut
+from stopgrad_jax._engine.trace import Static
 
 from .fold import Folded
 from .look import Look
@@ -31,11 +34,14 @@ def table(look: Look, place: str, steps: int, ops: int) -> Iterator[list[Part]]:
     if cuts:
         yield []
         yield from cuts
+    for spot, words in look.dropped:
+        text = f"{spot.place}  {spot.expression}  {words}"
+        yield [("  no use   ", "cut"), (text, "")]
     target = _interesting(look)
     if target:
         ways = f'flow.explain("{target}"), flow.source(), flow.save("flow.svg")'
         yield [("  next: " + ways, "dim")]
-    if look.xs is None and len(look.traced.arguments) > 1:
+    if look.xs is None and look.rows and len(look.traced.arguments) > 1:
         first = next(iter(look.traced.arguments))
         yield [(f'  xs="{first}" in the call makes the other arguments data', "dim")]
 
@@ -45,6 +51,9 @@ def _many(count: int, noun: str) -> str:
 
 
 def _rows(look: Look) -> Iterator[list[Part]]:
+    if not look.rows:
+        yield [(f"  {_words.NO_INPUTS.format(inputs=_untraced(look))}", "bold")]
+        return
     names = [name for name, _ in look.terms]
     rows = []
     for row in look.rows:
@@ -65,6 +74,21 @@ def _rows(look: Look) -> Iterator[list[Part]]:
         for word, width in zip(words, widths, strict=False):
             line += [("  ", ""), (word.center(width), _STYLE.get(word, "dim"))]
         yield line
+
+
+def _untraced(look: Look) -> str:
+    """List the arguments that are no arrays, with their types."""
+    values = [
+        f"{path} is {_article(type(node.value).__name__)}"
+        for root, tree in look.traced.named.items()
+        for path, node in nodes(tree, root)
+        if isinstance(node, Static)
+    ]
+    return ", ".join(values) or "there is no argument"
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _cuts(look: Look) -> Iterator[list[Part]]:
