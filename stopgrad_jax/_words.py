@@ -24,6 +24,8 @@ UNUSED = "gradient is exactly zero. {outputs} is not computed from it."
 CUT = "gradient is exactly zero. Every path to {outputs} is cut."
 # `jax.grad` by this input was traced, and raised this.
 RAISES = "jax.grad raises{at}: {error}"
+# Tracing it has left a value of the function's own trace in the derivative.
+CLOSED_OVER = "UnexpectedTracerError: a custom rule closes over what is differentiated"
 # A gradient that was traced reaches `prevent_gradient`.
 PREVENTED = "a gradient arrives at {places}, which raises."
 # Rules hand the tangent on along some way. Nothing was run: it may be zero by value.

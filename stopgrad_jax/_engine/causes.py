@@ -103,14 +103,21 @@ class Analysis:
         start = [(v, bits) for op, bits in pairs for v in op.values]
         return graph.forward(start, graph.grads) if start else [0] * len(graph.maker)
 
+    @functools.cached_property
+    def raising(self) -> Bits:
+        """The sources by which JAX raises as soon as they move, whatever comes back."""
+        return _union(
+            self._refuses(op) for op in self.graph.ops if op.always and not op.known
+        )
+
     def refusing(self, source: Bits) -> list[Op]:
-        """The operations whose rule raises, on a source's way to the sinks."""
+        """The operations whose rule raises, for a source."""
         return [
             op
             for op in self.graph.ops
             if not op.known
             and self._refuses(op) & source
-            and any(self.arrives[v] for v in op.values)
+            and (op.always or any(self.arrives[v] for v in op.values))
         ]
 
     def _refuses(self, op: Op) -> Bits:

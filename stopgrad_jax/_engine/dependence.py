@@ -27,11 +27,13 @@ class Answer:
         zero at some inputs.
       refuses: the operands (as bits) by which the rule cannot be differentiated; they
         count in `dependence`.
+      always: it raises as soon as one of these moves, not only where a gradient comes.
     """
 
     dependence: Sequence[Bits]
     masks: bool = False
     refuses: Bits = 0
+    always: bool = False
 
 
 class Rules:
@@ -76,15 +78,15 @@ class Rules:
         Args:
           eqn: the equation.
           moved: the operands that move, as bits; all that can, if None.
-          cotangents: the results that a gradient comes to; all, if None. Only rules
-            that are told so are asked differently.
+          cotangents: the results that a gradient comes to; all, if None. If it comes to
+            none, JAX still runs the forward half of the rule.
         """
         if (case := chosen(eqn)) is not None:  # a rule cannot see a literal's value
             carries = _jax.is_differentiable(eqn.outvars[0].aval)
             return Answer([1 << case if carries else 0])
         told = _jax.sees_which_move(eqn)
         if not told:
-            moved = cotangents = None
+            moved, cotangents = None, 0 if cotangents == 0 else None
         elif moved is None:
             moved = _but_hoisted(eqn)
         # Keys that hold a user's functions or programs live as long as this call.
@@ -122,10 +124,11 @@ class Rules:
             answers.append(self.answer(eqn, pattern, cotangents))
             refuses |= source if answers[-1].refuses else 0
         pairs = zip(*(answer.dependence for answer in answers), strict=True)
-        masks = any(answer.masks for answer in answers)
-        dependence = [union(bits) for bits in pairs]
-        return dataclasses.replace(
-            together, dependence=dependence, masks=masks
+        return Answer(
+            [union(bits) for bits in pairs],
+            any(answer.masks for answer in answers),
+            together.refuses,
+            any(answer.always for answer in answers),
         ), refuses
 
 
@@ -165,7 +168,7 @@ def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
     results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
     if cotangents is not None:
         results = [k for k in results if cotangents >> k & 1]
-    if not moved or not results:
+    if not moved:
         return Answer([0] * len(eqn.outvars))
     answer = _ask_together(eqn, moved, results)
     if not answer.refuses or pattern is not None or not moved[1:]:
@@ -173,16 +176,21 @@ def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
     # Some operands may be to blame, and others not: `igamma(a, x)` by x alone.
     alone = [_ask_together(eqn, [k], results) for k in moved]
     pairs = zip(*(each.dependence for each in alone), strict=True)
-    return dataclasses.replace(
-        answer,
-        dependence=[union(bits) for bits in pairs],
-        masks=any(each.masks for each in alone),
-        refuses=union(each.refuses for each in alone),
+    return Answer(
+        [union(bits) for bits in pairs],
+        any(each.masks for each in alone),
+        union(each.refuses for each in alone),
+        any(each.always for each in alone),
     )
 
 
 def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     """Ask a rule with all of these operands moving."""
+    every = sum(1 << k for k in moved)
+    if not results:
+        raises = _raises(eqn, moved)
+        none = [0] * len(eqn.outvars)
+        return Answer(none, refuses=every if raises else 0, always=raises)
     is_vjp = eqn.primitive.name == "custom_vjp_call"
     for ask in (_ask_reverse,) if is_vjp else (_ask_forward, _ask_reverse):
         try:
@@ -193,9 +201,23 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
             continue
         return answer
     # No rule that works here: JAX will say so if it is ever needed.
-    every = sum(1 << k for k in moved)
     dependence = [every if k in results else 0 for k in range(len(eqn.outvars))]
-    return Answer(dependence, refuses=every)
+    return Answer(dependence, refuses=every, always=_raises(eqn, moved))
+
+
+def _raises(eqn: Any, moved: list[int]) -> bool:
+    """Tell whether the forward half of a derivative raises, whatever comes back."""
+    results = list(range(len(eqn.outvars)))
+
+    def forward(operands: Any) -> Any:
+        primals = [operands[k] for k in moved]
+        return jax.vjp(_restricted(eqn, operands, moved, results), *primals)[0]
+
+    try:
+        _jax.traced_at(eqn, forward, [atom.aval for atom in eqn.invars])
+    except Exception:  # whatever it likes
+        return True
+    return False
 
 
 def is_linear(eqn: Any, moved: list[int]) -> bool:

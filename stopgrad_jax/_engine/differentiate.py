@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._words as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._errors import beats, has_beats, shortened
 
@@ -271,7 +272,19 @@ def try_gradient(
     traced = program.traced.again()
     program = look_up(traced, program.matched, called)
 
+    inside = any(place.kind == "point" for place in (*xs, *ys))
+
     def gradients(leaves: Any, cts: Any) -> Any:
+        if not inside:
+
+            def run(*values: Any) -> list[Any]:
+                moved = list(leaves)
+                for x, value in zip(xs, values, strict=True):
+                    moved[x.index] = value
+                out = traced.run(*moved)
+                return [out[y.index] for y in ys]
+
+            return jax.vjp(run, *(leaves[x.index] for x in xs))[1](list(cts))
         filled = dataclasses.replace(traced, leaves=leaves)
         here = dataclasses.replace(program, traced=filled)
         pairs = list(zip(ys, cts, strict=True))
@@ -280,7 +293,9 @@ def try_gradient(
 
     cts = [_jax.shape_of(program.types[y]) for y in ys]
     try:
-        jaxpr, _ = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
+        jaxpr, consts = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
+        if any(map(_jax.is_traced, consts)) and _holds_closure(traced.jaxpr):
+            return False, _words.CLOSED_OVER
     except Exception as error:  # whatever the rule on the way raises
         return False, f"{type(error).__name__}: {shortened(error, 160)}"
     first = len(jaxpr.invars) - len(cts)

@@ -25,6 +25,7 @@ class Op:
     """An equation at one place of the program, or the joint of a loop or branch."""
 
     __slots__ = (
+        "always",
         "cotangents",
         "eqn",
         "held",
@@ -48,6 +49,7 @@ class Op:
         # Sources (as bits) and operands with which its rule raises.
         self.refuses: Bits = 0
         self.refusing: Sequence[Value | None] = ()
+        self.always = False  # also where no gradient comes back
         # What a rule was told that asks for it: with which sources each operand moves,
         # and the results (as bits) that a gradient comes to.
         self.is_told = False

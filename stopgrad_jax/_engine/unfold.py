@@ -159,15 +159,16 @@ class _Unfolding:
         op = self._op(eqn, path)
         op.inputs = inputs
         moves = any(self._moves[x] for x in inputs if x is not None)
-        if id(eqn) in self._idle or not moves:
+        wanted = 0 if id(eqn) in self._idle else None
+        if not moves:
             answer = Answer([0] * len(eqn.outvars))
         elif self._rules.by_pattern(eqn):
-            answer, op.refuses = self._rules.by_source(eqn, moving)
+            answer, op.refuses = self._rules.by_source(eqn, moving, wanted)
             op.is_told, op.moving = True, moving
         else:
-            answer = self._rules.answer(eqn)
+            answer = self._rules.answer(eqn, None, wanted)
             op.refusing = [x for k, x in enumerate(inputs) if answer.refuses >> k & 1]
-        op.masks = answer.masks
+        op.masks, op.always = answer.masks, answer.always
         if _jax.gate_name(eqn) == "prevent_gradient":
             op.refusing = inputs
         op.overwrites = kept is not None
@@ -316,10 +317,11 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
         arrives, changed = graph.backward(sinks, graph.grads), False
         for op in map(graph.ops.__getitem__, asked):
             cotangents = sum(1 << k for k, v in enumerate(op.values) if arrives[v])
-            if cotangents in (0, op.cotangents):
+            if cotangents == op.cotangents:
                 continue
             op.cotangents, changed = cotangents, True
             answer, op.refuses = rules.by_source(op.eqn, op.moving, cotangents)
+            op.always = answer.always
             for value, bits in zip(op.values, answer.dependence, strict=False):
                 grads = [x for k, x in enumerate(op.inputs) if bits >> k & 1]
                 graph.grads[value] = _values(grads)

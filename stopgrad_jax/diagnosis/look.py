@@ -203,7 +203,8 @@ class Look:
         "unknown" where `jax.grad` raises: it was tried.
         """
         analysis, values = self.analysis, list(values)
-        if analysis.reached(analysis.refused, values) & bits:
+        refused = analysis.reached(analysis.refused, values) | analysis.raising
+        if refused & bits:
             connected, error = self.tried(bits)
             if error:
                 return "unknown"
