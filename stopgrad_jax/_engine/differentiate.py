@@ -294,7 +294,8 @@ def try_gradient(
     cts = [_jax.shape_of(program.types[y]) for y in ys]
     try:
         jaxpr, consts = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
-        if any(map(_jax.is_traced, consts)) and _holds_closure(traced.jaxpr):
+        outer = set(map(id, (*traced.consts, *traced.leaves)))
+        if any(_jax.is_traced(x) and id(x) not in outer for x in consts):
             return False, _words.CLOSED_OVER
     except Exception as error:  # whatever the rule on the way raises
         return False, f"{type(error).__name__}: {shortened(error, 160)}"
