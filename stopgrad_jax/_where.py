@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -136,6 +136,7 @@ def _tops(
     require_one_meaning(wanted, tops, called)
     if not tops:
         leaves = quoted(path for path, _ in _leaves(tree))
+        known = dict.fromkeys(_selectable(tree)) or known
         raise AddressError(
             beats(
                 called,
@@ -146,6 +147,13 @@ def _tops(
             )
         )
     return negated, set(tops)
+
+
+def _selectable(tree: Any) -> Iterator[str]:
+    """Yield the paths below which a leaf carries a gradient."""
+    for above, leaf in zip(paths_of(tree), jax.tree.leaves(tree), strict=True):
+        if _jax.carries_gradient(leaf):
+            yield from above
 
 
 def _instead(wanted: str, known: list[str]) -> str:

@@ -6,8 +6,10 @@ import pathlib
 
 import jax
 import pytest
+import remedies
 
 jax.config.update("jax_num_cpu_devices", 8)
+remedies.install()
 
 # Most of the time goes into compiling, and many tests compile the same: the first one
 # does. JAX looks programs up by their text, their options and its own version.
