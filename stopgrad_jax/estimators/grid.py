@@ -42,8 +42,9 @@ def fsq(
 
     Two levels need "symmetric". The others shift even levels off the middle: for a
     standard normal z, 2 levels are one code in 94.1 percent of cases ("paper") or
-    99.993 ("lucidrains"), and two halves in "symmetric"; codes of 4 levels have 12 to
-    33 percent, and 21 to 29. Of 3 levels and more none has over 1.7 / levels.
+    99.993 ("lucidrains", where that package refuses them), and two halves in
+    "symmetric"; codes of 4 levels have 12 to 33 percent, and 21 to 29. Of 3 levels and
+    more none has over 1.7 / levels.
 
     Forward: the number nearest to the bound; of two equally near ones the even one, or
     in "symmetric" the greater. In float32 at least.
