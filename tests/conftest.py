@@ -35,7 +35,7 @@ KEEPING = ["test_flow_labels.py", "test_flow_soundness.py", "test_flow_zoo.py"]
 # compiled programs would take half an hour more with it.
 COMPOSED = [
     *("test_codebook.py", "test_codebook_cost.py", "test_estimators.py"),
-    *("test_quantize.py", "test_score.py"),
+    *("test_fsq.py", "test_nearest.py", "test_quantize.py", "test_score.py"),
     *("test_sample.py", "test_sample_means.py", "test_surrogate.py"),
     *("test_train.py", "test_train_devices.py", "test_train_processes.py"),
     *("test_train_cost.py", "test_fit.py", "test_nonfinite.py", "test_check.py"),

@@ -17,64 +17,6 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
-# fsq ------------------------------------------------------------------------------
-
-
-def bound_by_hand(z, levels, variant):
-    """Of the paper's code and of vector-quantize-pytorch, in float64."""
-    z, levels = np.asarray(z, np.float64), np.array(levels)
-    sign, inverse = {"paper": (-1, np.tan), "lucidrains": (1, np.arctanh)}[variant]
-    half = (levels - 1) * (1 + sign * 1e-3) / 2
-    offset = np.where(levels % 2 == 0, 0.5, 0.0)
-    return np.tanh(z + inverse(offset / half)) * half - offset
-
-
-@pytest.mark.parametrize("variant", ["paper", "lucidrains"])
-def test_fsq_is_its_definition(variant, run):
-    levels = (8, 5, 2, 3)
-    z = 2 * normal(0, 1000, 4)
-    f = run(lambda z: q.fsq(z, levels, variant=variant))
-    bound, width = bound_by_hand(z, levels, variant), np.array(levels) // 2
-    np.testing.assert_allclose(f(z), np.round(bound) / width, rtol=1e-6)
-    h = 1e-5
-    moved = [bound_by_hand(np.float64(z) + s, levels, variant) for s in (h, -h)]
-    slopes = (moved[0] - moved[1]) / (2 * h) / width
-    ct = jnp.cos(z)
-    got = jax.grad(lambda z: jnp.vdot(ct, f(z)))(z)
-    np.testing.assert_allclose(got, np.asarray(ct) * slopes, atol=2e-6)
-    np.testing.assert_allclose(
-        jax.jvp(f, (z,), (ct,))[1], np.asarray(ct) * slopes, atol=2e-6
-    )
-
-
-@pytest.mark.parametrize("variant", ["paper", "lucidrains"])
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9, 16])
-def test_fsq_has_all_its_levels_and_no_others(count, variant):
-    z = jnp.concatenate(
-        [jnp.linspace(-9, 9, 4001, dtype="float32"), f32(-jnp.inf, jnp.inf)]
-    )
-    codes = np.unique(q.fsq(z[:, None], [count], variant=variant))
-    expected = np.arange(-(count // 2), (count + 1) // 2) / (count // 2)
-    np.testing.assert_allclose(np.unique(codes + 0.0), expected, atol=1e-6)
-
-
-def test_fsq_variants_differ():
-    z = jnp.zeros((1, 1), jnp.float32)
-    assert q.fsq(z, [4])[0, 0] == q.fsq(z, [4], variant="lucidrains")[0, 0] == 0
-    wide = jnp.linspace(-2, 2, 400, dtype=jnp.float32)[:, None]
-    ours, theirs = q.fsq(wide, [2]), q.fsq(wide, [2], variant="lucidrains")
-    assert 0 < np.sum(ours != theirs) < 400
-
-
-def test_fsq_to_second_order():
-    levels, z = (5, 8), f32(0.3, -0.7)
-    smooth = lambda z: (jnp.tanh(z[0]) * 4 * 0.999 / 2) / 2
-    f = lambda z: q.fsq(z, levels)[0]
-    for second in (jax.jacrev, jax.jacfwd):
-        got = second(jax.grad(f))(z)
-        np.testing.assert_allclose(got, jax.hessian(smooth)(z), rtol=1e-5, atol=1e-7)
-
-
 # lfq and bsq ----------------------------------------------------------------------
 
 
@@ -360,19 +302,6 @@ def test_a_codebook_learns_in_vmap_and_shard_map():
 
 Z = normal(0, 5, 3)
 BAD = {
-    "levels has 3 entries": (ValueError, lambda: q.fsq(Z, (8, 5))),
-    r"fsq\(z, 8, [\s\S]*levels has 3 entries": (ValueError, lambda: q.fsq(Z, 8)),
-    r"levels\[1\] is an int, at least 2": (ValueError, lambda: q.fsq(Z, (8, 1, 5))),
-    r"levels\[2\] is an int": (ValueError, lambda: q.fsq(Z, (8, 5, 5.0))),
-    'variant is "paper" or "lucidrains"': (
-        ValueError,
-        lambda: q.fsq(Z, (8, 5, 5), variant="other"),
-    ),
-    r"fsq\([\s\S]*z is an array of real floats": (
-        TypeError,
-        lambda: q.fsq(jnp.ones((2, 3), int), (8, 5, 5)),
-    ),
-    r"fsq\([\s\S]*z has at least 1 axis": (ValueError, lambda: q.fsq(1.0, (8,))),
     r"lfq\(z\): z is an array": (TypeError, lambda: q.lfq(jnp.arange(3))),
     r"bsq\(z\): z is an array": (TypeError, lambda: q.bsq(jnp.arange(3))),
     r"bsq\(z\): z has at least 1 axis": (ValueError, lambda: q.bsq(1.0)),

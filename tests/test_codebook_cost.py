@@ -33,9 +33,37 @@ def _fsq(z):
     return (bounded + _stop(jnp.round(bounded) - bounded)) / width
 
 
+def _symmetric(z):
+    half, offset = np.float32([3.5, 2, 1]), np.float32([0.5, 0, 0])
+    bounded = jnp.tanh(z) * half
+    code = jnp.floor(bounded + (0.5 - offset)) + offset
+    return (bounded + _stop(code - bounded)) / half
+
+
+def _nearest(z, codes):
+    """With the guards: any offset, size or nan; of equal codes the first."""
+    some = codes[:: -(-len(codes) // 15)]
+    middle = jnp.sort(some, 0)[(len(some) - 1) // 2]
+    middle = jnp.where(jnp.isfinite(middle), middle, 0.0)
+    size = jnp.sort(jnp.max(jnp.abs(some - middle), -1))[len(some) // 2]
+    size = jax.lax.reduce_precision(size, 8, 0)
+    size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1.0)
+    z = jnp.where(jnp.isfinite(z - middle), z - middle, 0.0)
+    scaled = (codes - middle) / size
+    halves = jnp.sum(scaled**2, -1) * (size / 2)
+    usable = jnp.isfinite(halves)
+    scaled = jnp.where(usable[:, None], scaled, 0.0)
+    dots = jnp.matmul(z, scaled.T, precision="highest")
+    indices = jnp.argmin(jnp.where(usable, halves, jnp.inf) - dots, -1)
+    marks = jnp.sum(codes / (jnp.arange(codes.shape[-1]) + np.sqrt(2)), -1)
+    same = marks == marks[indices][:, None]
+    rows = jnp.arange(len(codes))
+    alike = jnp.min(jnp.where(same, rows, indices[:, None]), -1)
+    return jnp.where(jnp.all(codes[alike] == codes[indices], -1), alike, indices)
+
+
 def _vq(z, codes):
-    scores = jnp.sum(codes**2, -1) / 2 - jnp.matmul(z, codes.T, precision="highest")
-    indices = jnp.argmin(scores, -1)
+    indices = _nearest(*_stop((z, codes)))
     code = codes[indices]
     quantized = jnp.where(jnp.isnan(z), z, z + _stop(code - z))
     losses = jnp.mean((_stop(z) - code) ** 2), jnp.mean((z - _stop(code)) ** 2)
@@ -60,8 +88,7 @@ def _bsq(z):
 
 
 def _rotation(z, codes):
-    scores = jnp.sum(codes**2, -1) / 2 - jnp.matmul(z, codes.T, precision="highest")
-    code = _stop(codes[jnp.argmin(scores, -1)])
+    code = _stop(codes[_nearest(_stop(z), codes)])
     (e, e_norm), (q_unit, q_norm) = _unit(_stop(z)), _unit(code)
     both, eps = e + q_unit, np.finfo("float32").eps
     square = jnp.sum(both * both, -1, keepdims=True)
@@ -82,6 +109,11 @@ PAIRS = {
         (),
     ),
     "fsq": (lambda z: q.fsq(z, (8, 5, 3)), _fsq, ()),
+    "fsq symmetric": (
+        lambda z: q.fsq(z, (8, 5, 3), variant="symmetric"),
+        _symmetric,
+        (),
+    ),
     "lfq": (
         q.lfq,
         lambda z: z + _stop(jnp.where(z == 0, -1.0, jnp.sign(z)) - z),

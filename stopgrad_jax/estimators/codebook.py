@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,8 +46,8 @@ def vector_quantize(
     The losses are computed from the code itself. Computed from `quantized`, as is
     easily done by mistake, the gradient of the codebook would be zero in silence.
 
-    Forward: the code with the least `norm(code)**2 - 2 * dot(z, code)`, in float32 at
-    least; of equal ones the first.
+    Forward: the code nearest to z, bit for bit, found in float32 at least; of equal
+    codes the first.
     Backward, of `quantized`: to z alone, in both modes. "straight_through": the
     cotangent g. "rotation": `lam * R.T @ g` for the rotation and scale that bring z to
     its code q, held fixed: `lam = norm(q) / norm(z)` and, for q^ and z^ of norm 1 and w
@@ -55,8 +56,20 @@ def vector_quantize(
     (within 0.1 degrees in float32), there is no such rotation, and g passes.
     Backward, of the losses: to the codebook and to z, each to one alone.
 
-    Both are biased; they agree where z is its code. Straight-through has one gradient
-    for all z with the same code, rotation one that depends on where z is.
+    Both are biased; they agree where z is its code. For one g, straight-through has one
+    gradient for all z with the same code, rotation one that depends on where z is.
+
+    Distances are compared by a matrix product, measured from the middle m of the
+    codebook (the median of a few codes), so an offset that z and codes share costs
+    nothing. A code that is not the nearest is taken only where the squared distances of
+    the two differ by less than rounding does: `2 * (d + 4) * eps * r * (r + norm(z -
+    m))`, with d the width, r the larger norm(code - m) of the two and eps that of the
+    dtype. Codes in clusters far from one another, or a z far from all, are compared no
+    better than that.
+
+    One level, every vector: for several levels, or vectors that are padding, see "What
+    is left to you" in the page of `quantize`. Written `z - quantized`, the second level
+    of a residual quantizer has no gradient to z, and the sum of k levels k times g.
 
     Args:
       z: a floating array; its last axis is the code.
@@ -67,6 +80,8 @@ def vector_quantize(
       A `VectorQuantized` (quantized, indices, codebook_loss, commitment_loss). The
       losses are means over all entries, in float32 at least; their weights are yours,
       as in `codebook_loss + 0.25 * commitment_loss`. Where z is nan, so is quantized.
+      An entry of z that is nan or infinite does not decide: its code is chosen as if it
+      lay at m. A code with a nan or infinite entry is chosen only if all are such.
 
     Raises:
       TypeError: z or codebook is no floating array.
@@ -102,8 +117,7 @@ def vector_quantize(
     dtype = jnp.promote_types(given.dtype, codes.dtype)
     given, codes = given.astype(dtype), codes.astype(dtype)
     indices = _nearest(stop_gradient(given), stop_gradient(codes))
-    # An index is in bounds and not negative: no instructions to make it so.
-    code = codes.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    code = _rows(codes, indices)
 
     fixed, target = stop_gradient((given, code))
     source = _rotated(given, target) if gradient == "rotation" else given
@@ -118,10 +132,63 @@ def vector_quantize(
 
 
 def _nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
-    half_squares = jnp.sum(jnp.square(codes), -1) / 2
-    dots = jnp.matmul(z, codes.T, precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.broadcast_to(half_squares, dots.shape) - dots
-    return jax.lax.argmin(scores, scores.ndim - 1, jnp.int32)
+    """Return the index of the nearest code; of equally near ones the first."""
+    middle, size = _middle(codes)
+    # |code|^2 / 2 - <z, code> orders codes as their distance does, and is a matrix
+    # product. Measured from the origin it loses what is small beside |code|^2: 1,000
+    # away from it, codes 1 apart are confused.
+    z = z - jnp.expand_dims(middle, range(z.ndim - 1))
+    z = jnp.where(jnp.isfinite(z), z, jnp.zeros_like(z))
+    scaled = (codes - middle[None]) / size  # the square neither overflows nor vanishes
+    halves = jnp.sum(jnp.square(scaled), -1) * (size / 2)
+    usable = jnp.isfinite(halves)
+    halves = jnp.where(usable, halves, jnp.full_like(halves, jnp.inf))
+    scaled = jnp.where(usable[:, None], scaled, jnp.zeros_like(scaled))
+    dots = jnp.matmul(z, scaled.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.expand_dims(halves, range(z.ndim - 1)) - dots
+    return _first(jax.lax.argmin(scores, scores.ndim - 1, jnp.int32), codes)
+
+
+def _first(indices: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the first of the codes that are equal to the one chosen.
+
+    A matrix product may round one column otherwise than an equal one, by its place.
+    """
+    weights = 1 / (jax.lax.iota(codes.dtype, codes.shape[1]) + math.sqrt(2))
+    marks = jnp.sum(codes * weights[None], -1)  # equal rows have equal ones
+    of_all = jnp.expand_dims(marks, range(indices.ndim))
+    of_chosen = jnp.expand_dims(_rows(marks, indices), -1)
+    chosen = jnp.expand_dims(indices, -1)
+    shape = (*indices.shape, len(codes))
+    rows = jax.lax.broadcasted_iota(jnp.int32, shape, indices.ndim)
+    alike = jnp.min(jnp.where(of_all == of_chosen, rows, chosen), -1)
+    equal = jnp.all(_rows(codes, alike) == _rows(codes, indices), -1)
+    return jnp.where(equal, alike, indices)
+
+
+def _rows(values: jax.Array, indices: jax.Array) -> jax.Array:
+    # An index is in bounds and not negative: no instructions to make it so.
+    return values.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _middle(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the median of a few codes, entry by entry, and a size: a power of 2.
+
+    Any point would do that is near the codes. The mean is not, where one code has run
+    away to 1e6: it takes the mean along, and all others are confused.
+    """
+    some = codes[:: -(-len(codes) // _FEW)]
+    rank = len(some) // 2
+    middle = jnp.sort(some, 0)[(len(some) - 1) // 2]  # nan is sorted last
+    middle = jnp.where(jnp.isfinite(middle), middle, jnp.zeros_like(middle))
+    size = jnp.sort(jnp.max(jnp.abs(some - middle[None]), -1))[rank]
+    # Of a power of 2 the quotient is exact, and so equal distances stay equal.
+    size = jax.lax.reduce_precision(size, jnp.finfo(size.dtype).nexp, 0)
+    known = jnp.isfinite(size) & (size > 0)
+    return middle, jnp.where(known, size, jnp.ones_like(size))
+
+
+_FEW = 15
 
 
 def _rotated(z: jax.Array, code: jax.Array) -> jax.Array:

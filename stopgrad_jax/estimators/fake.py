@@ -1,17 +1,18 @@
 """Quantize to whole multiples of a step and back: fake quantization.
 
 The value is one that the integer arithmetic of a device would give; the gradient is
-that of the range's clip, and of its bounds where those learn.
+that of the range's clip, and of its bounds where those learn, or the cotangent itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stopgrad_jax._errors import beats
 from stopgrad_jax.gates import mask_gradient, stop_gradient
 from stopgrad_jax.substitution import replace_value
 
@@ -49,8 +50,13 @@ def fake_quant(
     Backward: to x the cotangent where x lies in the nudged range, ends included; to min
     the sum of it below, to max above. Both modes.
 
-    Biased, as the gradient of every rounding is: that of x is the clip's, which the
-    value approaches as num_bits grows.
+    Biased, as the gradient of every rounding is: that of x is the clip's, and the value
+    is half a step away from the clip at most.
+
+    Nudged, a range may end before its own max, as -6 to 6 does: x = 6 is outside, and
+    its cotangent goes to max. Where max is `x.max()` it comes back to x from there; not
+    if that is stopped, or a constant. For a gradient everywhere, whatever the range:
+    `sg.straight_through(lambda x: sg.quantize.fake_quant(x, low, high))(x)`.
 
     A symmetric range lies just between two zero points: here the higher one is taken.
     In TensorFlow rounding errors decide, for -6 to 6 as here, for -1 to 1 not.
@@ -125,16 +131,25 @@ def fake_quant_affine(
     zero_point: jax.typing.ArrayLike,
     qmin: int,
     qmax: int,
+    *,
+    gradient: Literal["clipped", "straight_through"] = "clipped",
 ) -> jax.Array:
     """Round to the codes of a given step and zero point, as PyTorch does.
 
     Forward: `(clip(round(x * (1 / scale)) + zero_point, qmin, qmax) - zero_point) *
     scale`, half to even; computed in float32 at least.
-    Backward: to x the cotangent where the *rounded* code lies from qmin to qmax, so
-    half a step further than the range itself. Nothing to scale and zero_point. Both
-    modes.
+    Backward: to x the cotangent. "clipped": where the *rounded* code lies from qmin to
+    qmax, so half a step further than the range itself, and nothing beyond, as in
+    PyTorch. "straight_through": everywhere. Nothing to scale and zero_point, even where
+    they are computed from x. Both modes.
 
-    Biased, as every rounding; the limit of small steps is the clip.
+    Where the scale is that of x itself, take "straight_through". With `abs(x).max() /
+    127.5` and codes of -128 to 127, the largest x lies at 127.5: unless division has
+    made it less, it is rounded to 128 and, "clipped", gets no gradient. With
+    `abs(x).max() / 127` it is inside.
+
+    Biased, as every rounding; the value is half a step at most from x clipped to
+    `(qmin - zero_point) * scale` and `(qmax - zero_point) * scale`.
 
     Args:
       x: a floating array.
@@ -143,6 +158,7 @@ def fake_quant_affine(
       zero_point: the code of 0, likewise.
       qmin: the lowest code.
       qmax: the highest code.
+      gradient: "clipped" or "straight_through".
 
     Returns:
       An array of x's shape and dtype; nan where x is nan.
@@ -150,14 +166,18 @@ def fake_quant_affine(
     Raises:
       TypeError: x is no floating array; scale or zero_point no real number.
       ValueError: qmin is not below qmax, scale is not positive or zero_point is no code
-        (where they are known), or one does not broadcast.
+        (where they are known), one does not broadcast, or the gradient is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
-        >>> f = lambda x: sg.quantize.fake_quant_affine(x, 0.5, 0, -8, 7)
-        >>> x = jnp.array([0.25, 0.75, 3.7, 3.8])
-        >>> print(f(x), jax.grad(lambda x: f(x).sum())(x))
-        [0.  1.  3.5 3.5] [1. 1. 1. 0.]
+        >>> fake, x = sg.quantize.fake_quant_affine, jnp.array([0.25, 0.75, 3.7, 3.8])
+        >>> print(fake(x, 0.5, 0, -8, 7))
+        [0.  1.  3.5 3.5]
+        >>> for gradient in ("clipped", "straight_through"):
+        ...     f = lambda x: fake(x, 0.5, 0, -8, 7, gradient=gradient).sum()
+        ...     print(jax.grad(f)(x))
+        [1. 1. 1. 0.]
+        [1. 1. 1. 1.]
 
     Reference:
       Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
@@ -165,6 +185,10 @@ def fake_quant_affine(
     """
     called = f"fake_quant_affine(x, scale, zero_point, {qmin}, {qmax})"
     x = real(x, "x", called)
+    if gradient not in ("clipped", "straight_through"):
+        expected = 'gradient is "clipped" or "straight_through"'
+        instead = 'gradient="straight_through"'
+        raise ValueError(beats(called, expected, f"{gradient!r}", instead))
     qmin, qmax = codes(qmin, qmax, called)
     require_positive(scale, "scale", called)
     require(
@@ -181,8 +205,9 @@ def fake_quant_affine(
     zero = per_entry(zero, given)
     code = jnp.round(stop_gradient(given) * per_entry(1 / step, given)) + zero
     value = (jnp.clip(code, qmin, qmax) - zero) * per_entry(step, given)
-    inside = (code >= qmin) & (code <= qmax)
-    return replace_value(mask_gradient(given, inside), value).astype(x.dtype)
+    if gradient == "clipped":
+        given = mask_gradient(given, (code >= qmin) & (code <= qmax))
+    return replace_value(given, value).astype(x.dtype)
 
 
 def _nudged(

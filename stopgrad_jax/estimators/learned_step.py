@@ -37,12 +37,16 @@ def lsq(
     Forward: `round(clip(v, qmin, qmax)) * step` with `v = x / step`, half to even; in
     float32 at least.
     Backward: to x the cotangent where `qmin < v < qmax`, ends excluded, as in the
-    paper. To step the sum of the cotangent times `round(v) - v` there, qmin below and
-    qmax above, over `sqrt(num_elements * qmax)`. Both modes.
+    paper; none at an end and beyond. To step the sum of the cotangent times
+    `round(v) - v` there, qmin below and qmax above, over `sqrt(num_elements * qmax)`.
+    Both modes.
 
     Biased in x, as every rounding. The gradient of step is the derivative that remains
-    when round has the slope 1; the root makes steps move about as fast as weights do,
-    however many entries share one.
+    when round has the slope 1, over a root that is the paper's, to balance the updates
+    of steps and of weights.
+
+    A step that is computed from x (`abs(x).max() / qmax`) is not for here: the largest
+    x lies at the end and gets no gradient. See `fake_quant_affine`.
 
     Args:
       x: a floating array.

@@ -17,12 +17,19 @@ def normal(*shape):
     return np.float32(np.random.default_rng(sum(shape)).normal(size=shape))
 
 
-@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (3, 4, 7), (16,)], ids=str)
-def test_fsq(levels):
+@pytest.mark.parametrize("symmetric", [False, True], ids=["shifted", "symmetric"])
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (3, 4, 7), (16,), (2, 2)], ids=str)
+def test_fsq(levels, symmetric):
+    """Theirs refuses 2 levels, shifted: all but 7 in 100,000 would be one code."""
+    if 2 in levels and not symmetric:
+        with pytest.raises(AssertionError, match="preserve_symmetry"):
+            FSQ(levels)
+        return
     x = normal(400, len(levels)) * 2
     x = np.concatenate([x, [[s] * len(levels) for s in (0.0, 1e-6, 30.0, -30.0)]])
-    mine = lambda z: sg.quantize.fsq(z, levels, variant="lucidrains")
-    quantizer = FSQ(levels)
+    variant = "symmetric" if symmetric else "lucidrains"
+    mine = lambda z: sg.quantize.fsq(z, levels, variant=variant)
+    quantizer = FSQ(levels, preserve_symmetry=symmetric)
     (value, grad), theirs = both(mine, quantizer.quantize, np.float32(x))
     # A value within rounding of halfway may go to either side.
     same = np.isclose(value, theirs[0], atol=1e-6)
