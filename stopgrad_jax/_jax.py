@@ -195,8 +195,24 @@ def _file_and_line(source_info: Any) -> str:
 
 
 def scopes_of(eqn: Any) -> str:
-    """Return the equation's `named_scope` path; differentiated parts have `jvp(`."""
+    """Return the equation's name stack as JAX prints it, scopes and transforms."""
     return str(eqn.source_info.name_stack)
+
+
+def transforms_of(eqn: Any) -> tuple[str, ...]:
+    """Names of JAX's transforms that made an equation, outermost first.
+
+    `("transpose", "jvp")` for a backward pass. A name stack holds `Transform` and
+    `Scope` elements: only their text looks alike, where a user's scope is "jvp(x)".
+    """
+    stack = eqn.source_info.name_stack.stack
+    return tuple(e.name for e in stack if type(e).__name__ == "Transform")
+
+
+def scope_of(eqn: Any) -> str:
+    """Return the path of the named scopes that an equation was made in."""
+    stack = eqn.source_info.name_stack.stack
+    return "/".join(e.name for e in stack if type(e).__name__ == "Scope")
 
 
 def callers_of(eqn: Any) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Given:
 
     def __init__(self, run: Execution, users: Mapping[Any, Sequence[int]]) -> None:
         self._run, self._users = run, users
-        self._differentiated = any("jvp(" in _jax.scopes_of(i.eqn) for i in run.items)
+        self._differentiated = any("jvp" in _jax.transforms_of(i.eqn) for i in run.items)
 
     def place(self) -> tuple[int, int]:
         """Return the positions of the equation and of the result in it."""

@@ -151,7 +151,7 @@ def _is_called(label: str, function: Sequence[str], name: str) -> bool:
 
 def _is_backward(eqn: Any) -> bool:
     """Tell the equations of a backward pass: they have the lines of the forward one."""
-    return "transpose(" in _jax.scopes_of(eqn)
+    return "transpose" in _jax.transforms_of(eqn)
 
 
 def _users(jaxpr: Any) -> dict[Any, list[int]]:

@@ -8,7 +8,6 @@ jaxpr that is called many times is searched once.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -261,7 +260,7 @@ class Search:
 
     @staticmethod
     def _differentiated(eqn: Any, context: _Context) -> bool:
-        return context.differentiated or "jvp(" in _jax.scopes_of(eqn)
+        return context.differentiated or "jvp" in _jax.transforms_of(eqn)
 
 
 def _lifted(found: Found, inner: Nested, eqn: Any) -> Found:
@@ -288,7 +287,7 @@ def leaves(tree: Any) -> list[Leaf]:
 
 def _scopes(eqn: Any) -> frozenset[str]:
     """Names of the scopes and functions that an equation was traced in."""
-    names = set(re.split(r"[/()]", _jax.scopes_of(eqn)))
+    names = set(_jax.scope_of(eqn).split("/"))
     for caller in _jax.callers_of(eqn):
         parts = caller.split(".")
         names |= {caller, parts[-1]}
