@@ -19,6 +19,9 @@ import jaxlib
 import numpy as np
 from jax.extend import core, source_info_util
 
+from ._origin import Origin as Origin
+from ._origin import origin_of as origin_of
+
 Jaxpr = core.Jaxpr
 Literal = core.Literal
 Primitive = core.Primitive

@@ -139,7 +139,7 @@ class Labels:
             library = False
             for frame in frames:
                 library = not self.is_users(frame.file)
-                if not library:
+                if self.shows(frame):
                     self._push(spots, frame)
             key = (tuple(spots), library, sampler)
         return self._paths.setdefault(key, Path(*key))
@@ -155,6 +155,10 @@ class Labels:
         if key not in self._spots:
             self._spots[key] = Spot(frame, function)
         spots.append(self._spots[key])
+
+    def shows(self, frame: _jax.Frame) -> bool:
+        """Tell whether a call is in the paths: those of the user's code are."""
+        return self.is_users(frame.file)
 
     def is_users(self, file: str) -> bool:
         """Tell the user's files from those of installed libraries."""
