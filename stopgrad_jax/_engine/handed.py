@@ -43,7 +43,8 @@ class Handed:
     """The values that the functions called in one jaxpr are handed.
 
     `origin` is the function that the jaxpr was traced from. `spread`: the names of its
-    `*args` and `**kwargs`, where it hands them on to the first function of the user.
+    `*args` and `**kwargs`, which a library hands on to the first function of the user;
+    None in a nested jaxpr.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Handed:
         jaxpr: Any,
         items: Sequence[Item],
         origin: _jax.Origin | None,
-        spread: tuple[str, str] = ("", ""),
+        spread: tuple[str, str] | None = None,
     ) -> None:
         self._jaxpr, self._items = jaxpr, items
         self._origin, self._spread = origin, spread
@@ -81,12 +82,18 @@ class Handed:
             for other in kept:
                 self._refuse_reading(first, outer, depth, name, other)
             return self._evaluated(first, outer, node)
+        if self._spread is None:
+            raise Unclear(
+                f"{function.path[-1]} is not called by code that has a source"
+            )
         args, kwargs = self._spread
         positional = positional_of(function)
         if args and name in positional:
             return self._input(f"{args}[{positional.index(name)}]")
         if kwargs and name in function.parameters:
             return self._input(f"{kwargs}['{name}']")
+        if name in self._inputs and self._spread == ("", ""):  # haiku keeps the names
+            return self._input(name)
         raise Unclear(f"{function.path[-1]} is not called by code that has a source")
 
     def _input(self, spelled: str) -> Any:
@@ -102,12 +109,12 @@ class Handed:
     def _caller(first: Item, depth: int) -> int:
         """Return the depth of the function that spells the arguments; -1 for none.
 
-        What calls with `*args` hands on what it was called with itself.
+        A function of `*args` that calls with them hands on what it was handed.
         """
         for outer in range(depth - 1, -1, -1):
             spot = first.spots[outer]
             call = spot.source.call_at(spot.position) if spot.is_current else None
-            if call is None or not any(isinstance(x, ast.Starred) for x in call.args):
+            if call is None or not _hands_on(call, spot.source.function(spot.position)):
                 return outer
         return -1
 
@@ -117,7 +124,7 @@ class Handed:
         """Return the expression that is handed over, and those a library keeps."""
         caller, called = first.spots[outer], function.path[-1]
         call = caller.source.call_at(caller.position)
-        if call is None:
+        if call is None or any(isinstance(x, ast.Starred) for x in call.args):
             raise Unclear(f"how {called} is called does not show in the source")
         keywords = {k.arg: k.value for k in call.keywords}
         given, positional = list(call.args), positional_of(function)
@@ -128,7 +135,7 @@ class Handed:
         if function.bound and len(given) == len(positional) + 1:  # Net.forward(net, x)
             given = given[1:]
         filled = [*positional[: len(given)], *keywords]
-        by_name = caller.source.callee(caller.position) == called
+        by_name = caller.source.callee(caller.position) == called or outer < depth - 1
         if not by_name and called not in _OBJECTS and not set(positional) <= {*filled}:
             raise Unclear(f"which argument it is in the call of {called} is not clear")
         if name in keywords:
@@ -278,6 +285,18 @@ def positional_of(function: Function) -> list[str]:
     """Return the parameters that take arguments by position, but for the object."""
     a = function.node.args
     return [arg.arg for arg in (*a.posonlyargs, *a.args)][int(function.bound) :]
+
+
+def _hands_on(call: ast.Call, function: Function) -> bool:
+    """Tell whether a call hands on the arguments of its own function as they are."""
+    if not any(isinstance(x, ast.Starred) for x in call.args):
+        return False
+    a = function.node.args
+    own = [arg.arg for arg in (*a.posonlyargs, *a.args)]
+    own += [f"*{a.vararg.arg}"] if a.vararg else []
+    rest = {k.arg or f"**{ast.unparse(k.value)}" for k in call.keywords}
+    same = rest <= {f"**{a.kwarg.arg}" if a.kwarg else None}
+    return same and [ast.unparse(x) for x in call.args] == own
 
 
 def _executions(items: Sequence[Item], depth: int, value: Position) -> list[list[Item]]:

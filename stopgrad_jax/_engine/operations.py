@@ -64,6 +64,7 @@ class Operations:
 
     def __init__(self, ops: Sequence[tuple[int, Op]]) -> None:
         self._ops = ops
+        self._functions = [(k, names) for k, op in ops if (names := _names(op))]
         self._groups: dict[int, tuple[Any, list[Group]]] = {}
         self.unclear: dict[int, str] = {}
         self.differentiated: dict[int, str] = {}
@@ -80,7 +81,7 @@ class Operations:
     def groups(self, jaxpr: Any) -> list[Group]:
         """Return the calls of Python functions that are operations in a jaxpr."""
         if id(jaxpr) not in self._groups:
-            found = list(self._found(jaxpr)) if any(map(_names, self._ops)) else []
+            found = list(self._found(jaxpr)) if self._functions else []
             self._groups[id(jaxpr)] = jaxpr, found
         return self._groups[id(jaxpr)][1]
 
@@ -101,12 +102,11 @@ class Operations:
 
     def _running(self, stack: Sequence[Any]) -> Iterator[tuple[int, str, int]]:
         """Yield (target, name, level) of the outermost function that is meant."""
-        for pair in self._ops:
-            names = _names(pair)
-            for level, (code, _) in enumerate(stack) if names else ():
+        for target, names in self._functions:
+            for level, (code, _) in enumerate(stack):
                 name = next((n for n in called(code) if n in names), None)
                 if name is not None:
-                    yield pair[0], name, level
+                    yield target, name, level
                     break
 
     def _group(
@@ -181,18 +181,20 @@ def _public(name: str) -> str:
     return name.lstrip("_") or name
 
 
+@functools.cache
 def _exact(name: str) -> frozenset[str]:
     """What JAX calls it: the name itself, and what a function of JAX becomes."""
     return frozenset({name}) | (set() if _is_primitive(name) else becomes(name))
 
 
+@functools.cache
 def _loose(name: str) -> frozenset[str]:
     return frozenset() if _is_primitive(name) else frozenset({name, _public(name)})
 
 
-def _names(pair: tuple[int, Op]) -> frozenset[str]:
+def _names(op: Op) -> frozenset[str]:
     """The names of Python functions that an address means."""
-    return frozenset().union(*(_loose(name) for name in pair[1].names))
+    return frozenset().union(*(_loose(name) for name in op.names))
 
 
 @functools.cache

@@ -96,17 +96,18 @@ class Parameters:
     `found` holds those that a target means, `unclear` the place and the reason where
     one cannot be told, `own` the parameters of the traced function itself. `named` maps
     the results of new equations to the (target, name) of each parameter that they are.
-    `libraries`: functions of libraries that an address names are looked at too.
+    `where`: in the user's files "here", also in the package of the traced function "at
+    home", or in functions of libraries that an address names "anywhere".
     """
 
     def __init__(
-        self, targets: Mapping[int, Var], traced: Traced, libraries: bool = False
+        self, targets: Mapping[int, Var], traced: Traced, where: str = "here"
     ) -> None:
         self._targets, self._traced = targets, traced
-        labels = [var.label for var in targets.values()] if libraries else []
-        self._spread = _spread(traced)
-        # `model.apply` is a library's and hands its `*args` on to the user's code.
-        self._labels = _Shown(None if self._spread[0] else traced.fun, labels)
+        labels = [v.label for v in targets.values()] if where == "anywhere" else []
+        # `model.apply` is a library's: its own functions are not the user's here.
+        fun = traced.fun if where == "at home" else None
+        self._labels = _Shown(fun, labels)
         self._changed: dict[int, tuple[Any, Any]] = {}
         self.found: dict[int, dict[Place, None]] = {k: {} for k in targets}
         self.unclear: dict[int, dict[Place, str]] = {k: {} for k in targets}
@@ -116,7 +117,7 @@ class Parameters:
     def program(self) -> Any:
         """Return the traced program with names for what was found."""
         jaxpr = self._traced.jaxpr
-        return self._with_names(jaxpr, _origin(self._traced), self._spread)
+        return self._with_names(jaxpr, _origin(self._traced), _spread(self._traced))
 
     def _with_names(
         self, jaxpr: Any, origin: _jax.Origin | None, spread: tuple[str, str] | None
@@ -126,7 +127,7 @@ class Parameters:
             map_jaxprs(eqn, self._inside) if nested(eqn) else eqn for eqn in jaxpr.eqns
         ]
         namings = list(self._inputs(jaxpr, origin)) if spread is None else []
-        namings += self._called(jaxpr, origin, spread or ("", ""), spread is not None)
+        namings += self._called(jaxpr, origin, spread)
         if not namings and all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True)):
             return jaxpr
         return self._named(jaxpr, eqns, namings)
@@ -165,8 +166,7 @@ class Parameters:
         self,
         jaxpr: Any,
         origin: _jax.Origin | None,
-        spread: tuple[str, str],
-        is_whole: bool,
+        spread: tuple[str, str] | None,
     ) -> Iterator[_Naming]:
         """Parameters of functions that are called while a jaxpr is traced."""
         items, calls = [], Calls()
@@ -193,7 +193,7 @@ class Parameters:
             for call in found:
                 run = [by_index[k] for k in call.indices]
                 if depth == 0 and handed.is_origin(run[0].spots[0]):
-                    if is_whole:
+                    if spread is not None:
                         self.own.update(dict.fromkeys(targets, place.name))
                     continue
                 try:
@@ -223,10 +223,23 @@ class Parameters:
     @property
     def silent(self) -> frozenset[int]:
         """The targets that mean no parameter."""
-        told = self.own.keys() | {
-            k for which in (self.found, self.unclear) for k in which if which[k]
-        }
-        return frozenset(self._targets.keys() - told)
+        return frozenset(self._targets) - self.told - self.untold
+
+    @property
+    def told(self) -> frozenset[int]:
+        """The targets that mean a parameter whose value is found or that has one."""
+        return frozenset(self.own) | {k for k, found in self.found.items() if found}
+
+    @property
+    def untold(self) -> frozenset[int]:
+        """The targets that mean parameters of which none could be told."""
+        return frozenset(k for k, why in self.unclear.items() if why) - self.told
+
+    def forget(self, targets: Iterable[int]) -> None:
+        """Take back that targets could not be told: they were found elsewhere."""
+        for target in targets:
+            if target in self.untold:
+                self.unclear[target].clear()
 
     @staticmethod
     def _told(

@@ -139,10 +139,13 @@ def _looked(found: _Searched) -> Unmatched:
     def working(addresses: Iterable[Address]) -> list[Address]:
         return _working(traced, list(dict.fromkeys(addresses)))
 
+    def look(var: Var) -> Any:
+        return _looked(_searched(traced, [var])).variables
+
     variables = search.variables and Looked(
         traced, search.variables, found.parameters, working
     )
-    return Unmatched(traced, found.targets, search, variables, working)
+    return Unmatched(traced, found.targets, search, variables, working, look)
 
 
 def _working(traced: Traced, addresses: Sequence[Address]) -> list[Address]:
@@ -193,29 +196,34 @@ def _searched(traced: Traced, addresses: Iterable[Address]) -> _Searched:
     The user's code comes before that of installed libraries.
     """
     targets = [t for t in map(_target, addresses) if t is not None]
-    named: dict[Any, Any] = {}
     parameters = list[Parameters]()
 
     def search(anywhere: frozenset[int] = frozenset()) -> tuple[Search, Plan]:
+        named = {var: hits for p in parameters for var, hits in p.named.items()}
         search = Search(targets, traced.fun, anywhere, named)
         return search, search.plan(traced.jaxpr, traced.consts)
 
+    def named(missing: frozenset[int], where: str) -> frozenset[int]:
+        """Name parameters; return those that are none."""
+        nonlocal traced
+        pairs = [(k, t) for k, t in enumerate(targets) if k in missing]
+        asked = {k: t for k, t in pairs if isinstance(t, Var)}
+        if asked:
+            parameters.append(Parameters(asked, traced, where))
+            traced = dataclasses.replace(traced, jaxpr=parameters[-1].program())
+        return parameters[-1].silent if asked else missing
+
     found, plan = search()
-    missing = found.variables.missing if found.variables else frozenset()
-    anywhere: frozenset[int] = frozenset()
-    for libraries in (False, True):
-        if not missing:
-            break
-        pairs = enumerate(targets)
-        own = {k: t for k, t in pairs if k in missing and isinstance(t, Var)}
-        parameters.append(Parameters(own, traced, libraries))
-        traced = dataclasses.replace(traced, jaxpr=parameters[-1].program())
-        named |= parameters[-1].named
-        missing = parameters[-1].silent
-        anywhere = anywhere or missing
-        found, plan = search(anywhere)
-        if found.variables:
-            missing &= found.variables.missing
+    if found.variables and found.variables.missing:
+        missing = named(named(found.variables.missing, "here"), "at home")
+        home = parameters[-1]
+        missing |= home.untold
+        found, plan = search(missing)
+        rest = missing & (found.variables.missing if found.variables else missing)
+        if rest:
+            named(rest, "anywhere")
+            home.forget(parameters[-1].told)
+            found, plan = search(missing)
     return _Searched(traced, targets, found, plan, parameters)
 
 

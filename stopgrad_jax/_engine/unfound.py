@@ -42,6 +42,18 @@ class Looked:
         unclear = any(p.unclear[target] for p in told)
         return len(places) == 1 and not unclear
 
+    def told(self, target: int, var: Var) -> list[str]:
+        """Return, as they are written, the addresses of what a label may mean."""
+        if self.is_clear(target, var):
+            return [repr(var)]
+        return self.addresses(var, list(self.variables.statements[target].values()))
+
+    @property
+    def labels(self) -> list[str]:
+        """Every variable that a statement assigns, with and without its function."""
+        every = self.variables.known.values()
+        return list({label: None for site in every for label in _all(site)})
+
     def refuse(self, targets: Sequence[Any], called: str) -> None:
         """Raise where a variable cannot be told, or more than one is meant."""
         for target in self.variables.statements:
@@ -91,11 +103,11 @@ class Looked:
                 called,
                 "one statement must assign the variable, or the address say which",
                 rows([f"{len(sites)}:", *(s.text + note(s) for s in sites)], 7),
-                rows(self._addresses(var, sites) or [_IN_THE_SOURCE]),
+                rows(self.addresses(var, sites) or [_IN_THE_SOURCE]),
             )
         )
 
-    def _addresses(self, var: Var, sites: Sequence[Site]) -> list[str]:
+    def addresses(self, var: Var, sites: Sequence[Site]) -> list[str]:
         """Return an address of each statement that has one, as it is to be written."""
         every = {site.key: list(_candidates(var, site)) for site in sites}
         works = self.working(v for each in every.values() for v in each)
@@ -155,7 +167,7 @@ class Looked:
             which = "line" if var.line is not None else "nth"
             came = [f"{which}={getattr(var, which)}, where none of these is meant:"]
             came += [site.text for site in sites]
-            write = self._addresses(whole, sites)
+            write = self.addresses(whole, sites)
         elif bound:
             came, write = self._quiet(bound)
         else:

@@ -45,7 +45,8 @@ Told = tuple[str, str]  # what came, and what to write instead
 class Unmatched:
     """What was seen while addresses were looked for.
 
-    `working` returns those of some addresses that select something here.
+    `working` returns those of some addresses that select something here, `look` what is
+    seen when a variable is looked for.
     """
 
     traced: Traced
@@ -53,6 +54,7 @@ class Unmatched:
     search: Search
     variables: Looked | None
     working: Callable[[Iterable[Address]], list[Any]]
+    look: Callable[[Var], Looked]
 
     def no_match(self, address: Address, asked: str) -> AddressError:
         """Return the error for an address that selects nothing."""
@@ -82,10 +84,16 @@ class Unmatched:
         for primitive, line in self.search.opaque.items():
             came += f'; "{primitive}" at {line} holds a program that cannot be searched'
         if isinstance(address, Point):
-            near = nearest(address.name, names) or names
-            return came, _one_of([Point(n) for n in near]) if near else "sg.name"
-        near = nearest(str(address), [*self._edges, *names])
-        return came, _one_of(near or [*arguments, *names, RETURN])
+            near = [Point(n) for n in nearest(address.name, names) or names]
+            write = _one_of(near) if near else f'sg.name(value, "{address.name}")'
+            return came, write
+        known, text = [*self._edges, *names], str(address)
+        labels = self.look(Var(text)).labels if isinstance(address, str) else []
+        ends = [path for path in known if path.endswith(f"/{text}")]
+        near = [*ends[:3], *nearest(text, [*known, *labels])][:3]
+        whole = {path for path in known for path in prefixes(path)}
+        works = self.working([n if n in whole else Var(n) for n in near])
+        return came, _one_of(works or [*arguments, *names, RETURN])
 
     @functools.cached_property
     def _edges(self) -> dict[str, Any]:
@@ -141,7 +149,7 @@ class Unmatched:
         if parameter is not None and parameter.default is not parameter.empty:
             default = f"{name}={parameter.default!r:.40}"
             came = f'"{name}" is a parameter of {fun} that was not passed'
-            return came, f"{fun}(..., {default}) in the call: what is passed has one"
+            return came, f"{default} in the call: what is passed can be addressed"
         while isinstance(own, functools.partial):
             own = own.func
             if name in _parameters(own):
@@ -153,11 +161,9 @@ class Unmatched:
         """A local variable of the source: one or, by `nth`, several statements."""
         if not re.fullmatch(r"[^\W\d][\w.]*", text):
             return None
-        for candidates in ([Var(text)], [Var(text, nth=0), Var(text, nth=-1)]):
-            works = self.working(candidates)
-            if works:
-                return f'no point: "{text}" is a variable of the source', _one_of(works)
-        return None
+        told = self.look(Var(text)).told(0, Var(text))
+        came = f'no point: "{text}" is a variable of the source'
+        return (came, _one_of(told)) if told else None
 
     def _called(self, text: str) -> Told | None:
         """A function or a primitive."""
@@ -197,7 +203,7 @@ class Unmatched:
             return (
                 "a call whose end cannot be told: loops run around it and inside it "
                 f"({search.operations.unclear[number]})",
-                f"{_one_of(self._primitives()[:3])}, or a jitted function",
+                "a jitted function, or an operation in it",
             )
         if number in search.operations.differentiated:
             line = search.operations.differentiated[number]
@@ -205,34 +211,32 @@ class Unmatched:
             return came, "jax.grad(sg.edit(f, ...)): the address in the inner function"
         if number in search.outside:
             return self._outside(op, list(search.outside[number]))
-        known = [*self._functions, *search.ops]
-        near = [n for name in op.names for n in nearest(name, known, cutoff=0.6)]
+        operations = [name for name in search.ops if name not in _CALLS]
+        known = [*self._functions, *operations]
+        # What JAX has is spelled right, and something else is not what was meant.
+        odd = [name for name in op.names if not _is_public(name)]
+        near = [n for name in odd for n in nearest(name, known, cutoff=0.6)]
         works = self.working(dataclasses.replace(op, name=n) for n in near)
-        came = f"operations {quoted(search.ops)}"
-        if self._functions:
-            came = f"functions {quoted(self._functions)}, {came}"
-        if works:
-            return came, _one_of(works[:3])
-        works = self.working(Op(n) for n in known)
-        return came, f"an operation that there is: {_one_of(works[:3])}"
-
-    def _primitives(self) -> list[Op]:
-        return [Op(name) for name in self.search.ops]
+        works = works or self.working(Op(n) for n in known)
+        came = f"functions {quoted(self._functions)}, operations {quoted(operations)}"
+        return came, _one_of(works[:3]) if works else "another function"
 
     def _outside(self, op: Op, around: Sequence[str]) -> Told:
         """A name that matches, and a `within` that does not."""
         assert op.within is not None
         levels = [level for path in around for level in path.split("/")]
-        near = [*nearest(op.within, [*around, *levels]), *around]
-        candidates = [dataclasses.replace(op, within=n) for n in dict.fromkeys(near)]
+        known = list(dict.fromkeys([*around, *levels, *self._functions]))
+        near = dict.fromkeys([*nearest(op.within, known), *known])
+        candidates = [dataclasses.replace(op, within=n) for n in [*near][:16]]
         works = self.working([*candidates, dataclasses.replace(op, within=None)])
-        came = f'none within "{op.within}": there are matches in {quoted(around)}'
+        where = f"in {quoted(around)}" if around else "in no named scope"
+        came = f'none within "{op.within}": there are matches {where}'
         return came, _one_of(works[:3])
 
     @functools.cached_property
     def _functions(self) -> list[str]:
         """Functions as the source calls them: the user's, modules, and JAX's public."""
-        labels = Labels(self.traced.fun)
+        labels = Labels()
         found = dict[str, None]()
         for eqn, _ in self._eqns:
             for code, _ in _jax.stack_of(eqn):
@@ -261,9 +265,17 @@ def _callers(eqns: Sequence[Any]) -> list[str]:
     return [called(c)[0] for c in reversed(codes) if not _jax.is_own(c.co_filename)]
 
 
+_CALLS = ("jit", *_jax.CUSTOM)  # what they call has a name of its own
+
+
+def _is_public(name: str) -> bool:
+    modules = jax.nn, jnp, jax.lax
+    return name[0] != "_" and any(name in dir(module) for module in modules)
+
+
 def _is_told(code: types.CodeType, name: str, labels: Labels) -> bool:
     if _jax.is_own(code.co_filename):
-        return any(hasattr(m, name) for m in (jax.nn, jnp, jax.lax)) and name[0] != "_"
+        return _is_public(name)
     return code.co_name == "__call__" or labels.is_users(code.co_filename)
 
 
@@ -274,6 +286,10 @@ def _parameters(fun: Any) -> dict[str, inspect.Parameter]:
         return {}
 
 
-def _one_of(addresses: Iterable[Address]) -> str:
-    shown = list(map(written, addresses))
+def _one_of(addresses: Iterable[Any]) -> str:
+    """List addresses; a string that starts with "sg." is one as it is written."""
+    shown = [
+        a if isinstance(a, str) and a.startswith("sg.") else written(a)
+        for a in addresses
+    ]
     return shown[0] if len(shown) == 1 else "one of " + ", ".join(shown[:8])

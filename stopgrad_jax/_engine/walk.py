@@ -44,8 +44,8 @@ class Search:
     """Look for `targets`, and remember every name on the way for error messages.
 
     `hidden` maps a target to the line of a match in the body of a custom rule, where
-    operations are not looked for, `outside` to the scopes and functions of matches that
-    are not within its own. `opaque` maps primitives that hold a program which cannot be
+    operations are not looked for, `outside` to the scopes of matches that are not
+    within its own. `opaque` maps primitives that hold a program which cannot be
     searched to a line, `unreachable` wanted names in them to where that is. `fun` is
     the function searched, `anywhere` see `Variables`, `named` see `Parameters`.
     """
@@ -206,8 +206,9 @@ class Search:
         name = pattern(within)
         if any(name.fullmatch(caller + "/") for caller in callers):
             return True
-        around = [path] if path else sorted(callers)
-        self.outside.setdefault(target, {}).update(dict.fromkeys(around))
+        self.outside.setdefault(target, {}).update(
+            dict.fromkeys([path] if path else [])
+        )
         return False
 
     def _is_hidden(self, target: int, eqn: Any, context: _Context) -> bool:

@@ -54,7 +54,7 @@ class Look:
         if base is not None and not program.plan.matches:
             self.graph = base.graph
         else:
-            self.graph = unfold(traced.jaxpr, labels, program.plan)
+            self.graph = unfold(program.traced.jaxpr, labels, program.plan)
         self._terms = base.terms if base is not None and base.ys == ys else None
         values = {
             "argument": self.graph.inputs,
