@@ -124,9 +124,9 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
     if looked.variables:
         looked.variables.refuse(found.targets, called)
     plan = found.plan
-    for number, op in enumerate(found.targets):
+    for op in found.targets:
         if isinstance(op, Op) and op.nth is not None:
-            plan = _chosen(plan, number, op, called)
+            plan = _chosen(plan, found, op, called)
     finder = _Finder(found.traced, found.targets, plan, called, looked)
     matched = {a: Matched(a, finder.find(a)) for a in addresses}
     return Program(found.traced, plan, found.targets, matched)
@@ -162,29 +162,33 @@ def _working(traced: Traced, addresses: Sequence[Address]) -> list[Address]:
                 works.append(address)
             continue
         finder = _Finder(traced, found.targets, found.plan, "", looked)
-        try:
-            finder.find(address)
-        except AddressError:
-            continue
-        works.append(address)
+        edge, inside = finder.selected(address)
+        if (edge or inside) and not edge.keys() & inside.keys():
+            if not isinstance(target, Op) or _indices(found.plan, found, target):
+                works.append(address)
     return works
 
 
-def _chosen(plan: Plan, number: int, op: Op, called: str) -> Plan:
-    """Keep only those matches of an operation that its `nth` means."""
-    total = nth.count(plan, number)
+def _indices(plan: Plan, found: _Searched, op: Op) -> Sequence[int]:
+    """Return which of the matches of an operation are meant."""
     try:
-        chosen = op.chosen(total)
+        return op.chosen(nth.count(plan, found.targets.index(op)))
     except IndexError:
-        chosen = ()
+        return ()
+
+
+def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
+    """Keep only those matches of an operation that its `nth` means."""
+    number = found.targets.index(op)
+    total, chosen = nth.count(plan, number), _indices(plan, found, op)
     if total and not chosen:
-        whole = dataclasses.replace(op, nth=None)
+        first, whole = (dataclasses.replace(op, nth=n) for n in (0, None))
         raise AddressError(
             beats(
                 f"{called}: address {op!r}",
                 f"nth is an index of a match, from {-total} to {total - 1}",
                 f"{total} matches" if total > 1 else "1 match",
-                f"{whole!r} for all, or nth=0 for the first",
+                f"{first!r}, or {whole!r} for all",
             )
         )
     return nth.only(plan, number, chosen)
@@ -273,8 +277,7 @@ class _Finder:
 
     def find(self, address: Address) -> dict[str, Any]:
         """Return what the address selects, by full address; never nothing."""
-        edge = self._at_edge(str(address)) if isinstance(address, int | str) else {}
-        inside = self._inside(address)
+        edge, inside = self.selected(address)
         both = edge.keys() & inside.keys()
         if both:
             name = next(iter(both))
@@ -290,6 +293,11 @@ class _Finder:
         if not edge and not inside:
             raise self._looked.no_match(address, self._called)
         return edge | inside
+
+    def selected(self, address: Address) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what an address selects at the edge of the function, and inside."""
+        edge = self._at_edge(str(address)) if isinstance(address, int | str) else {}
+        return edge, self._inside(address)
 
     def _at_edge(self, text: str) -> dict[str, Any]:
         """Arguments and outputs under this path."""

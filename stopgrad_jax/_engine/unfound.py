@@ -162,8 +162,8 @@ class Looked:
         )
         whole = Var(var.label)
         sites = [s for s in self.variables.known.values() if s.is_meant(whole)]
-        bound = list(self._bound(var.label))
-        if sites and (var.line, var.nth) != (None, None):
+        bound = list(self._bound(var))
+        if not bound and sites:
             which = "line" if var.line is not None else "nth"
             came = [f"{which}={getattr(var, which)}, where none of these is meant:"]
             came += [site.text for site in sites]
@@ -176,12 +176,16 @@ class Looked:
             beats(called, expected, rows(came, 7), rows(write or [_IN_THE_SOURCE]))
         )
 
-    def _bound(self, label: str) -> Iterator[tuple[Spot, Function, Binding]]:
-        """Yield what binds a variable in the functions that ran."""
+    def _bound(self, var: Var) -> Iterator[tuple[Spot, Function, Binding]]:
+        """Yield what binds a variable in the functions that ran, and is meant."""
+        alone = (var.line, var.nth) == (None, None)
         for spot in self.variables.functions.values():
             function = spot.source.function(spot.position)
             for binding in function.bindings:
-                if is_called(label, Site(spot, binding).path, binding.name):
+                site = Site(spot, binding)
+                called = is_called(var.label, site.path, binding.name)
+                is_statement = binding.how == STATEMENT
+                if called and (site.is_meant(var) if is_statement else alone):
                     yield spot, function, binding
 
     def _quiet(
