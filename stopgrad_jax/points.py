@@ -165,7 +165,8 @@ def edit(
       Springenberg et al. (2015), "Striving for Simplicity": guided backpropagation is
       `edit` at `sg.op("relu")`.
     """
-    called = f"edit({function_name(fun)}, {{{', '.join(map(repr, edits))}}})"
+    keys = ", ".join(map(repr, edits))
+    called = f"edit({function_name(fun)}, {{{keys:.80}}})"
     addresses = listed(list(edits), called, "addresses")
 
     @functools.wraps(fun)

@@ -20,6 +20,7 @@ class Call:
     level: int
     indices: list[int]
     eqns: list[Any]
+    last: Any = None  # the last of them that is none of a backward pass
     before: Call | None = None  # the call that it follows at once, if it is like it
     unclear: bool = False
 
@@ -30,7 +31,7 @@ class Call:
         if before is None or self.unclear:
             return self.unclear
         # A function that JAX inlines is one instruction: it may have been cut in two.
-        one = _jax.stack_of(self.eqns[0]) == _jax.stack_of(before.eqns[-1])
+        one = _jax.stack_of(self.eqns[0]) == _jax.stack_of(before.last)
         return one and _primitives(self) != _primitives(before)
 
 
@@ -50,19 +51,23 @@ class Calls:
         """Note that a function, at `level` of the stack, made this equation."""
         full = (key, stack[:level], stack[level][0])
         call = self._going.get(full)
-        again = call is not None and self._again(call, eqn, stack)
+        # The equations of a backward pass have the stacks of the forward one again.
+        backward = "transpose" in _jax.transforms_of(eqn)
+        again = call is not None and not backward and self._again(call, eqn, stack)
         if call is None or again:
             call = Call(level, [], [], before=call)
             self.found.setdefault(key, []).append(call)
         call.unclear = call.unclear or again is None
         call.indices.append(index)
         call.eqns.append(eqn)
+        if not backward or call.last is None:
+            call.last = eqn
         self._now[full] = call
         return call
 
     @staticmethod
     def _again(call: Call, eqn: Any, stack: Stack) -> bool | None:
-        last = _jax.stack_of(call.eqns[-1])
+        last = _jax.stack_of(call.last)
         if stack == last and eqn.primitive is not call.eqns[0].primitive:
             return False
         return begins_call(last, stack, call.level)

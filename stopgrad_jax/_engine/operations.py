@@ -35,7 +35,7 @@ class Group:
       name: the function's name.
       eqns: its equations, in program order; `indices` where they are.
       reads: the variables that it takes from outside, in the order of reading.
-      writes: those of its results that are used outside.
+      writes: those of its results that are used outside; the last ones if none is.
       scope: the path of named scopes that all of it lies in.
       callers: the functions that were running when it was called.
     """
@@ -97,7 +97,10 @@ class Operations:
                     calls.add((target, name), index, eqn, stack, level)
         for (target, name), found in calls.found.items():
             for call in found:
-                if not any(t == target for e in call.eqns for t, _ in self.named(e)):
+                named = (pair for eqn in call.eqns for pair in self.named(eqn))
+                if not any(
+                    (t, _public(n)) == (target, _public(name)) for t, n in named
+                ):
                     yield from self._group(target, name, call, users)
 
     def _running(self, stack: Sequence[Any]) -> Iterator[tuple[int, str, int]]:
@@ -123,17 +126,16 @@ class Operations:
         inside = set(call.indices)
         writes = [v for v in made if not inside.issuperset(users.get(v, ()))]
         order = {v: k for k, eqn in enumerate(call.eqns) for v in eqn.outvars}
-        if writes:
-            yield Group(
-                target,
-                name,
-                call.eqns,
-                call.indices,
-                list(dict.fromkeys(outer)),
-                sorted(writes, key=order.__getitem__),
-                _common([_jax.scope_of(eqn) for eqn in call.eqns]),
-                _around(_jax.stack_of(call.eqns[0])[: call.level]),
-            )
+        yield Group(
+            target,
+            name,
+            call.eqns,
+            call.indices,
+            list(dict.fromkeys(outer)),
+            sorted(writes or call.eqns[-1].outvars, key=order.__getitem__),
+            _common([_jax.scope_of(eqn) for eqn in call.eqns]),
+            _around(_jax.stack_of(call.eqns[0])[: call.level]),
+        )
 
 
 def _readers(jaxpr: Any) -> dict[Any, list[int]]:

@@ -155,12 +155,16 @@ class Search:
         if first is None:
             return ()
         name = eqn.params["name"] if is_name and hits else first.root
-        state = (context.rule, context.dynamic, self._differentiated(eqn, context))
+        line, state = _jax.line_of(eqn), (context.rule, context.dynamic)
+        taken = self._differentiated(eqn, context)
         count, found = len(eqn.outvars), []
         for position, var in enumerate(eqn.outvars):
             parts = [_part(hit, position, count) for hit in hits]
             every = (*(hits if count == 1 else parts), *mine[position])
-            found.append(Found(name, every, var.aval, _jax.line_of(eqn), *state))
+            # A call that takes a derivative is no part of what it differentiates.
+            whole = bool(every) and all(hit.group is not None for hit in every)
+            own = context.differentiated if whole else taken
+            found.append(Found(name, every, var.aval, line, *state, own))
         return tuple(found)
 
     def _named(self, name: str) -> tuple[Hit, ...]:
