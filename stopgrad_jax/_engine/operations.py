@@ -161,7 +161,7 @@ def _common(paths: Sequence[str]) -> str:
 
 
 def _around(stack: Iterable[tuple[types.CodeType, int]]) -> frozenset[str]:
-    return frozenset(name for code, _ in stack for name in called(code))
+    return frozenset(name for code, _ in stack for name in callers(code))
 
 
 # Names ----------------------------------------------------------------------------
@@ -201,14 +201,36 @@ def _names(op: Op) -> frozenset[str]:
 
 @functools.cache
 def called(code: types.CodeType) -> tuple[str, ...]:
-    """Return what the source calls a function: a module's call by its class."""
+    """Return what the source calls a function: a module's call by its class.
+
+    Of JAX's own functions those count that users call; the others have any names.
+    """
+    names = callers(code)
+    if _jax.is_own(code.co_filename):
+        return names[:1] if is_public(names[0] if names else "_") else ()
+    return names
+
+
+@functools.cache
+def callers(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of a function that calls: its own, and with its class."""
     if code.co_name.startswith("<") or code.co_filename.startswith(_HERE):
         return ()
     parts = [p for p in code.co_qualname.split(".") if p != "<locals>"]
     *around, own = parts
     name = around[-1] if own == "__call__" and around else own
-    every = (name, _public(name), ".".join(parts[-2:]), code.co_qualname)
-    return tuple(dict.fromkeys(every))
+    return tuple(dict.fromkeys((name, ".".join(parts[-2:]), code.co_qualname)))
+
+
+def is_public(name: str) -> bool:
+    """Tell whether JAX has a public function of this name for arrays."""
+    return name in _public_names() and not name.startswith("_")
+
+
+@functools.cache
+def _public_names() -> frozenset[str]:
+    modules = jax.nn, jnp, jax.lax, jax.random, jnp.linalg, jax.scipy.special
+    return frozenset().union(*map(dir, modules))
 
 
 _HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")

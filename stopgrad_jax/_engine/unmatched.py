@@ -13,9 +13,6 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import (
     RETURN,
@@ -33,7 +30,7 @@ from stopgrad_jax._errors import AddressError, beats, folded, quoted, type_of
 
 from .labels import Labels
 from .nested import nested
-from .operations import called
+from .operations import called, is_public
 from .trace import Static, Traced, Value
 from .unfound import Looked, written
 from .walk import Search
@@ -214,7 +211,7 @@ class Unmatched:
         operations = [name for name in search.ops if name not in _CALLS]
         known = [*self._functions, *operations]
         # What JAX has is spelled right, and something else is not what was meant.
-        odd = [name for name in op.names if not _is_public(name)]
+        odd = [name for name in op.names if not is_public(name)]
         near = [n for name in odd for n in nearest(name, known, cutoff=0.6)]
         works = self.working(dataclasses.replace(op, name=n) for n in near)
         works = works or self.working(Op(n) for n in known)
@@ -241,7 +238,7 @@ class Unmatched:
         for eqn, _ in self._eqns:
             for code, _ in _jax.stack_of(eqn):
                 for name in called(code)[:1]:
-                    if _is_told(code, name, labels):
+                    if _is_told(code, labels):
                         found[name] = None
         return list(found)
 
@@ -268,14 +265,9 @@ def _callers(eqns: Sequence[Any]) -> list[str]:
 _CALLS = ("jit", *_jax.CUSTOM)  # what they call has a name of its own
 
 
-def _is_public(name: str) -> bool:
-    modules = jax.nn, jnp, jax.lax
-    return name[0] != "_" and any(name in dir(module) for module in modules)
-
-
-def _is_told(code: types.CodeType, name: str, labels: Labels) -> bool:
+def _is_told(code: types.CodeType, labels: Labels) -> bool:
     if _jax.is_own(code.co_filename):
-        return _is_public(name)
+        return True
     return code.co_name == "__call__" or labels.is_users(code.co_filename)
 
 

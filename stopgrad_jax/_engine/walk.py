@@ -24,7 +24,7 @@ from stopgrad_jax._address import (
 )
 
 from .nested import Nested, nested
-from .operations import Group, Operations, called
+from .operations import Group, Operations, callers
 from .parameters import Parameter
 from .plan import Found, Hit, Leaf, Match, Plan, PointName, leaves
 from .variables import Variables
@@ -227,7 +227,7 @@ class Search:
             return "", frozenset()
         path = joined(context.path, _jax.scope_of(eqn))
         codes = (code for code, _ in _jax.stack_of(eqn))
-        return path, context.callers | {name for c in codes for name in called(c)}
+        return path, context.callers | {name for c in codes for name in callers(c)}
 
     def _below(
         self, eqn: Any, inner: Nested, context: _Context, matched: frozenset[int]
