@@ -26,7 +26,7 @@ def raises(kind, message, ask):
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("hiden", 'write: "hidden"'),
+        ("hiden", 'one of "hidden"'),
         ("params/v", 'one of "params'),
         ("prams", 'one of "params'),
         (2, 'arguments "params", "x"'),

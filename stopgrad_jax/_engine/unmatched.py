@@ -90,7 +90,7 @@ class Unmatched:
         near = [*ends[:3], *nearest(text, [*known, *labels])][:3]
         whole = {path for path in known for path in prefixes(path)}
         works = self.working([n if n in whole else Var(n) for n in near])
-        return came, _one_of(works or [*arguments, *names, RETURN])
+        return came, _one_of(works or [*arguments, *names, RETURN], near=True)
 
     @functools.cached_property
     def _edges(self) -> dict[str, Any]:
@@ -278,10 +278,14 @@ def _parameters(fun: Any) -> dict[str, inspect.Parameter]:
         return {}
 
 
-def _one_of(addresses: Iterable[Any]) -> str:
-    """List addresses; a string that starts with "sg." is one as it is written."""
+def _one_of(addresses: Iterable[Any], near: bool = False) -> str:
+    """List addresses; a string that starts with "sg." is one as it is written.
+
+    `near`: they are guesses, and one is not the only one.
+    """
     shown = [
         a if isinstance(a, str) and a.startswith("sg.") else written(a)
         for a in addresses
     ]
-    return shown[0] if len(shown) == 1 else "one of " + ", ".join(shown[:8])
+    one = len(shown) == 1 and not near
+    return shown[0] if one else "one of " + ", ".join(shown[:8])
