@@ -12,7 +12,7 @@ import ast
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,15 +43,44 @@ class Point(_Ordered):
 
 
 @dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice that can be a key of a dict, as those of Python are from 3.12."""
+
+    start: int | None
+    stop: int | None
+    step: int | None
+
+    def __repr__(self) -> str:
+        parts = [self.start, self.stop, self.step]
+        return f"slice({', '.join(map(repr, parts if self.step else parts[:2]))})"
+
+
+@dataclasses.dataclass(frozen=True)
 class Op(_Ordered):
     """Each outermost call of a function, or equation of a primitive."""
 
-    name: str
+    name: str | tuple[str, ...]
     within: str | None = None
+    nth: int | Slice | None = None
 
     def __repr__(self) -> str:
         within = f', within="{self.within}"' if self.within else ""
-        return f'sg.op("{self.name}"{within})'
+        nth = f", nth={self.nth!r}" if self.nth is not None else ""
+        name = ", ".join(f'"{name}"' for name in self.names)
+        if not isinstance(self.name, str):
+            name = f"({name},)" if len(self.name) == 1 else f"({name})"
+        return f"sg.op({name}{within}{nth})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that match."""
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    def chosen(self, count: int) -> Sequence[int]:
+        """Return which of so many matches are meant; IndexError if there is none."""
+        if isinstance(self.nth, Slice):
+            return range(count)[slice(self.nth.start, self.nth.stop, self.nth.step)]
+        return range(count) if self.nth is None else [range(count)[self.nth]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +88,13 @@ class Var(_Ordered):
     """What a statement of the source assigns to a variable."""
 
     label: str
+    line: int | None = None
+    nth: int | None = None
 
     def __repr__(self) -> str:
-        return f'sg.var("{self.label}")'
+        line = f", line={self.line}" if self.line is not None else ""
+        nth = f", nth={self.nth}" if self.nth is not None else ""
+        return f'sg.var("{self.label}"{line}{nth})'
 
 
 Address = int | str | Point | Op | Var
@@ -83,54 +116,121 @@ def point(name: str) -> Point:
     return Point(name)
 
 
-def op(name: str, within: str | None = None) -> Op:
+def op(
+    name: str | tuple[str, ...],
+    within: str | None = None,
+    *,
+    nth: int | slice | None = None,
+) -> Op:
     """Address every outermost call of the function or primitive called `name`.
 
-    A jitted function (`"silu"`), a function with a custom rule (`"relu"`) or a
-    primitive (`"sin"`) counts; what lies inside a match is not matched again.
+    A primitive (`"sin"`), a jitted function (`"silu"`), one with a custom rule
+    (`"relu"`) and every other Python function that makes operations (`"softmax"`,
+    `"Dense"` for the calls of a module) count; what lies inside a match is not matched
+    again. It is handed to an edit as one function of the arrays that it reads, in the
+    order in which it reads them.
 
     Args:
-      name: the function's or primitive's own name, as `jax.make_jaxpr` prints it.
-      within: only under the function or `jax.named_scope` of this name.
+      name: what `jax.make_jaxpr` prints or what the source calls it, one or several: a
+        name of `jax.numpy`, `jax.nn` or `jax.lax` is also what that function becomes
+        (`"sigmoid"` is each `logistic`). A primitive's own name means it alone.
+      within: only in the function or `jax.named_scope` of this name; a path of scopes,
+        with wildcards as in other addresses: `"Block_*"`, `"Net/**/Dense_0"`.
+      nth: of the matches, in program order, one by its index or several by a slice. A
+        match in a loop of JAX is one.
+
+    Returns:
+      An address. It raises `AddressError` where nothing matches, or `nth` none of it.
+
+    Raises:
+      TypeError: `name` or `within` is no string, or `nth` neither an index nor a slice.
 
     Example:
         >>> import jax, stopgrad_jax as sg
-        >>> f = lambda x: jax.nn.relu(x)
+        >>> f = lambda x: jax.nn.relu(x) + jax.nn.relu(-x)
         >>> sg.edit(f, {sg.op("relu"): lambda relu, x: relu(2.0 * x)})(3.0)
         Array(6., dtype=float32, weak_type=True)
+        >>> sg.edit(f, {sg.op("relu", nth=0): lambda relu, x: x})(-3.0)
+        Array(0., dtype=float32, weak_type=True)
     """
-    return Op(name, within)
+    names = name if isinstance(name, tuple) else (name,)
+    if not names or not all(isinstance(n, str) and n for n in names):
+        raise _wrong("op", "a name or a tuple of names", name, 'sg.op("relu")')
+    if within is not None and not (isinstance(within, str) and within):
+        write = 'sg.op("relu", within="encoder")'
+        raise _wrong("op", "within is the name of a scope or function", within, write)
+    if isinstance(nth, slice):
+        parts = (nth.start, nth.stop, nth.step)
+        is_index = all(p is None or _is_index(p) for p in parts) and nth.step != 0
+        return Op(name, within, Slice(*parts) if is_index else _refused(nth))
+    return Op(name, within, nth if nth is None or _is_index(nth) else _refused(nth))
 
 
-def var(label: str) -> Var:
+def var(label: str, line: int | None = None, nth: int | None = None) -> Var:
     """Address what a statement of the source assigns to a variable.
 
     For code that you may not edit: no name is needed in it. The value is found by the
     source text, so there has to be one: a file or a notebook cell, unchanged since its
     import. A statement that is executed several times yields a tuple, as a name does.
+    Where no statement assigns the variable, it may be a parameter of a function: then
+    it is the value handed in.
 
     Forward: as for `name`, the value is only looked at.
-    Backward: as for `name`.
+    Backward: as for `name`; of a parameter, that of the uses in its function.
 
     Args:
       label: the variable, `"feat"` or `"self.feat"`, as an assignment spells it; where
         several functions have one, qualified by function: `"Net.__call__.feat"`.
+      line: the line of the statement, where several assign the variable; that of the
+        `def` for a parameter that is assigned to later.
+      nth: which of the statements of its function that assign the variable, in the
+        order of the text: 0 is the first and -1 the last. Each `=`, `+=` and `:=`
+        counts once, run or not, however often it is executed.
 
     Returns:
       An address. It raises `AddressError` where it cannot tell which array the
       variable held: `feat = x` computes nothing, and a dict is not one array.
 
+    Raises:
+      TypeError: `label` is no string, or `line` or `nth` no integer.
+
     Example:
         >>> import jax.numpy as jnp, stopgrad_jax as sg
         >>> def model(x):
         ...     feat = jnp.sin(x) * 2.0
+        ...     feat = feat + 1.0
         ...     return jnp.sum(feat**2)
-        >>> print(sg.gradients(model, sg.var("feat"))(jnp.zeros(2)))
-        [0. 0.]
-        >>> print(sg.capture(model, sg.var("model.feat"))(jnp.zeros(2))[1])
-        {sg.var("model.feat"): Array([0., 0.], dtype=float32)}
+        >>> print(sg.gradients(model, sg.var("feat", nth=0))(jnp.zeros(2)))
+        [2. 2.]
+        >>> print(sg.capture(model, sg.var("model.feat", nth=-1))(jnp.zeros(2))[1])
+        {sg.var("model.feat", nth=-1): Array([1., 1.], dtype=float32)}
     """
-    return Var(label)
+    if not isinstance(label, str) or not label:
+        raise _wrong("var", "the name of a variable", label, 'sg.var("feat")')
+    for what, value in (("line", line), ("nth", nth)):
+        if value is not None and not _is_index(value):
+            write = f'sg.var("{label}", {what}=1)'
+            raise _wrong("var", f"{what} is an integer", value, write)
+    return Var(label, line, nth)
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _wrong(called: str, expected: str, came: Any, instead: str) -> TypeError:
+    kind = type(came).__name__
+    return TypeError(beats(f"sg.{called}", expected, f"{came!r:.60} ({kind})", instead))
+
+
+def _refused(nth: Any) -> Any:
+    expected = "nth is an index or a slice of the matches"
+    raise _wrong("op", expected, nth, 'sg.op("relu", nth=0) or nth=slice(0, 2)')
+
+
+def matches_scope(text: str, scope: str) -> bool:
+    """Tell whether a pattern is a part, level by level, of a path of scopes."""
+    return bool(re.search("(?:^|/)" + pattern(text).pattern, scope + "/"))
 
 
 def pattern(text: str) -> re.Pattern[str]:
@@ -189,10 +289,12 @@ def prefixes(path: str) -> Iterator[str]:
         yield "/".join(parts[:end])
 
 
-def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
+def nearest(
+    text: str, known: Iterable[str], most: int = 3, cutoff: float = 0.4
+) -> list[str]:
     """Return the known addresses closest in spelling, the best first."""
     candidates = list(dict.fromkeys(p for path in known for p in prefixes(path)))
-    return difflib.get_close_matches(text, candidates, n=most, cutoff=0.4)
+    return difflib.get_close_matches(text, candidates, n=most, cutoff=cutoff)
 
 
 def printed(path: Any) -> str:

@@ -6,6 +6,7 @@ what came, and what to write instead. `beats` is the one place that lays them ou
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,28 @@ def has_beats(error: BaseException) -> bool:
     """Tell whether an error says all four already."""
     text = str(error)
     return "\n  got:   " in text and "\n  write: " in text
+
+
+def rows(lines: Iterable[str], most: int = 6) -> str:
+    """Put the lines of one beat below each other, at most `most` of them."""
+    shown = list(lines)
+    if len(shown) > most:
+        shown[most:] = [f"and {len(shown) - most} more"]
+    return "\n         ".join(shown)
+
+
+def folded(text: str, width: int = 100) -> str:
+    """Break a long beat into lines, between words."""
+    return rows(
+        (
+            line
+            for part in text.split("\n")
+            for line in textwrap.wrap(
+                part.strip(), width, break_long_words=False, break_on_hyphens=False
+            )
+        ),
+        most=20,
+    )
 
 
 def function_name(fun: Any) -> str:

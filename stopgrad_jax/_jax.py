@@ -21,6 +21,9 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jax.interpreters import ad
 
+from ._origin import Origin as Origin
+from ._origin import origin_of as origin_of
+
 Jaxpr = core.Jaxpr
 Literal = core.Literal
 Primitive = core.Primitive
@@ -271,7 +274,7 @@ def _file_and_line(source_info: Any) -> str:
 
 
 def scopes_of(eqn: Any) -> str:
-    """Return the equation's `named_scope` path; differentiated parts have `jvp(`."""
+    """Return the equation's name stack as JAX prints it, scopes and transforms."""
     return str(eqn.source_info.name_stack)
 
 

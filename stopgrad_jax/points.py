@@ -174,7 +174,8 @@ def edit(
     """
     require_function(fun, "edit")
     _require_edits(edits)
-    called = f"edit({function_name(fun)}, {{{', '.join(map(repr, edits))}}})"
+    keys = ", ".join(map(repr, edits))
+    called = f"edit({function_name(fun)}, {{{keys:.80}}})"
     addresses = listed(list(edits), called, "addresses")
 
     @public

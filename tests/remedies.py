@@ -25,7 +25,7 @@ def suggestions(error):
     if "a pattern such as" in text or "a selection of" in text:
         text = text.partition(" of ")[2] or text
     values = re.findall(VALUES, text)
-    rest = re.sub(VALUES, "", text)
+    rest = re.sub(r"sg\.\w+\((?:[^()]|\([^()]*\))*\)", "", text)
     found = [eval(value, {"sg": sg}) for value in values]
     return found + re.findall(r'"([^"]+)"', rest)
 

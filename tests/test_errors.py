@@ -34,7 +34,7 @@ def raises(kind, message, ask):
         ("params/**/bias", 'points "hidden"'),
         ("return/loss", "must match an argument, an output or a named point of f"),
         (sg.point("x"), 'points "hidden"'),
-        (sg.op("tan"), 'one of "tanh"'),
+        (sg.op("tann"), 'write: sg.op("tanh")'),
     ],
 )
 def test_unknown_addresses(address, message):

@@ -81,7 +81,25 @@ def test_lines_and_scopes():
     assert _jax.line_of(eqn).endswith(f"test_jax.py:{line}")
     assert _jax.scopes_of(eqn) == "inside"
     assert any(name.endswith("f") for name in _jax.callers_of(eqn))
-    assert "jvp(" in _jax.scopes_of(eqns(jax.grad(f), 1.0)[0])
+    assert _jax.transforms_of(eqns(jax.grad(f), 1.0)[0]) == ("jvp",)
+
+
+def test_transforms_are_told_from_scopes():
+    def f(x):
+        with jax.named_scope("a/b"), jax.named_scope("transpose(jvp(q))"):
+            square = jax.named_scope("in")(lambda y: y * y)
+            return jax.grad(lambda y: jax.vmap(square)(y).sum())(x) + jnp.cos(x)
+
+    seen = {(_jax.transforms_of(e), _jax.scope_of(e)) for e in eqns(f, f32(1, 2))}
+    outer = "a/b/transpose(jvp(q))"
+    assert seen >= {
+        (("jvp", "vmap"), f"{outer}/in"),
+        (("transpose", "jvp", "vmap"), f"{outer}/in"),
+        (("transpose", "jvp"), outer),
+        ((), outer),
+    }
+    (plain,) = eqns(jnp.sin, 1.0)
+    assert (_jax.transforms_of(plain), _jax.scope_of(plain)) == ((), "")
 
 
 def test_an_equation_outside_its_trace():

@@ -12,9 +12,9 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
+from .bindings import Assigned, Binding, Position, is_within
 from .labels import Spot
 from .repeats import is_again
-from .syntax import Assigned, Position, is_within
 
 
 class Unclear(Exception):
@@ -35,13 +35,22 @@ class Execution:
     """One execution of a statement; `depth` is that of its function in the spots."""
 
     target: int
-    name: str
+    binding: Binding
     spot: Spot
     depth: int
-    assigned: Assigned | None
     items: list[Item] = dataclasses.field(default_factory=list)
     before: Execution | None = None  # the execution that it follows at once
     unclear: bool = False
+
+    @property
+    def name(self) -> str:
+        """The variable."""
+        return self.binding.name
+
+    @property
+    def assigned(self) -> Assigned | None:
+        """What it is given; None where the value is taken apart by a star."""
+        return self.binding.assigned
 
     def is_cut_wrongly(self) -> bool:
         """Tell whether a function that JAX inlines may have been cut in two."""
@@ -56,7 +65,8 @@ class Given:
 
     def __init__(self, run: Execution, users: Mapping[Any, Sequence[int]]) -> None:
         self._run, self._users = run, users
-        self._differentiated = any("jvp(" in _jax.scopes_of(i.eqn) for i in run.items)
+        transforms = {t for i in run.items for t in _jax.transforms_of(i.eqn)}
+        self._differentiated = "jvp" in transforms
 
     def place(self) -> tuple[int, int]:
         """Return the positions of the equation and of the result in it."""
@@ -97,9 +107,10 @@ class Given:
         """`u, v = x` for an array: the rows, in order."""
         inside = {v for i in items for v in i.eqn.invars if not _is_literal(v)}
         rows = [(i, r) for i in items for r in _results(i) if r[1] not in inside]
-        if len(rows) != expression.count or expression.index is None:
+        at = expression.position(len(rows))
+        if at is None or expression.below:
             raise Unclear("it takes an array apart in a way that is not followed")
-        item, (result, _) = rows[expression.index]
+        item, (result, _) = rows[at]
         return item, result
 
     def _passed_on(
@@ -111,8 +122,11 @@ class Given:
         ]
         if expression.index is not None or not inside:
             raise Unclear("the whole expression makes no equation of its own")
-        if items[-1].spots[depth].source.constructs(expression.value):
+        source = items[-1].spots[depth].source
+        if source.constructs(expression.value):
             raise Unclear("it is an object, not one array")
+        if not source.passes_one_on(expression.value):
+            raise Unclear("which of its arguments the call there returns is not clear")
         return self._only(inside)
 
     def _returned(
@@ -132,49 +146,46 @@ class Given:
         value = _returned_by(callee, [i.spots[depth] for i in inside])
         if value is None:
             return self._only_one(inside, expression)
-        index, count = expression.index, expression.count
+        expression = dataclasses.replace(expression, value=value, target=value)
         parts = callee.source.parts(value)
-        if parts and index is not None and len(parts) == count:
-            value, index = parts[index], None
-        elif callee.source.is_tree(value):
+        while (at := expression.position(len(parts))) is not None:
+            expression = expression.inside(parts[at])
+            parts = callee.source.parts(expression.value)
+        if callee.source.is_tree(expression.value):
             raise Unclear(f"{callee.function} returns a container of arrays")
-        name = callee.source.name(value)
+        name = callee.source.name(expression.value)
         if name:
-            return self._variable(
-                inside, depth, name, Assigned(value, index, count, value)
-            )
+            return self._variable(inside, depth, name, expression)
+        value = expression.value
         there = [i for i in inside if is_within(i.spots[depth].position, value)]
         if not there:
             return self._only_one(inside, expression)
-        return self._assigned(there, depth, Assigned(value, index, count, value))
+        return self._assigned(there, depth, expression)
 
     def _variable(
         self, items: Sequence[Item], depth: int, name: str, expression: Assigned
     ) -> tuple[Item, int]:
         """`return name`: what the last statement that assigned it has assigned."""
         spot = items[-1].spots[depth]
-        run: list[Item] = []
-        assigned = None
-        for item in reversed(items):
-            statement = item.spots[depth].statement
-            mine = statement is not None and name in statement.targets
-            there = mine and spot.source.assigned(item.spots[depth].position, name)
-            if run and (not there or there != assigned):
-                break
-            if there:
-                assigned = there
-                run.append(item)
-        if assigned is None:
-            if not spot.source.computes(spot.position, name):
-                raise Unclear(f"{spot.function} returns {name}, which it was given")
-            return self._only_one(items, expression)
+        every = spot.source.function(spot.position).binding(name)
+        if not every:
+            raise Unclear(f"{spot.function} returns {name}, which it was given")
+        run, last = last_assigning(items, depth, name)
+        if last is None or last.assigned is None:
+            raise Unclear(f"{spot.function} returns {name}, and no operation makes it")
+        made = {id(b) for item in items for b in assigning(item, depth, name)}
+        for other in every:
+            quiet = id(other) not in made and other.quietly != "keeps"
+            if quiet and other.may_follow(last, expression.value):
+                at = f"{spot.file}:{other.place[0]}"
+                raise Unclear(f"{spot.function} returns {name}, which {at} may change")
+        assigned = last.assigned
         if expression.index is not None:
             if assigned.index is not None:
                 raise Unclear(f"{spot.function} returns a part of a container")
-            assigned = dataclasses.replace(
-                assigned, index=expression.index, count=expression.count
-            )
-        return self._assigned(self._last(run[::-1], depth, assigned), depth, assigned)
+            value, target = assigned.value, assigned.target
+            assigned = dataclasses.replace(expression, value=value, target=target)
+        return self._assigned(self._last(run, depth, assigned), depth, assigned)
 
     def _last(
         self, items: list[Item], depth: int, assigned: Assigned
@@ -225,7 +236,7 @@ class Given:
     def _refuse_derivative(self, item: Item) -> None:
         """What `jax.grad(f)(x)` calls is f, and f's value is not the gradient."""
         stack = _jax.stack_of(item.eqn)
-        level = _level(stack, item, self._run.depth)
+        level = level_of(stack, item, self._run.depth)
         if level is not None and _jax.is_derivative(stack[level + 1 :]):
             raise Unclear("it calls jax.grad, jvp, vjp or linearize")
 
@@ -259,6 +270,27 @@ def _returned_by(callee: Spot, spots: Sequence[Spot]) -> Position | None:
     return places[0] if len(places) == 1 else made[-1] if made else None
 
 
+def assigning(item: Item, depth: int, name: str) -> list[Binding]:
+    """Return the assignments of a variable that made an equation."""
+    spot = item.spots[depth]
+    return [b for b in spot.source.assignments(spot.position) if b.name == name]
+
+
+def last_assigning(
+    items: Sequence[Item], depth: int, name: str
+) -> tuple[list[Item], Binding | None]:
+    """Return the last assignment that made equations, and these."""
+    run, last = list[Item](), None
+    for item in reversed(items):
+        found = assigning(item, depth, name)
+        if last is not None and last not in found:
+            break
+        if found:
+            last = last or found[0]
+            run.append(item)
+    return run[::-1], last
+
+
 def _returns_several(item: Item, depth: int) -> bool:
     """Tell whether the value of the call is a container, as far as JAX tells."""
     paths = _jax.result_paths(item.eqn) if _is_direct(item, depth) else None
@@ -271,14 +303,18 @@ def _part(item: Item, depth: int, expression: Assigned) -> int:
     """Which result of an equation the variable at an index is."""
     eqn = item.eqn
     paths, count = _jax.result_paths(eqn), len(eqn.outvars)
+    index = expression.index if expression.index is not None else 0
     if not _is_direct(item, depth):
         pass
-    elif paths is not None:
-        mine = [k for k, p in enumerate(paths) if p == f"[{expression.index}]"]
+    elif paths is not None and index >= 0:
+        wanted = "".join(f"[{k}]" for k in (index, *(k for k, _ in expression.below)))
+        mine = [k for k, path in enumerate(paths) if path == wanted]
         if len(mine) == 1:
             return mine[0]
-    elif count == expression.count and eqn.primitive.name not in ("jit", "scan"):
-        return expression.index or 0
+    elif eqn.primitive.name not in ("jit", "scan") and not expression.below:
+        at = expression.position(count)
+        if at is not None:
+            return at
     raise Unclear(
         f'"{eqn.primitive.name}" does not return {expression.count} arrays, one each'
     )
@@ -310,11 +346,11 @@ def begins_again(
     # The equations of a function that JAX inlines have one stack.
     if new == last and item.eqn.primitive is not items[0].eqn.primitive:
         return False
-    level = _level(new, item, depth)
+    level = level_of(new, item, depth)
     return False if level is None else is_again(first, last, new, level, value)
 
 
-def _level(stack: Sequence[Any], item: Item, depth: int) -> int | None:
+def level_of(stack: Sequence[Any], item: Item, depth: int) -> int | None:
     """Where in its stack an equation's spot at this depth is."""
     code = item.spots[depth].frame.code
     before = sum(spot.frame.code is code for spot in item.spots[:depth])

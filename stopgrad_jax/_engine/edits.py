@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, quoted, type_of
 
-from .walk import Found, Hit, Leaf, Match
+from .operations import Group
+from .plan import Found, Hit, Leaf, Match, Plan
 
 Edits = Mapping[int, Callable[..., Any]]  # position of an address -> its function
 
@@ -60,42 +62,89 @@ def kept(old: Any, new: Any, called: str) -> bool:
 def operation_edits(match: Match, edits: Edits) -> list[Callable[..., Any]]:
     """Edits of the operation that an equation is."""
     hits = [hit for found in match.own[:1] for hit in found.hits]
-    return [edits[h.target] for h in hits if h.operation and h.target in edits]
+    own = [h.target for h in hits if h.operation and h.group is None]
+    return [edits[target] for target in own if target in edits]
 
 
-def operation(eqn: Any) -> Callable[..., Any]:
-    """Return an equation as the function of its operands that it is."""
+def group_edits(plan: Plan, edits: Edits) -> list[tuple[Group, list[Any]]]:
+    """Return the operations of several equations that are edited, with the edits.
 
-    def original(*operands: Any) -> Any:
-        avals = [atom.aval for atom in eqn.invars]
-        arrays = [_jax.number_like(*pair) for pair in zip(operands, avals, strict=True)]
-        out = _jax.bind(eqn, *arrays)
-        return out[0] if len(eqn.outvars) == 1 else tuple(out)
+    An edit of one that lies in another is left to the evaluation of that one.
+    """
+    found: dict[frozenset[int], tuple[Group, list[Any]]] = {}
+    for match in plan.matches:
+        for group in match.groups:
+            if group.target in edits:
+                pair = found.setdefault(frozenset(group.indices), (group, []))
+                pair[1].append(edits[group.target])
+    return [pair for key, pair in found.items() if not any(key < k for k in found)]
 
-    return original
+
+def without(plan: Plan, group: Group) -> Plan:
+    """Return the plan of a group's own equations: what happens inside it.
+
+    What happens to its results happens outside.
+    """
+    inside = set(map(id, group.eqns))
+
+    def kept(var: Any, found: Found) -> Found:
+        hits = [h for h in found.hits if h.group is not None or var not in group.writes]
+        hits = [h for h in hits if h.group is None or h.group.indices != group.indices]
+        return dataclasses.replace(found, hits=tuple(hits))
+
+    matches = tuple(
+        dataclasses.replace(
+            m, own=tuple(map(kept, m.eqn.outvars, m.own)) if m.own else ()
+        )
+        for m in plan.matches
+        if id(m.eqn) in inside
+    )
+    found = tuple(f for match in matches for f in (*match.inside, *match.own))
+    jaxpr = _jax.subjaxpr(group.eqns, group.reads, group.writes)
+    return Plan(jaxpr, (), matches, found)
+
+
+def operation(
+    original: Callable[..., Sequence[Any]], operands: Sequence[Any], count: int
+) -> Callable[..., Any]:
+    """Return an operation as a function that takes Python numbers for arrays too."""
+
+    def called(*arrays: Any) -> Any:
+        pairs = zip(arrays, operands, strict=True)
+        out = original(*[_jax.number_like(x, atom.aval) for x, atom in pairs])
+        return out[0] if count == 1 else tuple(out)
+
+    return called
 
 
 def edited_operation(
-    match: Match, functions: Iterable[Callable[..., Any]], operands: Sequence[Any]
+    name: str,
+    line: str,
+    original: Callable[..., Any],
+    functions: Iterable[Callable[..., Any]],
+    operands: Sequence[Any],
+    results: Sequence[Any],
 ) -> list[Any]:
-    """Call the user's functions in place of an operation, each given the last."""
-    found, eqn = match.own[0], match.eqn
-    function = operation(eqn)
+    """Call the user's functions in place of an operation, each given the last.
+
+    `results` are the variables of the program that the operation makes.
+    """
+    function = original
     for replacement in functions:
         function = functools.partial(replacement, function)
-    out, count = function(*operands), len(eqn.outvars)
-    results = [out] if count == 1 else jax.tree.leaves(out)
-    if len(results) != count:
+    out, count = function(*operands), len(results)
+    arrays = [out] if count == 1 else jax.tree.leaves(out)
+    if len(arrays) != count:
         raise TypeError(
             beats(
-                f'edit of "{found.name}" ({found.line})',
+                f'edit of "{name}" ({line})',
                 f"the function must return {count} arrays, as the operation does",
-                f"{len(results)}",
-                f"lambda {found.name}, *operands: {found.name}(*operands)",
+                f"{len(arrays)}",
+                f"lambda {name}, *operands: {name}(*operands)",
             )
         )
-    pairs = zip(results, eqn.outvars, strict=True)
-    return [same_type(x, v.aval, found.name, found.line) for x, v in pairs]
+    pairs = zip(arrays, results, strict=True)
+    return [same_type(x, v.aval, name, line) for x, v in pairs]
 
 
 class NamedEdits:
@@ -109,10 +158,11 @@ class NamedEdits:
         """Return the new values of variables that this equation completes."""
         new: dict[Any, Any] = {}
         for found, var, value in zip(match.own, match.eqn.outvars, values, strict=True):
-            new |= self._applied(found, var, value)
+            new |= self.applied(found, var, value)
         return new
 
-    def _applied(self, found: Found, var: Any, value: Any) -> dict[Any, Any]:
+    def applied(self, found: Found, var: Any, value: Any) -> dict[Any, Any]:
+        """Return the new values of variables that this one completes."""
         new = {var: value}
         for hit in found.hits:
             if hit.operation or hit.target not in self._edits:

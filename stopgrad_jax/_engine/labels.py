@@ -146,7 +146,7 @@ class Labels:
         else:
             spots, inside = list(outer.spots), None
             for frame in frames:
-                if self.is_users(frame.file):
+                if self.shows(frame):
                     self._push(spots, frame)
                     inside = None
                 else:
@@ -168,6 +168,10 @@ class Labels:
         if key not in self._spots:
             self._spots[key] = Spot(frame, function)
         return self._spots[key]
+
+    def shows(self, frame: _jax.Frame) -> bool:
+        """Tell whether a call is in the paths: those of the user's code are."""
+        return self.is_users(frame.file)
 
     def is_users(self, file: str) -> bool:
         """Tell the user's files from those of installed libraries."""

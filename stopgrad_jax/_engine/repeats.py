@@ -12,7 +12,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from .syntax import Position, is_within
+from .bindings import Position, is_within
 
 Stack = Sequence[tuple[types.CodeType, int]]
 
@@ -51,6 +51,33 @@ def is_again(
             around = own
         inner = inner or bool(around)
     return None if inner and outer else outer
+
+
+def begins_call(last: Stack, new: Stack, level: int) -> bool | None:
+    """Tell whether a function was called anew between two equations.
+
+    Args:
+      last: the stack at an equation that was made in a call of it.
+      new: the stack at the equation that follows at once.
+      level: the position of the function in both stacks.
+
+    Returns:
+      None if it may have been, or a loop in the function went round.
+    """
+    pairs = zip(last, new, strict=False)
+    same = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
+    outer = any(_loops(*new[k]) for k in range(level))
+    end_level = len(new) if same is None else same
+    inner = any(_loops(*new[k]) for k in range(level, end_level))
+    if same is None:  # one instruction: of a function that JAX inlines, or it again
+        return (None if inner else True) if outer else False
+    (code, end), (other, offset) = last[same], new[same]
+    if same < level or (same == level and code is not other):
+        return True
+    if code is other and offset > end:
+        return False
+    inner = inner or (code is other and bool(_loops(code, offset, end)))
+    return (None if outer else False) if inner else True
 
 
 def _loops(code: types.CodeType, start: int, end: int | None = None) -> list[Any]:

@@ -14,12 +14,21 @@ import jax
 
 import stopgrad_jax._jax as _jax
 
-from .edits import Edits, NamedEdits, edited_operation, operation_edits
+from .edits import (
+    Edits,
+    NamedEdits,
+    edited_operation,
+    group_edits,
+    operation,
+    operation_edits,
+    without,
+)
 from .nested import Slot, rebuild
+from .operations import Group
 from .perturbation import hold, perturb, shift
+from .plan import Found, Match, Plan
 from .reduced import summed
 from .runs import Runs
-from .walk import Found, Match, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +86,81 @@ class Rewriter:
         edits = NamedEdits(self._actions.edits)
 
         wanted = jaxpr.eqns if eqns is None else eqns
-        for run in self._runs.cut(wanted, slices, jaxpr.outvars):
+        wanted, groups = self._replaced(plan, wanted)
+        for run in self._runs.cut(wanted, {**slices, **groups}, jaxpr.outvars):
             edits.check(run.reads)
-            if id(run.eqns[0]) not in slices:
+            if id(run.eqns[0]) in groups:
+                env |= self._group(plan, *groups[id(run.eqns[0])], env, edits)
+            elif id(run.eqns[0]) not in slices:
                 values = [env[v] for v in run.reads]
                 env |= zip(run.writes, self._runs.evaluate(run, values), strict=True)
-                continue
-            match, mine = slices[id(run.eqns[0])]
-            operands = [_read(env, atom) for atom in match.eqn.invars]
-            given = perturbations[mine]
-            out, captured[mine] = self._match(match, operands, given, token)
-            env |= zip(match.eqn.outvars, out, strict=True)
-            if match.own:
-                env |= edits.apply(match, out)
+            else:
+                match, mine = slices[id(run.eqns[0])]
+                operands = [_read(env, atom) for atom in match.eqn.invars]
+                given = perturbations[mine]
+                out, captured[mine] = self._match(match, operands, given, token)
+                env |= zip(match.eqn.outvars, out, strict=True)
+                if match.own:
+                    env |= edits.apply(match, out)
         return [_read(env, atom) for atom in jaxpr.outvars], captured
+
+    def _replaced(
+        self, plan: Plan, eqns: Sequence[Any]
+    ) -> tuple[Sequence[Any], dict[int, tuple[Any, Group, list[Any]]]]:
+        """Put one equation in the place of each edited operation of several.
+
+        It is only read for what the operation reads and writes, and never run.
+        """
+        edited = group_edits(plan, self._actions.edits)
+        if not edited:
+            return eqns, {}
+        places = {id(group.last): (group, functions) for group, functions in edited}
+        inside = {id(eqn) for group, _ in edited for eqn in group.eqns}
+        wanted, groups = [], {}
+        for eqn in eqns:
+            if id(eqn) in places:
+                group, functions = places[id(eqn)]
+                reads, writes = list(group.reads), list(group.writes)
+                wanted.append(eqn.replace(invars=reads, outvars=writes))
+                groups[id(wanted[-1])] = wanted[-1], group, functions
+            elif id(eqn) not in inside:
+                wanted.append(eqn)
+        return wanted, groups
+
+    def _group(
+        self,
+        plan: Plan,
+        eqn: Any,
+        group: Group,
+        functions: list[Any],
+        env: Mapping[Any, Any],
+        edits: NamedEdits,
+    ) -> dict[Any, Any]:
+        """Evaluate an edited operation of several equations."""
+        inside = without(plan, group)
+
+        def original(*operands: Any) -> list[Any]:
+            none = [None] * len(inside.found)
+            return self.run(inside, operands, none, None)[0]
+
+        line = _jax.line_of(group.eqns[0])
+        called = operation(original, group.reads, len(group.writes))
+        operands = [env[v] for v in group.reads]
+        same = functions, operands, group.writes
+        new = dict(
+            zip(
+                group.writes,
+                edited_operation(group.name, line, called, *same),
+                strict=True,
+            )
+        )
+        own = set(map(id, group.eqns))
+        for match in plan.matches:
+            if id(match.eqn) in own and match.own:
+                for found, var in zip(match.own, match.eqn.outvars, strict=True):
+                    if var in new:
+                        new |= edits.applied(found, var, new[var])
+        return new
 
     def _match(
         self, match: Match, operands: list[Any], perturbations: Any, token: Any
@@ -100,13 +170,23 @@ class Rewriter:
         inside, own = perturbations[:split], perturbations[split:]
         captured: list[Any] = [None] * split
         functions = operation_edits(match, actions.edits)
-        if functions:
-            out = edited_operation(match, functions, operands)
-        elif any(map(self._is_busy, match.inside, inside)):
+        busy = any(map(self._is_busy, match.inside, inside))
+
+        def original(*operands: Any) -> list[Any]:
+            nonlocal captured
+            if not busy:
+                return _jax.bind(eqn, *operands)
             with _jax.at_source_of(eqn):
-                out, captured = self._rebuilt(match, operands, inside, token)
+                out, captured = self._rebuilt(match, list(operands), inside, token)
+            return out
+
+        if functions:
+            found = match.own[0]
+            called = operation(original, eqn.invars, len(eqn.outvars))
+            same = functions, operands, eqn.outvars
+            out = edited_operation(found.name, found.line, called, *same)
         else:
-            out = _jax.bind(eqn, *operands)
+            out = original(*operands)
         for k, (found, perturbation) in enumerate(zip(match.own, own, strict=True)):
             if token is not None and not actions.holds.isdisjoint(found.targets):
                 out[k] = hold(out[k], token)

@@ -22,17 +22,20 @@ from stopgrad_jax._address import (
     has_wildcard,
     is_address,
     matching,
-    nearest,
     nodes,
     require_one_meaning,
 )
 from stopgrad_jax._checks import shown
-from stopgrad_jax._errors import AddressError, beats, quoted
+from stopgrad_jax._errors import AddressError, beats
 
+from . import nth
 from .edits import assembled
+from .parameters import Parameters
+from .plan import Found, Hit, Plan
 from .trace import Static, Traced, Value
-from .unfound import no_variable, refuse_variables
-from .walk import Found, Hit, Plan, Search
+from .unfound import Looked
+from .unmatched import Unmatched
+from .walk import Search
 
 Target = Point | Op | Var
 
@@ -95,16 +98,22 @@ class Program:
         return frozenset(k for k, t in enumerate(self.targets) if t in wanted)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Searched:
+    """A program after the search; where parameters are asked for, they are named."""
+
+    traced: Traced
+    targets: Sequence[Target]
+    search: Search
+    plan: Plan
+    parameters: Sequence[Parameters]
+
+
 def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Program:
     """Find what each address selects, or raise `AddressError`."""
     addresses = list(dict.fromkeys(addresses))
-    targets = [t for t in map(_target, addresses) if t is not None]
-    search = Search(targets, traced.fun)
-    plan = search.plan(traced.jaxpr, traced.consts)
-    if search.variables and search.variables.missing:
-        search = Search(targets, traced.fun, search.variables.missing)
-        plan = search.plan(traced.jaxpr, traced.consts)
-    for name, place in search.unreachable.items():
+    found = _searched(traced, addresses)
+    for name, place in found.search.unreachable.items():
         raise AddressError(
             beats(
                 f'{called}: point "{name}"',
@@ -113,11 +122,115 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
                 "another name there, or for its operands and results",
             )
         )
-    if search.variables:
-        refuse_variables(search.variables, targets, called)
-    finder = _Finder(traced, search, plan, called)
+    looked = _looked(found)
+    if looked.variables:
+        looked.variables.refuse(found.targets, called)
+    plan = found.plan
+    for op in found.targets:
+        if isinstance(op, Op) and op.nth is not None:
+            plan = _chosen(plan, found, op, called)
+    finder = _Finder(found.traced, found.targets, plan, called, looked)
     matched = {a: Matched(a, finder.find(a)) for a in addresses}
-    return Program(traced, plan, targets, matched)
+    return Program(found.traced, plan, found.targets, matched)
+
+
+def _looked(found: _Searched) -> Unmatched:
+    """Return what errors may tell of a search."""
+    search, traced = found.search, found.traced
+
+    def working(addresses: Iterable[Address]) -> list[Address]:
+        return _working(traced, list(dict.fromkeys(addresses)))
+
+    def look(var: Var) -> Any:
+        return _looked(_searched(traced, [var])).variables
+
+    variables = search.variables and Looked(
+        traced, search.variables, found.parameters, working
+    )
+    return Unmatched(traced, found.targets, search, variables, working, look)
+
+
+def _working(traced: Traced, addresses: Sequence[Address]) -> list[Address]:
+    """Return those of some addresses that select something, and one thing only."""
+    found = _searched(traced, addresses)
+    looked = _looked(found)
+    works = []
+    for address in addresses:
+        target = _target(address)
+        if isinstance(target, Var):
+            number = found.targets.index(target)
+            variables = looked.variables
+            if variables is not None and variables.is_clear(number, target):
+                works.append(address)
+            continue
+        finder = _Finder(traced, found.targets, found.plan, "", looked)
+        edge, inside = finder.selected(address)
+        if (edge or inside) and not edge.keys() & inside.keys():
+            if not isinstance(target, Op) or _indices(found.plan, found, target):
+                works.append(address)
+    return works
+
+
+def _indices(plan: Plan, found: _Searched, op: Op) -> Sequence[int]:
+    """Return which of the matches of an operation are meant."""
+    try:
+        return op.chosen(nth.count(plan, found.targets.index(op)))
+    except IndexError:
+        return ()
+
+
+def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
+    """Keep only those matches of an operation that its `nth` means."""
+    number = found.targets.index(op)
+    total, chosen = nth.count(plan, number), _indices(plan, found, op)
+    if total and not chosen:
+        first, whole = (dataclasses.replace(op, nth=n) for n in (0, None))
+        raise AddressError(
+            beats(
+                f"{called}: address {op!r}",
+                f"nth is an index of a match, from {-total} to {total - 1}",
+                f"{total} matches" if total > 1 else "1 match",
+                f"{first!r}, or {whole!r} for all",
+            )
+        )
+    return nth.only(plan, number, chosen)
+
+
+def _searched(traced: Traced, addresses: Iterable[Address]) -> _Searched:
+    """Search for addresses; for variables first in statements, then in parameters.
+
+    The user's code comes before that of installed libraries.
+    """
+    targets = [t for t in map(_target, addresses) if t is not None]
+    parameters = list[Parameters]()
+
+    def search(anywhere: frozenset[int] = frozenset()) -> tuple[Search, Plan]:
+        named = {var: hits for p in parameters for var, hits in p.named.items()}
+        search = Search(targets, traced.fun, anywhere, named)
+        return search, search.plan(traced.jaxpr, traced.consts)
+
+    def named(missing: frozenset[int], where: str) -> frozenset[int]:
+        """Name parameters; return those that are none."""
+        nonlocal traced
+        pairs = [(k, t) for k, t in enumerate(targets) if k in missing]
+        asked = {k: t for k, t in pairs if isinstance(t, Var)}
+        if asked:
+            parameters.append(Parameters(asked, traced, where))
+            traced = dataclasses.replace(traced, jaxpr=parameters[-1].program())
+        return parameters[-1].silent if asked else missing
+
+    found, plan = search()
+    if found.variables and found.variables.missing:
+        missing = named(named(found.variables.missing, "here"), "at home")
+        home = parameters[-1]
+        missing |= home.untold
+        found, plan = search(missing)
+        rest = missing & (found.variables.missing if found.variables else missing)
+        if rest:
+            named(rest, "anywhere")
+            home.forget(parameters[-1].told)
+            found, plan = search(missing)
+    return _Searched(traced, targets, found, plan, parameters)
 
 
 def listed(addresses: Any, called: str, what: str) -> list[Address]:
@@ -151,15 +264,21 @@ def _target(address: Address) -> Target | None:
 
 
 class _Finder:
-    def __init__(self, traced: Traced, search: Search, plan: Plan, called: str) -> None:
-        self._traced, self._search, self._plan = traced, search, plan
-        self._called = called
+    def __init__(
+        self,
+        traced: Traced,
+        targets: Sequence[Target],
+        plan: Plan,
+        called: str,
+        looked: Unmatched,
+    ) -> None:
+        self._traced, self._targets, self._plan = traced, targets, plan
+        self._called, self._looked = called, looked
         self._edge: dict[str, Any] | None = None
 
     def find(self, address: Address) -> dict[str, Any]:
         """Return what the address selects, by full address; never nothing."""
-        edge = self._at_edge(str(address)) if isinstance(address, int | str) else {}
-        inside = self._inside(address)
+        edge, inside = self.selected(address)
         both = edge.keys() & inside.keys()
         if both:
             name = next(iter(both))
@@ -173,8 +292,13 @@ class _Finder:
                 )
             )
         if not edge and not inside:
-            raise self._no_match(address)
+            raise self._looked.no_match(address, self._called)
         return edge | inside
+
+    def selected(self, address: Address) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what an address selects at the edge of the function, and inside."""
+        edge = self._at_edge(str(address)) if isinstance(address, int | str) else {}
+        return edge, self._inside(address)
 
     def _at_edge(self, text: str) -> dict[str, Any]:
         """Arguments and outputs under this path; of a pattern, each value once."""
@@ -201,70 +325,20 @@ class _Finder:
         target = _target(address)
         if target is None:
             return {}
-        number = self._search.targets.index(target)
+        number = self._targets.index(target)
         groups: dict[str, list[tuple[int, Found, Hit]]] = {}
         for k, found in enumerate(self._plan.found):
             for hit in found.hits:
                 if hit.target == number:
-                    groups.setdefault(hit.root, []).append((k, found, hit))
+                    root = hit.root
+                    if isinstance(target, Op):  # several names are one address
+                        root = ", ".join(target.names)
+                    groups.setdefault(root, []).append((k, found, hit))
         places = {}
         for root, group in groups.items():
             values = list(_together(root, group))
             places[root] = values[0] if len(values) == 1 else tuple(values)
         return places
-
-    def _no_match(self, address: Address) -> AddressError:
-        search, called = self._search, f"{self._called}: address {address!r}"
-        if isinstance(address, Op):
-            return self._no_operation(address, called)
-        if isinstance(address, Var) and search.variables:
-            return no_variable(search.variables, address, called, self._traced.name)
-        names = list(search.names)
-        if isinstance(address, Point):
-            known, text = names, address.name
-        else:
-            self._at_edge("")
-            known, text = [*(self._edge or ()), *names], str(address)
-        opaque = "".join(
-            f'; "{primitive}" at {line} holds a program that cannot be searched'
-            for primitive, line in search.opaque.items()
-        )
-        near = nearest(text, known) or _top(self._traced, names)
-        return AddressError(
-            beats(
-                called,
-                "it must match an argument, an output or a named point of "
-                f"{self._traced.name}",
-                f"arguments {quoted(self._traced.arguments)}, "
-                f"points {quoted(names)}{opaque}",
-                f"one of {quoted(near)}",
-            )
-        )
-
-    def _no_operation(self, op: Op, called: str) -> AddressError:
-        number = self._search.targets.index(op)
-        if number in self._search.hidden:
-            return AddressError(
-                beats(
-                    called,
-                    "an operation is not looked for in the body of a custom rule",
-                    f"its only matches are there ({self._search.hidden[number]})",
-                    "sg.op of the function that has the rule",
-                )
-            )
-        ops = list(self._search.ops)
-        return AddressError(
-            beats(
-                called,
-                f"it must match a jitted function or primitive of {self._traced.name}",
-                f"operations {quoted(ops)}",
-                f"one of {quoted(nearest(op.name, ops) or ops)}",
-            )
-        )
-
-
-def _top(traced: Traced, names: Iterable[str]) -> list[str]:
-    return [*traced.arguments, *names, RETURN]
 
 
 def _together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any]:

@@ -1,87 +1,271 @@
-"""Why `sg.var` finds no value, or more than one: said with lines and what to write."""
+"""Why `sg.var` finds no value, or more than one: said with lines and what to write.
+
+What an error says to write has been tried: it means one value of this program.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from stopgrad_jax._address import Var, nearest
-from stopgrad_jax._errors import AddressError, beats, quoted
+from stopgrad_jax._address import Address, Var, nearest
+from stopgrad_jax._errors import AddressError, beats, quoted, rows
 
-from .labels import printed_file
-from .variables import Variables
+from .bindings import STATEMENT, Binding, Function
+from .labels import Spot
+from .parameters import Parameters, Place
+from .trace import Traced
+from .variables import Site, Variables, is_called
+
+_IN_THE_SOURCE = "sg.name in the source there"
 
 
-def refuse_variables(variables: Variables, targets: Sequence[Any], called: str) -> None:
-    """Raise if several statements assign a variable or its value cannot be told."""
-    for target, statements in variables.statements.items():
-        var, places = targets[target], list(statements.values())
-        if len(places) > 1:
-            raise AddressError(
-                beats(
-                    f"{called}: address {var!r}",
-                    "one statement must assign the variable",
-                    f"{len(places)}: {', '.join(places)}",
-                    f"{_qualified(var, places)}sg.name in the source, where one "
-                    "function has both",
-                )
-            )
-    for target, (place, why) in variables.unclear.items():
-        raise AddressError(
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What was seen while variables were looked for.
+
+    `working` returns those of some addresses that select something here.
+    """
+
+    traced: Traced
+    variables: Variables
+    parameters: Sequence[Parameters]
+    working: Callable[[Iterable[Address]], list[Any]]
+
+    def is_clear(self, target: int, var: Var) -> bool:
+        """Tell whether an address means one value."""
+        if self.variables.statements[target]:
+            return self.variables.is_clear(target, var)
+        told = [p for p in self.parameters if target in p.found]
+        places = {place for p in told for place in p.found[target]}
+        unclear = any(p.unclear[target] for p in told)
+        return len(places) == 1 and not unclear
+
+    def told(self, target: int, var: Var) -> list[str]:
+        """Return, as they are written, the addresses of what a label may mean."""
+        if self.is_clear(target, var):
+            return [repr(var)]
+        return self.addresses(var, list(self.variables.statements[target].values()))
+
+    @property
+    def labels(self) -> list[str]:
+        """Every variable that a statement assigns, with and without its function."""
+        every = self.variables.known.values()
+        return list({label: None for site in every for label in _all(site)})
+
+    def refuse(self, targets: Sequence[Any], called: str) -> None:
+        """Raise where a variable cannot be told, or more than one is meant."""
+        for target in self.variables.statements:
+            var = targets[target]
+            error = self._refusal(target, var, f"{called}: address {var!r}")
+            if error is not None:
+                raise error
+
+    def _refusal(self, target: int, var: Var, called: str) -> AddressError | None:
+        variables = self.variables
+        sites = [*variables.statements[target].values(), *variables.quiet(target, var)]
+        if len(sites) > 1:
+            return self._several(target, var, sites, called)
+        for place, why in variables.unclear[target].values():
+            return _unclear(f"{called} ({place})", why)
+        if sites:
+            return None
+        for parameters in self.parameters:
+            if target not in parameters.found:
+                continue
+            places = {**parameters.found[target], **parameters.unclear[target]}
+            own = parameters.own.get(target)
+            if len(places) + (own is not None) > 1:
+                return self._several_parameters(var, own, list(places), called)
+            for place, why in parameters.unclear[target].items():
+                return _unclear(f"{called} ({place.place}), a parameter", why)
+            if own is not None:
+                return self._own(own, called)
+        return None
+
+    # Several --------------------------------------------------------------------
+
+    def _several(
+        self, target: int, var: Var, sites: Sequence[Site], called: str
+    ) -> AddressError:
+        sites = sorted(sites, key=lambda s: (s.spot.file, s.binding.place))
+        found = self.variables.statements[target]
+        why = {key: w for key, (_, w) in self.variables.unclear[target].items()}
+
+        def note(site: Site) -> str:
+            if site.key not in found:
+                return ", which made no operation: it may have run"
+            return f", and {why[site.key]}" if site.key in why else ""
+
+        return AddressError(
             beats(
-                f"{called}: address {targets[target]!r} ({place})",
-                "it must be clear which array the variable is given",
-                why,
-                "sg.name in the source there, or the variable of a statement that "
-                "computes one array",
+                called,
+                "one statement must assign the variable, or the address say which",
+                rows([f"{len(sites)}:", *(s.text + note(s) for s in sites)], 7),
+                rows(self.addresses(var, sites) or [_IN_THE_SOURCE]),
             )
         )
 
+    def addresses(self, var: Var, sites: Sequence[Site]) -> list[str]:
+        """Return an address of each statement that has one, as it is to be written."""
+        every = {site.key: list(_candidates(var, site)) for site in sites}
+        works = self.working(v for each in every.values() for v in each)
+        lines = []
+        for site in sites:
+            mine = [v for v in every[site.key] if v in works]
+            mine = [v for v in mine if [s for s in sites if s.is_meant(v)] == [site]]
+            alone = [v for v in mine if v.line is None and v.nth is None]
+            by_line = [v for v in mine if v.line is not None]
+            by_number = [v for v in mine if v.nth is not None]
+            best = alone[:1] or [*by_line[:1], *by_number[:1]]
+            if best:
+                lines.append(" or ".join(map(repr, best)))
+        return lines
 
-def _qualified(var: Var, places: Sequence[str]) -> str:
-    """Offer the qualified names, if they tell the statements apart."""
-    functions = [place.partition(" (")[2][:-1] for place in places]
-    if len(set(functions)) < len(functions):
-        return ""
-    name = var.label if "self." in var.label else var.label.split(".")[-1]
-    return "".join(f'sg.var("{f}.{name}") or ' for f in functions)
-
-
-def no_variable(
-    variables: Variables, var: Var, called: str, function: str
-) -> AddressError:
-    """Return the error for a variable that no statement with equations assigns."""
-    known = list(variables.known)
-    *qualification, name = var.label.split(".")
-    function = qualification[-1] if qualification else ""
-    lines = [
-        f"{printed_file(file)}:{line}"
-        for file, spot in variables.files.items()
-        if spot.is_current
-        for line in spot.source.lines_assigning(name, function)
-    ]
-    missing = "".join(
-        f"; no variables of {file}: {what.strip('()')}"
-        for file, what in variables.sourceless.items()
-    )
-    if name in known:
-        came = f"{name}, in another function"
-    elif lines:
-        came = (
-            f"{', '.join(lines[:3])}, which computes no array here: a new name for "
-            "one, or not run"
+    def _several_parameters(
+        self, var: Var, own: str | None, places: Sequence[Place], called: str
+    ) -> AddressError:
+        functions = [f"{p.place} ({'.'.join(p.path)})" for p in places]
+        if own is not None:
+            functions.append(f"{self.traced.name}, as its argument")
+        works = self.working(Var(place.label) for place in places)
+        write = [*map(repr, works), *([f'"{own}"'] if own is not None else ())]
+        return AddressError(
+            beats(
+                called,
+                "one function must have a parameter of that name, or the address say "
+                "which",
+                rows([f"{len(functions)}:", *functions], 7),
+                rows(write or [_IN_THE_SOURCE]),
+            )
         )
-    else:
-        came = f"variables {quoted(n for n in known if '.' not in n)}"
-    near = nearest(var.label, known) or nearest(name, known)
-    write = f'sg.var("{near[0]}")' if near else "sg.name in the source"
-    if variables.sourceless and not near:
-        write += "; sg.var reads the source text"
+
+    def _own(self, name: str, called: str) -> AddressError:
+        """A parameter of the traced function has an address of its own."""
+        return AddressError(
+            beats(
+                called,
+                "a parameter is a variable of the functions that are called inside",
+                f'"{name}", an argument of {self.traced.name} itself',
+                f'"{name}"' if name in self.traced.arguments else _IN_THE_SOURCE,
+            )
+        )
+
+    # None -----------------------------------------------------------------------
+
+    def no_variable(self, var: Var, called: str) -> AddressError:
+        """Return the error for a variable that no statement with equations assigns."""
+        expected = (
+            f"it must be a variable of {self.traced.name} or of a function that it "
+            "calls"
+        )
+        whole = Var(var.label)
+        sites = [s for s in self.variables.known.values() if s.is_meant(whole)]
+        bound = list(self._bound(var))
+        if not bound and sites:
+            which = "line" if var.line is not None else "nth"
+            came = [f"{which}={getattr(var, which)}, where none of these is meant:"]
+            came += [site.text for site in sites]
+            write = self.addresses(whole, sites)
+        elif bound:
+            came, write = self._quiet(bound)
+        else:
+            came, write = self._unknown(var)
+        return AddressError(
+            beats(called, expected, rows(came, 7), rows(write or [_IN_THE_SOURCE]))
+        )
+
+    def _bound(self, var: Var) -> Iterator[tuple[Spot, Function, Binding]]:
+        """Yield what binds a variable in the functions that ran, and is meant."""
+        alone = (var.line, var.nth) == (None, None)
+        for spot in self.variables.functions.values():
+            function = spot.source.function(spot.position)
+            for binding in function.bindings:
+                site = Site(spot, binding)
+                called = is_called(var.label, site.path, binding.name)
+                is_statement = binding.how == STATEMENT
+                if called and (site.is_meant(var) if is_statement else alone):
+                    yield spot, function, binding
+
+    def _quiet(
+        self, bound: Sequence[tuple[Spot, Function, Binding]]
+    ) -> tuple[list[str], list[str]]:
+        """Say what became of a variable that no operation makes."""
+        came, candidates = list[str](), list[Any]()
+        for spot, function, binding in bound:
+            text = Site(spot, binding).text.rstrip(":")
+            came.append(text + _HOW.get(binding.how, ", which is no array"))
+            if binding.how == STATEMENT and binding.assigned is not None:
+                alias = spot.source.name(binding.assigned.value)
+                if alias:
+                    around = Site(spot, binding).label[: -len(binding.name)]
+                    candidates += [Var(alias), Var(around + alias)]
+                    own = function.line == self._own_line and alias
+                    candidates += [alias] if own in self.traced.arguments else []
+        return came, [written(a) for a in self.working(candidates)[-1:]]
+
+    @property
+    def _own_line(self) -> int:
+        return getattr(getattr(self.traced.fun, "__code__", None), "co_firstlineno", -1)
+
+    def _unknown(self, var: Var) -> tuple[list[str], list[str]]:
+        known = {
+            label: None for s in self.variables.known.values() for label in _all(s)
+        }
+        name = var.label.split(".")[-1]
+        elsewhere = [s for s in self.variables.known.values() if s.binding.name == name]
+        if elsewhere:
+            functions = {".".join(s.path) for s in elsewhere}
+            came = [f"{name}, in {', '.join(sorted(functions))}"]
+        else:
+            came = ["variables " + quoted(n for n in known if "." not in n)]
+        came += [
+            f"no variables of {file}: {what.strip('()')}"
+            for file, what in self.variables.sourceless.items()
+        ]
+        labels = [label for s in elsewhere for label in _all(s)]
+        near = [*labels, *nearest(var.label, known), *nearest(name, known)]
+        works = self.working(map(Var, dict.fromkeys(near)))
+        write = [repr(v) for v in works[:1]]
+        if not write and self.variables.sourceless:
+            write = ["sg.name in the source; sg.var reads the source text"]
+        return came, write
+
+
+_HOW = {
+    STATEMENT: ", which made no operation: another name for an array, or not run",
+    "for": ", where a loop hands over one after the other",
+    "in": ", where a comprehension hands over one after the other",
+    "with": ", where a context manager hands it over",
+}
+
+
+def _unclear(called: str, why: str) -> AddressError:
     return AddressError(
         beats(
             called,
-            f"it must match a variable that a statement of {function} assigns",
-            came + missing,
-            write,
+            "it must be clear which array the variable is given",
+            why,
+            f"{_IN_THE_SOURCE}, or the variable of a statement that computes one array",
         )
     )
+
+
+def _candidates(var: Var, site: Site) -> Iterator[Var]:
+    """Yield addresses that may mean a statement, the shortest first."""
+    labels = _all(site)
+    yield from (Var(label) for label in labels[1:])
+    line = site.binding.place[0]
+    yield from (Var(label, line=line) for label in dict.fromkeys((var.label, *labels)))
+    yield from (Var(label, nth=site.nth) for label in labels[1:])
+
+
+def _all(site: Site) -> list[str]:
+    """Return the labels of a statement's variable, the short one first."""
+    name = site.binding.name
+    return list(dict.fromkeys((name, site.label, ".".join([*site.path, name]))))
+
+
+def written(address: Address) -> str:
+    return f'"{address}"' if isinstance(address, str) else repr(address)

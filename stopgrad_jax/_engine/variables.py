@@ -6,6 +6,7 @@ An execution of a statement is a run of equations that were made while it was ru
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
 from .assignment import Execution, Given, Item, Unclear, begins_again
+from .bindings import Binding, Function
 from .labels import Labels, Spot
 
 
-class _Anywhere(Labels):
+class Anywhere(Labels):
     """Paths through installed libraries, too: their code can be asked for by name."""
 
     def is_users(self, file: str) -> bool:
@@ -24,13 +26,70 @@ class _Anywhere(Labels):
         return not file.startswith("<frozen")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A statement that assigns, where it was seen running."""
+
+    spot: Spot
+    binding: Binding
+
+    @property
+    def key(self) -> Any:
+        """Equal for the same statement and variable."""
+        return self.spot.frame.file, self.binding.place, self.binding.name
+
+    @property
+    def function(self) -> Function:
+        """The function that it is in."""
+        return self.spot.source.function(self.binding.place)
+
+    @property
+    def path(self) -> list[str]:
+        """The names of the classes and functions that it is in, outermost first."""
+        return [p for p in self.spot.function.split(".") if p != "<locals>"]
+
+    @property
+    def nth(self) -> int:
+        """Which of the statements of its function that assign the variable it is."""
+        return self.function.statements(self.binding.name).index(self.binding)
+
+    def is_meant(self, var: Var) -> bool:
+        """Tell whether an address means this statement."""
+        if not is_called(var.label, self.path, self.binding.name):
+            return False
+        if var.line is not None:
+            line, _, end_line, _ = self.binding.place
+            if not line <= var.line <= end_line:
+                return False
+        if var.nth is None:
+            return True
+        count = len(self.function.statements(self.binding.name))
+        return var.nth in (self.nth, self.nth - count)
+
+    @property
+    def label(self) -> str:
+        """The variable with its function, and that with its class."""
+        parts = self.path[-2 if self.function.bound else -1 :]
+        return ".".join([*parts, self.binding.name])
+
+    @property
+    def text(self) -> str:
+        """`file:line (function): the statement`, as it is printed."""
+        code = self.spot.source.expression(self.binding.place)
+        code = code if len(code) <= 60 else code[:57] + "..."
+        place = f"{self.spot.file}:{self.binding.place[0]}"
+        return f"{place} ({'.'.join(self.path)}): {code}"
+
+
 class Variables:
     """Look for variables, and remember those on the way for error messages.
 
-    `statements` maps a target to the statements that assign it, `unclear` to the
-    place and the reason for which its value cannot be told; `sourceless` maps files
-    whose text is not there or has changed to what is wrong. The targets in `anywhere`
-    are looked for in installed libraries, the others in the user's code.
+    `known` maps a key to each statement of the user's code that assigns. `statements`
+    has those that a target means, `unclear` the place and the reason where what one
+    assigned cannot be told; `sourceless` maps files whose text is not there or has
+    changed to what is wrong, `functions` has a place in each function that ran. The
+    targets in `anywhere` are looked for in installed libraries, the others in the
+    user's code.
     """
 
     def __init__(
@@ -39,29 +98,31 @@ class Variables:
         own = {k: var for k, var in targets.items() if k not in anywhere}
         rest = {k: var for k, var in targets.items() if k in anywhere}
         self._own = Labels(fun)
-        self._searched = [(self._own, own), *([(_Anywhere(fun), rest)] if rest else ())]
-        self._in_path: dict[Any, list[tuple[int, Spot, int, str]]] = {}
-        self.known: dict[str, None] = {}
-        self.statements: dict[int, dict[Any, str]] = {k: {} for k in targets}
-        self.unclear: dict[int, tuple[str, str]] = {}
+        self._searched = [(self._own, own), *([(Anywhere(fun), rest)] if rest else ())]
+        self._in_path: dict[Any, list[tuple[int, Site, int]]] = {}
+        self.known: dict[Any, Site] = {}
+        self.statements: dict[int, dict[Any, Site]] = {k: {} for k in targets}
+        self.unclear: dict[int, dict[Any, tuple[str, str]]] = {k: {} for k in targets}
         self.sourceless: dict[str, str] = {}
-        self.files: dict[str, Spot] = {}
+        self.functions: dict[Any, Spot] = {}
 
     def find(self, jaxpr: Any) -> dict[int, dict[int, list[tuple[int, str]]]]:
         """Return {equation: {result: (target, name) of each variable that it is}}."""
         found: dict[int, dict[int, list[tuple[int, str]]]] = {}
         runs = [run for pair in self._searched for run in self._runs(jaxpr, *pair)]
-        users = _users(jaxpr) if runs else {}
+        users = users_of(jaxpr) if runs else {}
         for run in runs:
             run.unclear = run.unclear or run.is_cut_wrongly()
             try:
                 index, result = Given(run, users).place()
             except Unclear as why:
-                self.unclear.setdefault(run.target, (run.spot.place, str(why)))
+                key = Site(run.spot, run.binding).key
+                reason = (run.spot.place, str(why))
+                self.unclear[run.target].setdefault(key, reason)
                 continue
             hits = found.setdefault(index, {}).setdefault(result, [])
-            if (run.target, run.name) not in hits:
-                hits.append((run.target, run.name))
+            if (run.target, run.binding.name) not in hits:
+                hits.append((run.target, run.binding.name))
         return found
 
     @property
@@ -69,22 +130,36 @@ class Variables:
         """The targets that no statement assigns."""
         return frozenset(k for k, found in self.statements.items() if not found)
 
+    def quiet(self, target: int, var: Var) -> list[Site]:
+        """Statements that may have given it another array and made no equation."""
+        sites, found = self.statements[target], dict[Any, Site]()
+        for site in sites.values():
+            for other in site.function.statements(site.binding.name):
+                one = Site(site.spot, other)
+                if one.key not in sites and other.quietly == "another":
+                    if one.is_meant(var) and not other.excludes(site.binding):
+                        found[one.key] = one
+        return list(found.values())
+
+    def is_clear(self, target: int, var: Var) -> bool:
+        """Tell whether one statement is meant, and what it assigned."""
+        count = len(self.statements[target]) + len(self.quiet(target, var))
+        return count == 1 and not self.unclear[target]
+
     def _runs(
         self, jaxpr: Any, labels: Labels, targets: Mapping[int, Var]
     ) -> Iterator[Execution]:
         going: dict[Any, Execution] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = labels.path(eqn, labels.nowhere)
-            if not path.spots or _is_backward(eqn):
+            if not path.spots or is_backward(eqn):
                 continue
             item, now = Item(index, eqn, path.spots), {}
-            for depth, spot, target, name in self._matches(path, targets):
-                assigned = spot.source.assigned(spot.position, name)
-                place = assigned or spot.statement
-                key = (path.spots[:depth], spot.frame.file, target, name, place)
+            for depth, site, target in self._matches(path, targets):
+                key = (path.spots[:depth], target, *site.key)
                 run = going.get(key)
                 if run is None or self._begins_again(run, item):
-                    run = Execution(target, name, spot, depth, assigned, before=run)
+                    run = Execution(target, site.binding, site.spot, depth, before=run)
                     yield run
                 run.items.append(item)
                 now[key] = run
@@ -98,67 +173,62 @@ class Variables:
 
     def _matches(
         self, path: Any, targets: Mapping[int, Var]
-    ) -> list[tuple[int, Spot, int, str]]:
+    ) -> list[tuple[int, Site, int]]:
         if path not in self._in_path:
+            sites = list(_assignments(path.spots))
             if targets is self._searched[0][1]:
-                self._remember(path.spots)
-            self._in_path[path] = list(self._match(path.spots, targets))
+                self._remember(path.spots, sites)
+            self._in_path[path] = list(self._meant(sites, targets))
         return self._in_path[path]
 
-    def _match(
-        self, spots: Sequence[Spot], targets: Mapping[int, Var]
-    ) -> Iterator[tuple[int, Spot, int, str]]:
-        for depth, spot, function, name in _assignments(spots):
+    def _meant(
+        self, sites: Sequence[tuple[int, Site]], targets: Mapping[int, Var]
+    ) -> Iterator[tuple[int, Site, int]]:
+        for depth, site in sites:
             for target, var in targets.items():
-                if _is_called(var.label, function, name):
-                    statement = spot.statement
-                    assert statement is not None
-                    line = f"{spot.file}:{statement.line} ({'.'.join(function)})"
-                    key = (spot.frame.file, statement.line, statement.value)
-                    self.statements[target][key] = line
-                    yield depth, spot, target, name
+                if site.is_meant(var):
+                    self.statements[target][site.key] = site
+                    yield depth, site, target
 
-    def _remember(self, spots: Sequence[Spot]) -> None:
+    def _remember(
+        self, spots: Sequence[Spot], sites: Sequence[tuple[int, Site]]
+    ) -> None:
         for spot in spots:
-            self.files[spot.frame.file] = spot
-            if not spot.is_current:
+            if spot.is_current:
+                body = spot.source.function(spot.position).body
+                self.functions.setdefault((spot.frame.file, body), spot)
+            else:
                 self.sourceless[spot.file] = spot.expression or "no source text"
-        for _, _, function, name in _assignments(spots):
-            self.known[name] = None
-            self.known[".".join([*function[-2:], name])] = None
+        self.known.update((site.key, site) for _, site in sites)
 
 
-def _assignments(
-    spots: Sequence[Spot],
-) -> Iterator[tuple[int, Spot, Sequence[str], str]]:
-    """Yield (depth, spot, parts of the function's name, variable)."""
+def _assignments(spots: Sequence[Spot]) -> Iterator[tuple[int, Site]]:
     for depth, spot in enumerate(spots):
-        statement = spot.statement
-        if statement is not None and statement.kind == "assignment":
-            function = [p for p in spot.function.split(".") if p != "<locals>"]
-            for name in statement.targets:
-                yield depth, spot, function, name
+        if spot.is_current:
+            for binding in spot.source.assignments(spot.position):
+                yield depth, Site(spot, binding)
 
 
-def _is_called(label: str, function: Sequence[str], name: str) -> bool:
+def is_called(label: str, path: Sequence[str], name: str) -> bool:
+    """Tell whether a label means the variable `name` of the function at `path`."""
     if label == name:
         return True
     if not label.endswith("." + name):
         return False
     qualification = label[: -len(name) - 1].split(".")
-    return list(function[-len(qualification) :]) == qualification
+    return list(path[-len(qualification) :]) == qualification
 
 
-def _is_backward(eqn: Any) -> bool:
+def is_backward(eqn: Any) -> bool:
     """Tell the equations of a backward pass: they have the lines of the forward one."""
-    return "transpose(" in _jax.scopes_of(eqn)
+    return "transpose" in _jax.transforms_of(eqn)
 
 
-def _users(jaxpr: Any) -> dict[Any, list[int]]:
+def users_of(jaxpr: Any) -> dict[Any, list[int]]:
     """Equations that read each variable, without backward passes; -1: a result."""
     users: dict[Any, list[int]] = {}
     for index, eqn in enumerate(jaxpr.eqns):
-        if not _is_backward(eqn):
+        if not is_backward(eqn):
             for atom in eqn.invars:
                 if not isinstance(atom, _jax.Literal):
                     users.setdefault(atom, []).append(index)

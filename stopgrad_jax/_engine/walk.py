@@ -8,108 +8,33 @@ jaxpr that is called many times is searched once.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import Op, Point, Var, nodes, pattern, prefixes
+from stopgrad_jax._address import (
+    Op,
+    Point,
+    Var,
+    joined,
+    matches_scope,
+    nodes,
+    pattern,
+    prefixes,
+)
 
 from .nested import Nested, nested
+from .operations import Group, Operations, callers
+from .parameters import Parameter
+from .plan import Found, Hit, Leaf, Match, Plan, PointName, leaves
 from .variables import Variables
-
-
-class PointName(str):
-    """The name of one leaf of a named tree; it remembers the tree.
-
-    `tree` is the named tree with each traced leaf replaced by its `Leaf`.
-    """
-
-    __slots__ = ("root", "tree")
-    root: str
-    tree: Any
-
-    def __new__(cls, name: str, root: str, tree: Any) -> PointName:
-        """Make the name of one leaf."""
-        self = super().__new__(cls, name)
-        self.root, self.tree = root, tree
-        return self
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """Stands for the traced leaf of this name in a `PointName`'s tree."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """A value is part `position` of what an address selects at this place.
-
-    `root` is the full address that matched, `parts` the names of all the parts and
-    `tree` their structure (None: one value by itself). `operation`: an edit of it is
-    one of the equation, not of its results.
-    """
-
-    target: int
-    root: str
-    position: int = 0
-    parts: tuple[str, ...] = ("",)
-    tree: Any = None
-    operation: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """One value that addresses select.
-
-    `aval` is its type outside all the equations that it lies in: with the time axis of
-    a scan and with all the shards. `steps`: how many of the scans that it lies in,
-    outermost first. `rule`: it is behind a custom rule. `dynamic`: it is in a while
-    loop. `differentiated`: a derivative of it has already been taken.
-    """
-
-    name: str
-    hits: tuple[Hit, ...]
-    aval: Any
-    line: str
-    rule: bool = False
-    dynamic: bool = False
-    differentiated: bool = False
-    steps: tuple[int, ...] = ()
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """Positions of the addresses that select this value."""
-        return tuple(hit.target for hit in self.hits)
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """An equation that something happens to: to its results, or inside it."""
-
-    index: int
-    eqn: Any
-    own: tuple[Found, ...]  # one for each result, or none
-    plans: tuple[Plan, ...]  # one for each body, or none
-    inside: tuple[Found, ...]  # what the plans found, seen from outside
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """A jaxpr and what was found in it, in program order."""
-
-    jaxpr: Any
-    consts: Sequence[Any]
-    matches: tuple[Match, ...]
-    found: tuple[Found, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
     ops: frozenset[int]  # the ops still looked for here
-    scopes: frozenset[str] = frozenset()
+    path: str = ""  # the named scopes around it
+    callers: frozenset[str] = frozenset()  # the functions that it is called by
     rule: bool = False
     dynamic: bool = False
     differentiated: bool = False
@@ -119,9 +44,10 @@ class Search:
     """Look for `targets`, and remember every name on the way for error messages.
 
     `hidden` maps a target to the line of a match in the body of a custom rule, where
-    operations are not looked for. `opaque` maps primitives that hold a program which
-    cannot be searched to a line, `unreachable` wanted names in them to where that is.
-    `fun` is the function searched, `anywhere` see `Variables`.
+    operations are not looked for, `outside` to the scopes of matches that are not
+    within its own. `opaque` maps primitives that hold a program which cannot be
+    searched to a line, `unreachable` wanted names in them to where that is. `fun` is
+    the function searched, `anywhere` see `Variables`, `named` see `Parameters`.
     """
 
     def __init__(
@@ -129,11 +55,13 @@ class Search:
         targets: Sequence[Point | Op | Var],
         fun: Any = None,
         anywhere: frozenset[int] = frozenset(),
+        named: Mapping[Any, list[tuple[int, str]]] | None = None,
     ) -> None:
-        self.targets = targets
+        self.targets, self._handed = targets, named or {}
         self.names: dict[str, None] = {}
         self.ops: dict[str, None] = {}
         self.hidden: dict[int, str] = {}
+        self.outside: dict[int, dict[str, None]] = {}
         self.opaque: dict[str, str] = {}
         self.unreachable: dict[str, str] = {}
         self._points = [
@@ -145,6 +73,7 @@ class Search:
         # Labels read the whole stack of every equation: only where they are needed.
         names = {k: var for k, var in enumerate(targets) if isinstance(var, Var)}
         self.variables = Variables(names, fun, anywhere) if names else None
+        self.operations = Operations(self._ops)
         self._scoped = any(op.within for _, op in self._ops)
         self._plans: dict[Any, Plan] = {}
 
@@ -161,18 +90,27 @@ class Search:
         return self._plans[key]
 
     def _matches(self, jaxpr: Any, context: _Context) -> Iterator[Match]:
-        variables = self.variables.find(jaxpr) if self.variables else {}
+        assigned = self._assigned(jaxpr)
+        groups = self._groups(jaxpr, context) if self._ops else []
+        covered: dict[int, set[int]] = {}
+        for group in groups:
+            for number, hits in _hits_of(group):
+                assigned.setdefault(number, []).append(hits)
+            for index in group.indices:
+                covered.setdefault(index, set()).add(group.target)
         for index, eqn in enumerate(jaxpr.eqns):
-            own = self._own(eqn, context, variables.get(index, {}))
+            taken = frozenset(covered.get(index, ()))
+            here = dataclasses.replace(context, ops=context.ops - taken)
+            own = self._own(eqn, here, assigned)
             inner = nested(eqn)
             plans, inside = (), ()
             if inner is not None:
                 matched = {hit.target for found in own for hit in found.hits}
-                below = self._below(eqn, inner, context, frozenset(matched))
+                below = self._below(eqn, inner, here, frozenset(matched))
                 plans = tuple(
                     self._plan(b.jaxpr, b.consts, below) for b in inner.bodies
                 )
-                inside = tuple(_lifted(f, inner, eqn) for p in plans for f in p.found)
+                inside = tuple(lifted(f, inner, eqn) for p in plans for f in p.found)
             elif _jax.is_opaque(eqn):
                 self._peek(eqn, context)
             if own or inside:
@@ -187,40 +125,46 @@ class Search:
             for found in names.found:
                 self.unreachable[found.name] = f'"{eqn.primitive.name}" at {line}'
 
+    def _assigned(self, jaxpr: Any) -> dict[Any, list[Hit]]:
+        """Return {result: what variables it is} of the equations of a jaxpr."""
+        found: dict[Any, list[Hit]] = {}
+        if self.variables is None:
+            return found
+        for index, results in self.variables.find(jaxpr).items():
+            for number, names in results.items():
+                hits = [Hit(target, name, tree=Leaf("")) for target, name in names]
+                found[jaxpr.eqns[index].outvars[number]] = hits
+        for eqn in jaxpr.eqns if self._handed else ():
+            for target, name in self._handed.get((*eqn.outvars, None)[0], ()):
+                hit = Hit(target, name, tree=Leaf(""))
+                found.setdefault(eqn.outvars[0], []).append(hit)
+        return found
+
     def _own(
-        self, eqn: Any, context: _Context, variables: Mapping[int, Any]
+        self, eqn: Any, context: _Context, assigned: Mapping[Any, Sequence[Hit]]
     ) -> tuple[Found, ...]:
-        primitive = eqn.primitive.name
-        if primitive == "name":
+        hits: tuple[Hit, ...] = ()
+        is_name = eqn.primitive.name == "name"
+        if is_name and not isinstance(eqn.params["name"], Parameter):
             self.names[eqn.params["name"]] = None
             hits = self._named(eqn.params["name"])
-        else:
-            hits = ()
         if self._ops:
-            hits = (*hits, *self._operation(eqn, primitive, context))
-        if not hits and not variables:
+            hits = (*hits, *self._operation(eqn, context))
+        mine = [tuple(assigned.get(var, ())) for var in eqn.outvars]
+        first = next((hit for each in (hits, *mine) for hit in each), None)
+        if first is None:
             return ()
-        assigned = [
-            tuple(
-                Hit(target, name, tree=Leaf(""))
-                for target, name in variables.get(k, ())
-            )
-            for k in range(len(eqn.outvars))
-        ]
-        first = next(hit for mine in (hits, *assigned) for hit in mine)
-        name = eqn.params["name"] if primitive == "name" else first.root
-        state = (context.rule, context.dynamic, self._differentiated(eqn, context))
-        found = []
+        name = eqn.params["name"] if is_name and hits else first.root
+        line, state = _jax.line_of(eqn), (context.rule, context.dynamic)
+        taken = self._differentiated(eqn, context)
+        count, found = len(eqn.outvars), []
         for position, var in enumerate(eqn.outvars):
-            mine = hits
-            if len(eqn.outvars) > 1:
-                parts = tuple(map(str, range(len(eqn.outvars))))
-                same = {"parts": parts, "tree": tuple(map(Leaf, parts))}
-                mine = [
-                    dataclasses.replace(hit, position=position, **same) for hit in hits
-                ]
-            mine = (*mine, *assigned[position])
-            found.append(Found(name, mine, var.aval, _jax.line_of(eqn), *state))
+            parts = [_part(hit, position, count) for hit in hits]
+            every = (*(hits if count == 1 else parts), *mine[position])
+            # A call that takes a derivative is no part of what it differentiates.
+            whole = bool(every) and all(hit.group is not None for hit in every)
+            own = context.differentiated if whole else taken
+            found.append(Found(name, every, var.aval, line, *state, own))
         return tuple(found)
 
     def _named(self, name: str) -> tuple[Hit, ...]:
@@ -231,29 +175,69 @@ class Search:
                 hits.append(_hit(target, root, name))
         return tuple(hits)
 
-    def _operation(self, eqn: Any, primitive: str, context: _Context) -> Iterator[Hit]:
+    def _operation(self, eqn: Any, context: _Context) -> Iterator[Hit]:
+        primitive = eqn.primitive.name
         names = (primitive, _jax.call_name(eqn))
         self.ops.update(dict.fromkeys(name for name in names if name))
-        for target, op in self._ops:
-            if target not in context.ops or op.name not in names:
-                continue
-            if op.within and op.within not in context.scopes | _scopes(eqn):
-                continue
-            if context.rule:
-                self.hidden.setdefault(target, _jax.line_of(eqn))
-            else:
-                yield Hit(target, op.name, operation=primitive != "name")
+        place = None
+        for target, name in self.operations.named(eqn):
+            if target in context.ops:
+                place = place or self._around(eqn, context)
+                if self._is_within(target, *place) and not self._is_hidden(
+                    target, eqn, context
+                ):
+                    yield Hit(target, name, operation=primitive != "name")
+
+    def _groups(self, jaxpr: Any, context: _Context) -> list[Group]:
+        """Return the calls of Python functions that are meant in a jaxpr."""
+        return [
+            group
+            for group in self.operations.groups(jaxpr)
+            if group.target in context.ops
+            and self._is_within(
+                group.target,
+                joined(context.path, group.scope),
+                context.callers | group.callers,
+            )
+            and not self._is_hidden(group.target, group.eqns[0], context)
+        ]
+
+    def _is_within(self, target: int, path: str, callers: frozenset[str]) -> bool:
+        op = self.targets[target]
+        within = op.within if isinstance(op, Op) else None
+        if within is None or matches_scope(within, path):
+            return True
+        name = pattern(within)
+        if any(name.fullmatch(caller + "/") for caller in callers):
+            return True
+        self.outside.setdefault(target, {}).update(
+            dict.fromkeys([path] if path else [])
+        )
+        return False
+
+    def _is_hidden(self, target: int, eqn: Any, context: _Context) -> bool:
+        """Tell whether it is in the body of a custom rule, and remember that."""
+        if context.rule:
+            self.hidden.setdefault(target, _jax.line_of(eqn))
+        return context.rule
+
+    def _around(self, eqn: Any, context: _Context) -> tuple[str, frozenset[str]]:
+        """Return the path of scopes around an equation, and the functions it is in."""
+        if not self._scoped:
+            return "", frozenset()
+        path = joined(context.path, _jax.scope_of(eqn))
+        codes = (code for code, _ in _jax.stack_of(eqn))
+        return path, context.callers | {name for c in codes for name in callers(c)}
 
     def _below(
         self, eqn: Any, inner: Nested, context: _Context, matched: frozenset[int]
     ) -> _Context:
-        scopes = context.scopes
-        if self._scoped:
-            name = _jax.call_name(eqn)
-            scopes = scopes | _scopes(eqn) | ({name} if name else set())
+        path, callers = self._around(eqn, context)
+        name = _jax.call_name(eqn) if self._scoped else None
         return _Context(
             context.ops - matched,
-            scopes,
+            path,
+            callers | ({name} if name else set()),
             context.rule or inner.rule,
             context.dynamic or inner.dynamic,
             self._differentiated(eqn, context),
@@ -261,10 +245,10 @@ class Search:
 
     @staticmethod
     def _differentiated(eqn: Any, context: _Context) -> bool:
-        return context.differentiated or "jvp(" in _jax.scopes_of(eqn)
+        return context.differentiated or "jvp" in _jax.transforms_of(eqn)
 
 
-def _lifted(found: Found, inner: Nested, eqn: Any) -> Found:
+def lifted(found: Found, inner: Nested, eqn: Any) -> Found:
     line = found.line or _jax.line_of(eqn)
     scanned = (eqn.params["length"],) if eqn.primitive.name == "scan" else ()
     steps = (*scanned, *found.steps)
@@ -281,20 +265,19 @@ def _hit(target: int, root: str, name: str) -> Hit:
     return Hit(target, root, parts.index(str(name)), parts, tree)
 
 
-def leaves(tree: Any) -> list[Leaf]:
-    """Traced leaves of a `PointName`'s tree."""
-    return [node for _, node in nodes(tree) if isinstance(node, Leaf)]
+def _part(hit: Hit, position: int, count: int) -> Hit:
+    """Return what an operation with several results is at one of them."""
+    parts = tuple(map(str, range(count)))
+    tree = tuple(map(Leaf, parts))
+    return dataclasses.replace(hit, position=position, parts=parts, tree=tree)
 
 
-def _scopes(eqn: Any) -> frozenset[str]:
-    """Names of the scopes and functions that an equation was traced in."""
-    names = set(re.split(r"[/()]", _jax.scopes_of(eqn)))
-    for caller in _jax.callers_of(eqn):
-        parts = caller.split(".")
-        names |= {caller, parts[-1]}
-        if parts[-1] == "__call__" and len(parts) > 1:
-            names.add(parts[-2])  # a module: by the name of its class
-    return frozenset(names - {""})
+def _hits_of(group: Group) -> Iterator[tuple[Any, Hit]]:
+    """Yield (result, what it is of the group)."""
+    hit = Hit(group.target, group.name, operation=True, group=group)
+    count = len(group.writes)
+    for k, var in enumerate(group.writes):
+        yield var, hit if count == 1 else _part(hit, k, count)
 
 
 def live(

@@ -65,7 +65,7 @@ class Look:
             moved = [self._bits.get(place, 0) for place in places(program)]
             needed = needed_for(program, [place for _, place in self._ends])
             self.graph = unfold(
-                traced.jaxpr, labels, program.plan, moved=moved, needed=needed
+                program.traced.jaxpr, labels, program.plan, moved=moved, needed=needed
             )
         self._terms = base.terms if base is not None and base.ys == ys else None
         values = {
@@ -203,8 +203,7 @@ class Look:
         "unknown" where `jax.grad` raises: it was tried.
         """
         analysis, values = self.analysis, list(values)
-        refused = analysis.reached(analysis.refused, values) | analysis.raising
-        if refused & bits:
+        if analysis.reached(analysis.refused, values) & bits:
             connected, error = self.tried(bits)
             if error:
                 return "unknown"
@@ -228,6 +227,8 @@ class Look:
 
     def verdict(self, bits: int) -> str:
         """Say how the outputs fare, together."""
+        if self.analysis.raising & bits and self.tried(bits)[1]:
+            return "unknown"
         return self.word(bits, self.analysis.sinks)
 
     def cells(self, bits: int) -> tuple[str, ...]:

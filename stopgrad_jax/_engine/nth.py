@@ -1,0 +1,82 @@
+"""`sg.op(..., nth=...)`: some of the matches, in program order."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Container, Iterator
+from typing import Any
+
+from .nested import nested
+from .plan import Found, Match, Plan
+from .walk import lifted
+
+
+def count(plan: Plan, target: int) -> int:
+    """Return how many operations of a program an address matches."""
+    return sum(1 for _ in _operations(plan, target))
+
+
+def only(plan: Plan, target: int, chosen: Container[int]) -> Plan:
+    """Return a plan in which an address means those of its matches only.
+
+    A body that is run in several places is taken apart: each has its own matches.
+    """
+    return _Only(target, chosen).plan(plan)
+
+
+def _operations(plan: Plan, target: int) -> Iterator[Any]:
+    """Yield each operation that an address means, in program order."""
+    seen = set[int]()
+    for match in plan.matches:
+        for body in match.plans:
+            yield from _operations(body, target)
+        for operation in _own(match, target):
+            if id(operation) not in seen:
+                seen.add(id(operation))
+                yield operation
+
+
+def _own(match: Match, target: int) -> Iterator[Any]:
+    """Yield the operations of an address that an equation is, or is the end of."""
+    hits = [hit for found in match.own for hit in found.hits if hit.target == target]
+    yield from dict.fromkeys(hit.group or match for hit in hits)
+
+
+class _Only:
+    def __init__(self, target: int, chosen: Container[int]) -> None:
+        self._target, self._chosen = target, chosen
+        self._number = itertools.count()
+
+    def plan(self, plan: Plan) -> Plan:
+        numbers: dict[int, int] = {}
+        matches = tuple(self._matches(plan, numbers))
+        found = tuple(f for match in matches for f in (*match.inside, *match.own))
+        return Plan(plan.jaxpr, plan.consts, matches, found)
+
+    def _matches(self, plan: Plan, numbers: dict[int, int]) -> Iterator[Match]:
+        for match in plan.matches:
+            plans = tuple(map(self.plan, match.plans))
+            for operation in _own(match, self._target):
+                if id(operation) not in numbers:
+                    numbers[id(operation)] = next(self._number)
+            own = tuple(self._kept(f, match, numbers) for f in match.own)
+            own = own if any(f.hits for f in own) else ()
+            inner = nested(match.eqn)
+            inside: tuple[Found, ...] = ()
+            if inner is not None:
+                every = (found for plan in plans for found in plan.found)
+                inside = tuple(lifted(found, inner, match.eqn) for found in every)
+            if own or inside:
+                yield Match(
+                    match.index, match.eqn, own, plans if inside else (), inside
+                )
+
+    def _kept(self, found: Found, match: Match, numbers: dict[int, int]) -> Found:
+        hits = tuple(
+            hit
+            for hit in found.hits
+            if hit.target != self._target
+            or numbers[id(hit.group or match)] in self._chosen
+        )
+        return dataclasses.replace(found, hits=hits)

@@ -1,0 +1,293 @@
+"""Why an address matches nothing: said with what there is, and what to write.
+
+What an error says to write has been tried: it selects something in this program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import (
+    RETURN,
+    Address,
+    Op,
+    Point,
+    Var,
+    joined,
+    matches_scope,
+    nearest,
+    nodes,
+    prefixes,
+)
+from stopgrad_jax._errors import AddressError, beats, folded, quoted, type_of
+
+from .labels import Labels
+from .nested import nested
+from .operations import called, is_public
+from .trace import Static, Traced, Value
+from .unfound import Looked, written
+from .walk import Search
+
+Told = tuple[str, str]  # what came, and what to write instead
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmatched:
+    """What was seen while addresses were looked for.
+
+    `working` returns those of some addresses that select something here, `look` what is
+    seen when a variable is looked for.
+    """
+
+    traced: Traced
+    targets: Sequence[Any]
+    search: Search
+    variables: Looked | None
+    working: Callable[[Iterable[Address]], list[Any]]
+    look: Callable[[Var], Looked]
+
+    def no_match(self, address: Address, asked: str) -> AddressError:
+        """Return the error for an address that selects nothing."""
+        asked = f"{asked}: address {written(address)}"
+        if isinstance(address, Var) and self.variables is not None:
+            return self.variables.no_variable(address, asked)
+        if isinstance(address, Op):
+            kinds = "a function, or a primitive, of"
+            came, write = self._operation(address)
+        else:
+            kinds = "an argument, an output or a named point of"
+            came, write = self._value(address)
+        expected = f"it must match {kinds} {self.traced.name}"
+        return AddressError(beats(asked, expected, folded(came), folded(write)))
+
+    # Arguments, outputs and points ----------------------------------------------
+
+    def _value(self, address: Address) -> Told:
+        arguments = self.traced.arguments
+        # A name in a program that cannot be rewritten is there, and is no remedy.
+        names = [n for n in self.search.names if n not in self.search.unreachable]
+        if isinstance(address, str):
+            kinds = (self._below, self._unpassed, self._variable, self._called)
+            for told in (*kinds, self._scope):
+                found = told(address)
+                if found is not None:
+                    return found
+        came = f"arguments {quoted(arguments)}, points {quoted(self.search.names)}"
+        for primitive, line in self.search.opaque.items():
+            came += f'; "{primitive}" at {line} holds a program that cannot be searched'
+        if isinstance(address, Point):
+            near = [Point(n) for n in nearest(address.name, names) or names]
+            write = _one_of(near) if near else f'sg.name(value, "{address.name}")'
+            return came, write
+        known, text = [*self._edges, *names], str(address)
+        labels = self.look(Var(text)).labels if isinstance(address, str) else []
+        ends = [path for path in known if path.endswith(f"/{text}")]
+        near = [*ends[:3], *nearest(text, [*known, *labels])][:3]
+        whole = {path for path in known for path in prefixes(path)}
+        works = self.working([n if n in whole else Var(n) for n in near])
+        return came, _one_of(works or [*arguments, *names, RETURN], near=True)
+
+    @functools.cached_property
+    def _edges(self) -> dict[str, Any]:
+        """Arguments and outputs below each path: by position where there is no name."""
+        arguments = self.traced.arguments
+        named = {id(x) for tree in arguments.values() for _, x in nodes(tree)}
+        roots = {
+            str(k): tree
+            for k, tree in enumerate(self.traced.positional)
+            if id(tree) not in named
+        }
+        roots = {**arguments, **roots, RETURN: self.traced.output}
+        return {
+            path: x for root, tree in roots.items() for path, x in nodes(tree, root)
+        }
+
+    def _below(self, text: str) -> Told | None:
+        """`"b/0"`, where b is an array."""
+        by_position = (
+            pair
+            for k, tree in enumerate(self.traced.positional)
+            for pair in nodes(tree, str(k))
+        )
+        names = {id(x): path for path, x in self._edges.items()}
+        places = dict(by_position) | self._edges
+        for path in list(prefixes(text))[-2::-1]:
+            place = places.get(path)
+            path = names.get(id(place), path)
+            if isinstance(place, Value):
+                edges = self.traced.jaxpr.invars, self.traced.jaxpr.outvars
+                var = edges[place.kind == "output"][place.index]
+                kind = f"one array, {type_of(var.aval)}"
+            elif isinstance(place, Static):
+                kind = f"a Python value, {place.value!r:.40}, which is not traced"
+            elif place is None and path in self.search.names:
+                kind = "a point of one array"
+            elif place is None:
+                continue
+            else:
+                return None
+            write = self.working([path])
+            came = f'"{path}" is {kind}: nothing below it has an address'
+            return came, _one_of(write) if write else "another address"
+        return None
+
+    def _unpassed(self, text: str) -> Told | None:
+        """A default that was not passed, or what a partial has bound."""
+        name = text.split("/")[0]
+        if name in self.traced.arguments:
+            return None
+        parameter = _parameters(self.traced.fun).get(name)
+        fun, own = self.traced.name, self.traced.fun
+        if parameter is not None and parameter.default is not parameter.empty:
+            default = f"{name}={parameter.default!r:.40}"
+            came = f'"{name}" is a parameter of {fun} that was not passed'
+            return came, f"{default} in the call: what is passed can be addressed"
+        while isinstance(own, functools.partial):
+            own = own.func
+            if name in _parameters(own):
+                came = f'"{name}" is a parameter that functools.partial has filled'
+                return came, f"a function that is passed {name} in the call"
+        return None
+
+    def _variable(self, text: str) -> Told | None:
+        """A local variable of the source: one or, by `nth`, several statements."""
+        if not re.fullmatch(r"[^\W\d][\w.]*", text):
+            return None
+        told = self.look(Var(text)).told(0, Var(text))
+        came = f'no point: "{text}" is a variable of the source'
+        return (came, _one_of(told)) if told else None
+
+    def _called(self, text: str) -> Told | None:
+        """A function or a primitive."""
+        works = self.working([Op(text)])
+        return (
+            (f'no point: "{text}" is an operation', _one_of(works)) if works else None
+        )
+
+    def _scope(self, text: str) -> Told | None:
+        """A named scope: a module of flax or haiku."""
+        inside = [(eqn, path) for eqn, path in self._eqns if matches_scope(text, path)]
+        if not inside:
+            return None
+        candidates = [Op(name, text) for name in _callers([eqn for eqn, _ in inside])]
+        candidates.append(Op(inside[-1][0].primitive.name, text))
+        write = self.working(candidates)[:1]
+        below = [p for p in self._edges if p.endswith("/" + text)]
+        write += [p for p in below if not p.startswith(RETURN + "/")][:1]
+        return f'"{text}" is a named scope, in "{inside[0][1]}"', _one_of(write)
+
+    @functools.cached_property
+    def _eqns(self) -> list[tuple[Any, str]]:
+        """Every equation, in nested programs too, and the path of scopes around it."""
+        return list(_every(self.traced.jaxpr, ""))
+
+    # Operations -----------------------------------------------------------------
+
+    def _operation(self, op: Op) -> Told:
+        search, number = self.search, self.targets.index(op)
+        if number in search.hidden:
+            return (
+                "matches in the body of a custom rule only, where it is not looked for "
+                f"({search.hidden[number]})",
+                "sg.op of the function that has the rule",
+            )
+        if number in search.operations.unclear:
+            return (
+                "a call whose end cannot be told: loops run around it and inside it "
+                f"({search.operations.unclear[number]})",
+                "a jitted function, or an operation in it",
+            )
+        if number in search.operations.differentiated:
+            line = search.operations.differentiated[number]
+            came = f"calls whose derivative has been taken already only ({line})"
+            return came, "jax.grad(sg.edit(f, ...)): the address in the inner function"
+        if number in search.outside:
+            return self._outside(op, list(search.outside[number]))
+        operations = [name for name in search.ops if name not in _CALLS]
+        known = [*self._functions, *operations]
+        # What JAX has is spelled right, and something else is not what was meant.
+        odd = [name for name in op.names if not is_public(name)]
+        near = [n for name in odd for n in nearest(name, known, cutoff=0.6)]
+        works = self.working(dataclasses.replace(op, name=n) for n in near)
+        works = works or self.working(Op(n) for n in known)
+        came = f"functions {quoted(self._functions)}, operations {quoted(operations)}"
+        return came, _one_of(works[:3]) if works else "another function"
+
+    def _outside(self, op: Op, around: Sequence[str]) -> Told:
+        """A name that matches, and a `within` that does not."""
+        assert op.within is not None
+        levels = [level for path in around for level in path.split("/")]
+        known = list(dict.fromkeys([*around, *levels, *self._functions]))
+        near = dict.fromkeys([*nearest(op.within, known), *known])
+        candidates = [dataclasses.replace(op, within=n) for n in [*near][:16]]
+        works = self.working([*candidates, dataclasses.replace(op, within=None)])
+        where = f"in {quoted(around)}" if around else "in no named scope"
+        came = f'none within "{op.within}": there are matches {where}'
+        return came, _one_of(works[:3])
+
+    @functools.cached_property
+    def _functions(self) -> list[str]:
+        """Functions as the source calls them: the user's, modules, and JAX's public."""
+        labels = Labels()
+        found = dict[str, None]()
+        for eqn, _ in self._eqns:
+            for code, _ in _jax.stack_of(eqn):
+                for name in called(code)[:1]:
+                    if _is_told(code, labels):
+                        found[name] = None
+        return list(found)
+
+
+def _every(jaxpr: Any, path: str) -> Iterator[tuple[Any, str]]:
+    for eqn in jaxpr.eqns:
+        here = joined(path, _jax.scope_of(eqn))
+        yield eqn, here
+        inner = nested(eqn)
+        for body in inner.bodies if inner else ():
+            yield from _every(body.jaxpr, here)
+
+
+def _callers(eqns: Sequence[Any]) -> list[str]:
+    """Return the modules whose call made all of some equations, the inner first."""
+    every = [
+        {c: None for c, _ in _jax.stack_of(eqn) if c.co_name == "__call__"}
+        for eqn in eqns
+    ]
+    codes = [c for c in every[0] if all(c in each for each in every)]
+    return [called(c)[0] for c in reversed(codes) if not _jax.is_own(c.co_filename)]
+
+
+_CALLS = ("jit", *_jax.CUSTOM)  # what they call has a name of its own
+
+
+def _is_told(code: types.CodeType, labels: Labels) -> bool:
+    if _jax.is_own(code.co_filename):
+        return True
+    return code.co_name == "__call__" or labels.is_users(code.co_filename)
+
+
+def _parameters(fun: Any) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(fun).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def _one_of(addresses: Iterable[Any], near: bool = False) -> str:
+    """List addresses; a string that starts with "sg." is one as it is written.
+
+    `near`: they are guesses, and one is not the only one.
+    """
+    shown = [
+        a if isinstance(a, str) and a.startswith("sg.") else written(a)
+        for a in addresses
+    ]
+    one = len(shown) == 1 and not near
+    return shown[0] if one else "one of " + ", ".join(shown[:8])
