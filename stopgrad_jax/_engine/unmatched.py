@@ -72,7 +72,7 @@ class Unmatched:
     def _value(self, address: Address) -> Told:
         arguments = self.traced.arguments
         # A name in a program that cannot be rewritten is there, and is no remedy.
-        names = [n for n in self.search.names if n not in self.search.unreachable]
+        names = [n for n in self.search.names if n not in self.search.buried]
         if isinstance(address, str):
             kinds = (self._below, self._unpassed, self._variable, self._called)
             for told in (*kinds, self._scope):

@@ -64,6 +64,7 @@ class Search:
         self.outside: dict[int, dict[str, None]] = {}
         self.opaque: dict[str, str] = {}
         self.unreachable: dict[str, str] = {}
+        self.buried: dict[str, None] = {}  # names in such programs, wanted or not
         self._points = [
             (k, pattern(target.name))
             for k, target in enumerate(targets)
@@ -120,10 +121,13 @@ class Search:
         """Note a program that cannot be opened, and the wanted names in it."""
         line = _jax.line_of(eqn)
         self.opaque[eqn.primitive.name] = line
+        outside, self.names = self.names, {}
         for jaxpr in map(_jax.opened, _jax.inner_jaxprs(eqn)):
             names = self._plan(*jaxpr, dataclasses.replace(context, ops=frozenset()))
             for found in names.found:
                 self.unreachable[found.name] = f'"{eqn.primitive.name}" at {line}'
+        self.buried |= self.names
+        self.names = outside | self.names
 
     def _assigned(self, jaxpr: Any) -> dict[Any, list[Hit]]:
         """Return {result: what variables it is} of the equations of a jaxpr."""
