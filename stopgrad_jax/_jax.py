@@ -98,6 +98,13 @@ def at_source_of(eqn: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def at_line_of(eqn: Any) -> Iterator[None]:
+    """Trace what follows at this equation's source line."""
+    with source_info_util.user_context(eqn.source_info.traceback):
+        yield
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Every jaxpr in an equation's parameters, of whatever primitive."""
     return list(core.jaxprs_in_params(eqn.params))
@@ -153,6 +160,11 @@ def call_name(eqn: Any) -> str | None:
         debug_info = opened(eqn.params["call_jaxpr"])[0].debug_info
         return debug_info.func_src_info.split(" at ")[0] if debug_info else None
     return None
+
+
+def edited_at(eqn: Any) -> str:
+    """Address of the edit whose result an equation marks, or ""."""
+    return eqn.params["address"] if eqn.primitive.name == "edited" else ""
 
 
 def gate_name(eqn: Any) -> str:

@@ -72,7 +72,7 @@ SAMPLED = "sampled by {name}, and a sample has no derivative"
 # The operation is `lax.stop_gradient`.
 STOPPED = "stop_gradient, on purpose"
 # It is one that an edit put there.
-STOPPED_BY_EDIT = "stop_gradient, put in by the edit at {address}"
+STOPPED_BY_EDIT = "stop_gradient, put in by the edit of {address}"
 # A custom rule was asked, and its tangents or cotangents do not depend on what comes.
 RULE_RETURNS_ZERO = "the custom rule of {name} returns zero"
 # `sg.with_backward`, whose backward returned None for the argument.

@@ -33,6 +33,7 @@ class Cut:
       lost: the sources whose gradient ends here, as bits.
       path: where it is, from the outermost call of the user's. Its `inside` is the
         other library's own expression, if the user's is a call of one.
+      edit: the address of the edit that put it there, or "".
     """
 
     reason: str
@@ -42,6 +43,7 @@ class Cut:
     ops: range
     lost: Bits
     path: Path
+    edit: str = ""
 
     @property
     def spot(self) -> Spot | None:
@@ -51,6 +53,8 @@ class Cut:
     @property
     def place(self) -> str:
         """`file:line`, or "" where there is no source."""
+        if self.spot is None and self.edit:
+            return f"(edit of {self.edit})"
         return self.spot.place if self.spot else ""
 
     @property
@@ -198,8 +202,17 @@ class Analysis:
     def _cut(self, group: range, lost: dict[int, Bits], types: set[str]) -> Cut:
         """Make the cut that the operations in `lost` are, of an expression."""
         ops, first = self.graph.ops, min(lost)
-        words = why([ops[k] for k in sorted(lost)], types)
-        return Cut(*words, first, group, _union(lost.values()), ops[first].path)
+        reason, words, brief = why([ops[k] for k in sorted(lost)], types)
+        bits, path, edit = _union(lost.values()), ops[first].path, ""
+        if reason == "stop_gradient" and (edit := self._edited(ops[first])):
+            words, brief = _words.STOPPED_BY_EDIT.format(address=edit), "by an edit"
+        return Cut(reason, words, brief, first, group, bits, path, edit)
+
+    def _edited(self, op: Op) -> str:
+        """Return the address of the edit that returned what an operation makes."""
+        readers = [r for v in op.values for r in self.graph.readers[v]]
+        marks = (_jax.edited_at(self.graph.ops[r].eqn) for r in readers)
+        return next(filter(None, marks), "")
 
     def _carries(self, value: Value) -> bool:
         return _jax.is_differentiable(self.graph.avals[value])

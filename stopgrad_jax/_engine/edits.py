@@ -14,6 +14,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, quoted, type_of
 
 from .operations import Group
+from .perturbation import edited
 from .plan import Found, Hit, Leaf, Match, Plan
 
 Edits = Mapping[int, Callable[..., Any]]  # position of an address -> its function
@@ -42,7 +43,8 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
                 "to change a type, edit where the value is used",
             )
         )
-    return _jax.vary(jnp.asarray(new), _jax.varying(old))
+    new = _jax.vary(jnp.asarray(new), _jax.varying(old))
+    return edited(new, called) if _jax.is_differentiable(old) else new
 
 
 def kept(old: Any, new: Any, called: str) -> bool:
@@ -158,10 +160,10 @@ class NamedEdits:
         """Return the new values of variables that this equation completes."""
         new: dict[Any, Any] = {}
         for found, var, value in zip(match.own, match.eqn.outvars, values, strict=True):
-            new |= self.applied(found, var, value)
+            new |= self.applied(found, match.eqn, var, value)
         return new
 
-    def applied(self, found: Found, var: Any, value: Any) -> dict[Any, Any]:
+    def applied(self, found: Found, eqn: Any, var: Any, value: Any) -> dict[Any, Any]:
         """Return the new values of variables that this one completes."""
         new = {var: value}
         for hit in found.hits:
@@ -172,12 +174,15 @@ class NamedEdits:
             values[var] = new[var]
             if len(values) == len(hit.parts):
                 self._waiting.pop(tree)
-                new |= self._edited(found, hit, values)
+                new |= self._edited(found, eqn, hit, values)
         return new
 
-    def _edited(self, found: Found, hit: Hit, values: dict[Any, Any]) -> dict[Any, Any]:
+    def _edited(
+        self, found: Found, eqn: Any, hit: Hit, values: dict[Any, Any]
+    ) -> dict[Any, Any]:
         old = assembled(hit, list(values.values()))
-        out = self._edits[hit.target](old)
+        with _jax.at_line_of(eqn):
+            out = self._edits[hit.target](old)
         if hit.tree is None:
             leaves = [out]
         elif jax.tree.structure(out) == jax.tree.structure(old):

@@ -71,6 +71,8 @@ class Op:
         """What the user called, as the source spells it, or JAX's name for it."""
         spot = self.path.innermost
         called = (spot.callee if spot else "") or _jax.gate_name(self.eqn)
+        if not called and (address := _jax.edited_at(self.eqn)):
+            return f"edit of {address}"
         return called or _jax.call_name(self.eqn) or self.eqn.primitive.name
 
 

@@ -1,4 +1,4 @@
-"""Primitives that exist only for differentiation: `perturb` and `hold`; and `shift`.
+"""Primitives that compile to nothing: `perturb` and `hold`, `edited`; and `shift`.
 
 The first two hand their first operand on, bit for bit, and compile to nothing. What
 they change is the derivative *of the call that made them*: their second operand is
@@ -7,7 +7,8 @@ them to that call's trace and to no other. This is what makes a stop local to it
 call: differentiate the result again, and the rule has already left only the
 value, an ordinary function of its inputs.
 
-`shift` is what users may perturb by: an addition, but none where nothing is added.
+`edited` marks what an edit returned, so that a debugger can tell whose it is. `shift`
+is what users may perturb by: an addition, but none where nothing is added.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stopgrad_jax._jax import Primitive
 perturb_p = Primitive("perturb")  # value, perturbation -> value
 hold_p = Primitive("hold")  # value, token -> value
 shift_p = Primitive("shift")  # value, perturbation -> their sum
+edited_p = Primitive("edited")  # value -> value
 
 
 def perturb(value: Any, perturbation: Any) -> jax.Array:
@@ -49,6 +51,11 @@ def shift(value: Any, perturbation: Any) -> jax.Array:
     if known and not np.any(np.asarray(perturbation) != 0):
         return value
     return shift_p.bind(value, perturbation)
+
+
+def edited(value: Any, address: str) -> jax.Array:
+    """Return `value`, marked as what an edit at this address returned."""
+    return edited_p.bind(value, address=address)
 
 
 def _perturb_jvp(primals: Any, tangents: Any) -> Any:
@@ -91,7 +98,19 @@ def _hold_batch(args: Any, dims: Any) -> Any:
     return hold_p.bind(*args), dims[0]
 
 
-def _value(value: Any, _: Any) -> Any:
+def _edited_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    return edited_p.bind(*primals, **params), tangents[0]
+
+
+def _edited_transpose(ct: Any, value: Any, **params: Any) -> Any:
+    return (ct,)
+
+
+def _edited_batch(args: Any, dims: Any, **params: Any) -> Any:
+    return edited_p.bind(*args, **params), dims[0]
+
+
+def _value(value: Any, *_: Any, **params: Any) -> Any:
     return value
 
 
@@ -99,6 +118,7 @@ for _p, _run, _jvp, _transpose, _batch in (
     (perturb_p, _value, _perturb_jvp, _sum_transpose, _in_front(perturb)),
     (shift_p, jnp.add, _shift_jvp, _sum_transpose, _in_front(shift_p.bind)),
     (hold_p, _value, _hold_jvp, _hold_transpose, _hold_batch),
+    (edited_p, _value, _edited_jvp, _edited_transpose, _edited_batch),
 ):
     _p.def_impl(_run)
     _p.def_abstract_eval(_value)

@@ -147,19 +147,15 @@ class Rewriter:
         called = operation(original, group.reads, len(group.writes))
         operands = [env[v] for v in group.reads]
         same = functions, operands, group.writes
-        new = dict(
-            zip(
-                group.writes,
-                edited_operation(group.name, line, called, *same),
-                strict=True,
-            )
-        )
+        with _jax.at_line_of(group.last):
+            out = edited_operation(group.name, line, called, *same)
+        new = dict(zip(group.writes, out, strict=True))
         own = set(map(id, group.eqns))
         for match in plan.matches:
             if id(match.eqn) in own and match.own:
                 for found, var in zip(match.own, match.eqn.outvars, strict=True):
                     if var in new:
-                        new |= edits.applied(found, var, new[var])
+                        new |= edits.applied(found, match.eqn, var, new[var])
         return new
 
     def _match(
@@ -184,7 +180,8 @@ class Rewriter:
             found = match.own[0]
             called = operation(original, eqn.invars, len(eqn.outvars))
             same = functions, operands, eqn.outvars
-            out = edited_operation(found.name, found.line, called, *same)
+            with _jax.at_line_of(eqn):
+                out = edited_operation(found.name, found.line, called, *same)
         else:
             out = original(*operands)
         for k, (found, perturbation) in enumerate(zip(match.own, own, strict=True)):
