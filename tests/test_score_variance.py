@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import f32
+from programs import f32, primitives
 from test_score import ORDERS, THETA, TRAJECTORIES, trajectory, weights
 
 import stopgrad_jax as sg
@@ -166,3 +166,15 @@ def test_decay_lowers_the_variance_of_higher_derivatives_here():
     for order in (2, 3):
         assert spread(order, near, 0.5) < spread(order, near)
     np.testing.assert_allclose(spread(1, near, 0.5), spread(1, near), rtol=1e-5)
+
+
+def test_what_is_known_is_known_under_jit_too():
+    """A decay of 1 needs no loop; a number that is none is refused."""
+    logs, costs = f32(-1.0, -2.0), f32(1.0, 2.0)
+    assert "scan" not in primitives(jax.jit(sg.score.dice), logs, costs)
+    decayed = jax.jit(lambda x: sg.score.dice(x, costs, decay=0.5))
+    assert "scan" in primitives(decayed, logs)
+    for wrong in ({"discount": 1.5}, {"decay": -0.1}):
+        f = jax.jit(lambda x, wrong=wrong: sg.score.dice(x, costs, **wrong))
+        with pytest.raises(ValueError, match="is from 0 to 1"):
+            f(logs)

@@ -125,8 +125,8 @@ def categorical(
 ) -> jax.Array:
     """Draw one class; the gradient is that of the softmax (straight-through).
 
-    Biased, except for functions linear in the sample; of little variance, since nothing
-    but the sample is drawn.
+    Biased, except for functions linear in the sample, at one temperature for both
+    passes; for those it has no variance either, since J(p) g depends on no draw.
 
     Forward: one-hot of a class drawn from softmax(logits / temperature); the class that
       `jax.random.categorical` draws with this key.
@@ -200,9 +200,10 @@ def reinmax(
     """Draw one class; the gradient is right to second order.
 
     At temperature 1 unbiased for functions quadratic in the sample, where `categorical`
-    is for linear ones (Heun's method against Euler's); of more variance. As in the
-    `reinmax` package there is no factor 1 / t. The matrix below is the derivative of no
-    function and held fixed: higher derivatives are those of a map linear in the logits.
+    is for linear ones (Heun's method against Euler's); at others biased even for linear
+    ones. It varies with the draw for linear functions too. As in the `reinmax` package
+    there is no factor 1 / t. The matrix below is the derivative of no function and held
+    fixed: higher derivatives are those of a map linear in the logits.
 
     Forward: one-hot of a class D drawn from softmax(logits).
     Backward: 2 J((q + D) / 2) g - J(p) g / 2 with p = softmax(logits) and

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 import stopgrad_jax._jax as _jax
@@ -225,7 +226,9 @@ def dice(
     if baseline is not None:
         to_go = to_go - powers * _baseline(baseline, cost, called)
     ratio = _ratio(log)
-    before = _accumulated(ratio, _fraction(decay, "decay", called))
+    rate = _fraction(decay, "decay", called)
+    whole = not _jax.is_traced(decay) and np.all(np.asarray(decay) == 1)
+    before = _summed(ratio) if whole else _accumulated(ratio, rate)
     boxes = jnp.exp(before) * jnp.expm1(ratio)  # box(w) - box(v): an exact zero
     return replace_value(value + jnp.sum(boxes * to_go, 0), value)
 
@@ -242,11 +245,14 @@ def _powers(discount: jax.Array, log: jax.Array) -> jax.Array:
     return (discount.astype(wide) ** steps).astype(log.dtype)
 
 
+def _summed(ratio: jax.Array) -> jax.Array:
+    """Return the sums of what comes before each t: `_accumulated` without decay."""
+    total = jax.lax.cumsum(ratio)
+    return jnp.concatenate([jnp.zeros_like(total[:1]), total[:-1]])
+
+
 def _accumulated(ratio: jax.Array, decay: jax.Array) -> jax.Array:
     """Return v[t] = decay * (v[t - 1] + ratio[t - 1]), with v[0] = 0."""
-    if not _jax.is_traced(decay) and decay == 1:
-        total = jax.lax.cumsum(ratio)
-        return jnp.concatenate([jnp.zeros_like(total[:1]), total[:-1]])
 
     def step(v: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return decay.astype(x.dtype) * (v + x), v
@@ -299,7 +305,8 @@ def _fraction(x: ArrayLike, name: str, called: str) -> jax.Array:
     if number.ndim or jnp.iscomplexobj(number):
         came = type_of(number)
         raise ValueError(beats(called, f"{name} is a number", came, f"{name}=0.99"))
-    if not _jax.is_traced(number) and not 0 <= float(number) <= 1:
+    # Of x: under jit jnp.asarray(0.5) is traced.
+    if not _jax.is_traced(x) and not 0 <= np.asarray(x) <= 1:
         came = f"{name}={x}"
         expected = f"{name} is from 0 to 1"
         raise ValueError(beats(called, expected, came, f"{name}=0.99"))
