@@ -48,7 +48,8 @@ test-oldest: .venv-oldest/ready
 
 # The same but for each estimator's definition and statistics, for CI: what an estimator
 # does under JAX's transformations is in `tests/test_estimators.py`, which runs.
-DEFINITIONS := codebook fsq nearest quantize sample sample_means score surrogate
+DEFINITIONS := codebook fsq nearest quantize quantize_borders quantize_recipes \
+  sample sample_claims sample_means score score_variance surrogate undrawable
 
 test-oldest-transforms: .venv-oldest/ready
 	$(OLDEST_PYTEST) $(DEFINITIONS:%=--ignore tests/test_%.py)

@@ -241,8 +241,8 @@ assert np.all(rao[:, 1] < plain[:, 1])
 
 # %% [markdown]
 # A noise of 5 leaves a chance of 5% in the mean of 10,000 draws, so the bias at the
-# lowest temperatures may be smaller than it looks. Gumbel-Rao keeps its noise within
-# bounds where that of Gumbel-softmax grows and grows.
+# lowest temperatures may be smaller than it looks. Gumbel-Rao has less noise at each
+# of these temperatures.
 #
 # ## 3. Second and third derivatives: DiCE
 #

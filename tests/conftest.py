@@ -36,7 +36,9 @@ KEEPING = ["test_flow_labels.py", "test_flow_soundness.py", "test_flow_zoo.py"]
 COMPOSED = [
     *("test_codebook.py", "test_codebook_cost.py", "test_estimators.py"),
     *("test_fsq.py", "test_nearest.py", "test_quantize.py", "test_score.py"),
+    *("test_quantize_borders.py", "test_quantize_recipes.py", "test_undrawable.py"),
     *("test_sample.py", "test_sample_means.py", "test_surrogate.py"),
+    *("test_sample_claims.py", "test_score_variance.py"),
     *("test_train.py", "test_train_devices.py", "test_train_processes.py"),
     *("test_train_cost.py", "test_fit.py", "test_nonfinite.py", "test_check.py"),
     "test_check_refused.py",

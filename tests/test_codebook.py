@@ -48,6 +48,17 @@ def test_bsq_is_its_definition(run):
     np.testing.assert_allclose(jnp.sum(expected * z, -1), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1, 2, 5, 16])
+def test_how_far_bsq_is_from_the_sphere(width):
+    """At most as far as an axis is, for which that is attained."""
+    z = jnp.concatenate([normal(0, 2000, width), jnp.eye(width, dtype="float32")])
+    point = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    apart = np.linalg.norm(q.bsq(z) - point, axis=-1)
+    most = np.sqrt(2 - 2 / np.sqrt(width))
+    assert apart.max() <= most + 1e-6
+    np.testing.assert_allclose(apart[-width:], most, atol=1e-6)
+
+
 def test_bsq_of_any_size_and_of_nothing(run):
     z, ct = normal(1, 5), f32(1.0, 2.0, 3.0, 4.0, 5.0)
     f = run(q.bsq)

@@ -139,6 +139,26 @@ def test_nothing_is_added(ours, theirs, more):
     assert instructions(gradient(ours), *args) <= instructions(gradient(theirs), *args)
 
 
+@pytest.mark.usefixtures("usual_settings")
+def test_without_guards_it_would_be_less():
+    """Of bsq and vector_quantize, as their page says."""
+
+    def bsq(z):
+        unit = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+        return unit + _stop(jnp.sign(z) / np.float32(np.sqrt(3)) - unit)
+
+    def nearest(z):
+        scores = jnp.sum(CODES**2, -1) / 2 - z @ CODES.T
+        code = CODES[jnp.argmin(scores, -1)]
+        return z + _stop(code - z)
+
+    vq = lambda z: q.vector_quantize(z, CODES).quantized
+    z = normal(0, 4, 3)
+    gradient = lambda f: jax.grad(lambda z: jnp.sum(f(z) ** 2))
+    for ours, short in ((q.bsq, bsq), (vq, nearest)):
+        assert instructions(gradient(short), z) < instructions(gradient(ours), z)
+
+
 def test_rotation_costs_what_its_matrix_free_form_costs():
     """Two dot products and their transposes; no d by d matrix."""
     z = normal(0, 4, 64)

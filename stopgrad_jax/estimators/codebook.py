@@ -61,15 +61,16 @@ def vector_quantize(
 
     Distances are compared by a matrix product, measured from the middle m of the
     codebook (the median of a few codes), so an offset that z and codes share costs
-    nothing. A code that is not the nearest is taken only where the squared distances of
-    the two differ by less than rounding does: `2 * (d + 4) * eps * r * (r + norm(z -
-    m))`, with d the width, r the larger norm(code - m) of the two and eps that of the
-    dtype. Codes in clusters far from one another, or a z far from all, are compared no
-    better than that.
+    nothing. A code that is not the nearest is taken only if the squared distances of
+    the two differ by less than `2 * (d + 4) * eps * r * (r + norm(z - m))`, with d the
+    width, r the larger norm(code - m) of the two and eps that of the dtype. Codes in
+    clusters far from one another, or a z far from all, are compared no better than
+    that.
 
-    One level, every vector: for several levels, or vectors that are padding, see "What
-    is left to you" in the page of `quantize`. Written `z - quantized`, the second level
-    of a residual quantizer has no gradient to z, and the sum of k levels k times g.
+    There is one level, and every vector counts: the page of `quantize` has the lines
+    for several levels and for padding. In a residual quantizer that goes on from
+    `z - quantized` only the first level commits; with the codes stopped there, the sum
+    of k results passes k times g.
 
     Args:
       z: a floating array; its last axis is the code.

@@ -60,11 +60,19 @@ def tempered(x: jax.Array, temperature: ArrayLike, name: str, called: str) -> ja
         expected = f"{name} broadcasts to logits, {type_of(x)}"
         instead = f"{name}[..., None], for one of each choice"
         raise ValueError(beats(called, expected, type_of(t), instead))
-    if not _jax.is_traced(t) and not np.all(np.asarray(t) > 0):
+    known = not _jax.is_traced(temperature)  # under jit jnp.asarray(1.0) is traced
+    if known and not np.all(np.asarray(temperature) > 0):
         came = f"{name}={temperature}"
         instead = "a schedule that ends above 0, such as optax.exponential_decay"
         raise ValueError(beats(called, f"{name} is above 0", came, instead))
-    return x / jnp.broadcast_to(t.astype(x.dtype), x.shape)
+    t = jnp.broadcast_to(t.astype(x.dtype), x.shape)
+    if known:
+        return x / t
+    # By 0, all quotients are infinite or nan, and so the sample and its gradient are.
+    t = jnp.where(t > 0, t, jnp.zeros_like(t))
+    # -inf stays what it is, or it would make the derivative by the temperature nan.
+    never = x == -jnp.inf
+    return jnp.where(never, x, jnp.where(never, jnp.zeros_like(x), x) / t)
 
 
 def softmax(
@@ -78,11 +86,14 @@ def softmax(
 
 
 def one_hot(scores: jax.Array) -> jax.Array:
-    """Mark the largest of each row, the first of equals; nan where one is nan."""
+    """Mark the largest of each row, the first of equals; nan where softmax is nan.
+
+    That is where one is nan or inf, or all are -inf: argmax would then name a class.
+    """
     scores = jax.lax.stop_gradient(scores)
     hot = jax.nn.one_hot(jnp.argmax(scores, -1), scores.shape[-1], dtype=scores.dtype)
     top = jnp.max(scores, -1, keepdims=True)
-    return jnp.where(jnp.isnan(top), top, hot)
+    return jnp.where(jnp.isfinite(top), hot, top - top)
 
 
 def drawn(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -118,8 +118,10 @@ def lfq(z: jax.typing.ArrayLike) -> jax.Array:
     """Take the sign of each entry: a codebook of all corners of a cube.
 
     Forward: 1 where z is above 0, -1 elsewhere, at 0 too.
-    Backward: the cotangent itself; both modes. Biased, and not clipped: the paper adds
-    an entropy loss, which keeps z near.
+    Backward: the cotangent itself; both modes. Biased, and not clipped: nothing here
+    keeps z near its sign, or two codes from being the same.
+
+    There are no indices; the page of `quantize` has the line that makes them.
 
     Args:
       z: a floating array.
@@ -153,8 +155,9 @@ def bsq(z: jax.typing.ArrayLike) -> jax.Array:
     Backward: that of `z / norm(z)`, both modes and every order: what would only make z
     longer is taken out. At z = 0, which has no direction, the cotangent itself.
 
-    Biased, but less than `lfq`: value and point on the sphere are at most
-    `sqrt(2 - 2 / sqrt(d))` apart.
+    Biased: value and point on the sphere are at most `sqrt(2 - 2 / sqrt(d))` apart.
+
+    There are no indices; the page of `quantize` has the line that makes them.
 
     Args:
       z: a floating array; its last axis is the code.

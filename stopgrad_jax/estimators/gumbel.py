@@ -21,9 +21,10 @@ def gumbel_softmax(
 ) -> jax.Array:
     """Draw one class by Gumbel noise; the gradient is that of the noisy softmax.
 
-    Soft, it is the exact gradient of a relaxed problem; hard, straight-through and
-    biased. With the temperature the bias falls and the variance grows, without bound.
-    PyTorch's `F.gumbel_softmax` does this.
+    Soft, it is the exact gradient of a relaxed problem, and the bias goes to 0 with the
+    temperature; hard, it is biased even for linear functions, and in that limit right
+    for quadratic ones. The variance grows without bound there: of two classes and a
+    linear function, as 1 / temperature. PyTorch's `F.gumbel_softmax` does this.
 
     Forward: z = logits + noise; one-hot of argmax z (hard) or softmax(z / temperature).
     Backward: J(p) g / t with t = backward_temperature, p = softmax(z / t).
@@ -100,11 +101,11 @@ def gumbel_rao(
 ) -> jax.Array:
     """Draw one class; average the gradient of `gumbel_softmax` over the noise.
 
-    The bias is that of the hard `gumbel_softmax` at the same temperature, the variance
-    less: with one sample the same, with many that of its mean given the class. The
-    noise is drawn given the class, and that depends on the logits too; it is held
-    fixed. Differentiating through it, as one sentence of the paper says, is another
-    and much smaller gradient, no longer that of Gumbel-softmax in the mean.
+    The bias is that of the hard `gumbel_softmax` at the same temperature. So is the
+    variance with one sample; it falls with their number, to that of the mean given the
+    class. The noise is drawn given the class, and that depends on the logits too; it is
+    held fixed. Differentiating through it, as one sentence of the paper says, is
+    another gradient, no longer that of Gumbel-softmax in the mean.
 
     Forward: one-hot of a class D drawn from softmax(logits).
     Backward: the mean of J(p) g / t over num_samples draws of z = logits + noise, given

@@ -6,9 +6,13 @@ the sample, p a vector of probabilities and J(p) g = p * (g - <g, p>), the deriv
 a softmax. A choice is made along the last axis; the axes before it are a batch.
 
 Draws and softmaxes are computed in float32 at least: 16-bit noise has too few values,
-and its ties favor the first class. A nan among logits makes the sample nan; a logit of
--inf is never chosen. Temperatures are numbers or arrays that broadcast to the logits;
-they may be traced, and learn as they do in the softmax of the backward pass.
+and its ties favor the first class. A logit of -inf is a class that is never drawn and
+gets no gradient. A row has no distribution where its softmax is nan: with a nan or inf
+among the logits, or with nothing but -inf. Its sample is nan, and so is its gradient
+(`jax.random.categorical` draws class 0 of nothing but -inf). Temperatures are numbers
+or arrays that broadcast to the logits; they may be traced, and learn as they do in the
+softmax of the backward pass. A traced one that is not above 0 makes nan of what it
+divides.
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ def bernoulli(
 
     Biased, except under "sigmoid" for functions linear in the sample.
 
-    Forward: 1 with probability sigmoid(logits), else 0.
+    Forward: 1 with probability sigmoid(logits), else 0; always 1 at inf, 0 at -inf, nan
+      at nan.
     Backward: g ("identity"), or g * s * (1 - s) with s = sigmoid(logits) ("sigmoid").
 
     Args:
@@ -120,8 +125,8 @@ def categorical(
 ) -> jax.Array:
     """Draw one class; the gradient is that of the softmax (straight-through).
 
-    Biased, except for functions linear in the sample; of little variance, since nothing
-    but the sample is drawn.
+    Biased, except for functions linear in the sample, at one temperature for both
+    passes; for those it has no variance either, since J(p) g depends on no draw.
 
     Forward: one-hot of a class drawn from softmax(logits / temperature); the class that
       `jax.random.categorical` draws with this key.
@@ -195,9 +200,10 @@ def reinmax(
     """Draw one class; the gradient is right to second order.
 
     At temperature 1 unbiased for functions quadratic in the sample, where `categorical`
-    is for linear ones (Heun's method against Euler's); of more variance. As in the
-    `reinmax` package there is no factor 1 / t. The matrix below is the derivative of no
-    function and held fixed: higher derivatives are those of a map linear in the logits.
+    is for linear ones (Heun's method against Euler's); at others biased even for linear
+    ones. It varies with the draw for linear functions too. As in the `reinmax` package
+    there is no factor 1 / t. The matrix below is the derivative of no function and held
+    fixed: higher derivatives are those of a map linear in the logits.
 
     Forward: one-hot of a class D drawn from softmax(logits).
     Backward: 2 J((q + D) / 2) g - J(p) g / 2 with p = softmax(logits) and
@@ -271,8 +277,9 @@ def top_k_mask(scores: ArrayLike, k: int) -> jax.Array:
     ravel the scores.
 
     Forward: 1 at the k largest of the last axis, of equals the first; else 0. A row
-      with a nan is nan.
-    Backward: g.
+      with a nan is nan. A score of -inf is one like any other: where fewer than k are
+      above it, the first of them are marked too.
+    Backward: g, at every score.
 
     Args:
       scores: floats `[..., n]`.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 import stopgrad_jax._jax as _jax
@@ -27,8 +28,8 @@ def magic_box(log_prob: ArrayLike) -> jax.Array:
     """Return 1, whose derivatives are those of the probability over itself.
 
     Multiply a cost by the box of the log-probability of all choices that it depends on:
-    the mean of every derivative is then that derivative of the mean. Unbiased; of high
-    variance, see `score_loss` and `dice` for baselines.
+    the mean of every derivative is then that derivative of the mean. Unbiased; see
+    `score_loss` for the variance, and there and in `dice` for baselines.
 
     Forward: 1; nan where log_prob is nan. The usual exp(l - stop_gradient(l)) is nan
       where l is infinite.
@@ -64,9 +65,11 @@ def score_loss(
 ) -> jax.Array:
     """Give each cost the gradient of its mean over what was drawn (REINFORCE).
 
-    Unbiased to every order, if the baseline does not depend on the sample. Without
-    baseline the variance grows with the square of the cost; a good baseline is the mean
-    cost, as `leave_one_out` estimates it.
+    Unbiased to every order, if the baseline does not depend on the sample. A number
+    added to all costs changes no mean, but the variance by its square; a baseline is
+    subtracted from them. Of all constants the best for a parameter is the mean of
+    `cost * s**2` over that of `s**2`, s being the derivative of log_prob by it. The
+    mean cost is usual, and `leave_one_out` an estimate of that.
 
     Forward: cost, bit for bit; so its mean is the mean cost, and no meaningless number.
     Backward: g * (cost - baseline) to log_prob, g to cost, nothing to baseline.
@@ -110,9 +113,14 @@ def score_loss(
 def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
     """Return for each of several samples the mean cost of the others, as its baseline.
 
-    It does not depend on the sample itself, so the gradient stays unbiased (RLOO); with
-    n samples its variance is that of the best constant baseline times about
-    1 + 1 / (n - 1).
+    It does not depend on the sample itself, so the gradient stays unbiased (RLOO): the
+    mean of `score_loss` over n samples has as its gradient the sample covariance of the
+    costs and of s, the derivatives of their log_prob. Its variance, for each parameter,
+    is that of the mean cost as a constant baseline, plus
+
+        (Var[cost] * Var[s] + Cov[cost, s]**2) / (n * (n - 1)).
+
+    A better constant than the mean cost (see `score_loss`) can have much less.
 
     Forward: (sum(costs) - costs) / (n - 1), summed in float32 at least.
     Backward: nothing.
@@ -160,9 +168,10 @@ def dice(
     """Give the cost of a trajectory the derivatives of its mean, to every order.
 
     The cost at t depends on the choices up to t, so the box of their log-probabilities
-    goes with it. With a baseline this is Loaded DiCE: it lowers the variance of all
-    derivatives, not of the first alone. Unbiased at decay 1, if the baseline at t
-    depends on nothing drawn at t or later. Means over trajectories are the caller's.
+    goes with it. With a baseline this is Loaded DiCE: the baseline goes into all
+    derivatives, not into the first alone. Near R[t] it lowers the variance of each, far
+    from R[t] it raises it. Unbiased at decay 1, if the baseline at t depends on nothing
+    drawn at t or later. Means over trajectories are the caller's.
 
     Forward: sum of discount^t * costs[t] over t.
     Backward: at first order g * discount^t * (R[t] - baseline[t]) to log_probs[t], with
@@ -179,7 +188,8 @@ def dice(
       baseline: estimates of R[t] from what is known before the choice at t, such as
         values of states; broadcasts to costs. Zeros after the end, too.
       decay: from 0 to 1, how much of earlier choices higher derivatives see: below 1
-        biases them and lowers their variance. The first derivative does not change.
+        biases them, which is meant to lower their variance. The first derivative does
+        not change.
 
     Returns:
       The discounted cost of each trajectory, `[...]`.
@@ -216,7 +226,9 @@ def dice(
     if baseline is not None:
         to_go = to_go - powers * _baseline(baseline, cost, called)
     ratio = _ratio(log)
-    before = _accumulated(ratio, _fraction(decay, "decay", called))
+    rate = _fraction(decay, "decay", called)
+    whole = not _jax.is_traced(decay) and np.all(np.asarray(decay) == 1)
+    before = _summed(ratio) if whole else _accumulated(ratio, rate)
     boxes = jnp.exp(before) * jnp.expm1(ratio)  # box(w) - box(v): an exact zero
     return replace_value(value + jnp.sum(boxes * to_go, 0), value)
 
@@ -233,11 +245,14 @@ def _powers(discount: jax.Array, log: jax.Array) -> jax.Array:
     return (discount.astype(wide) ** steps).astype(log.dtype)
 
 
+def _summed(ratio: jax.Array) -> jax.Array:
+    """Return the sums of what comes before each t: `_accumulated` without decay."""
+    total = jax.lax.cumsum(ratio)
+    return jnp.concatenate([jnp.zeros_like(total[:1]), total[:-1]])
+
+
 def _accumulated(ratio: jax.Array, decay: jax.Array) -> jax.Array:
     """Return v[t] = decay * (v[t - 1] + ratio[t - 1]), with v[0] = 0."""
-    if not _jax.is_traced(decay) and decay == 1:
-        total = jax.lax.cumsum(ratio)
-        return jnp.concatenate([jnp.zeros_like(total[:1]), total[:-1]])
 
     def step(v: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return decay.astype(x.dtype) * (v + x), v
@@ -290,7 +305,8 @@ def _fraction(x: ArrayLike, name: str, called: str) -> jax.Array:
     if number.ndim or jnp.iscomplexobj(number):
         came = type_of(number)
         raise ValueError(beats(called, f"{name} is a number", came, f"{name}=0.99"))
-    if not _jax.is_traced(number) and not 0 <= float(number) <= 1:
+    # Of x: under jit jnp.asarray(0.5) is traced.
+    if not _jax.is_traced(x) and not 0 <= np.asarray(x) <= 1:
         came = f"{name}={x}"
         expected = f"{name} is from 0 to 1"
         raise ValueError(beats(called, expected, came, f"{name}=0.99"))
