@@ -204,6 +204,20 @@ def test_edits_inside_of_an_edited_operation():
     assert_close(sg.edit(assigned, both)(X), 3 * (2 * jax.nn.softmax(X) + 1))
 
 
+def test_edits_of_functions_with_the_same_equations():
+    def one(x):
+        return jnp.sin(x)
+
+    def two(x):
+        return one(x)
+
+    add = lambda k: lambda op, x: op(x) * 10.0 + k
+    for names in (("one", "two", "sin"), ("sin", "two", "one")):
+        edits = {sg.op(n): add({"sin": 1.0, "one": 2.0, "two": 3.0}[n]) for n in names}
+        expected = ((jnp.sin(X) * 10 + 1) * 10 + 2) * 10 + 3
+        assert_close(sg.edit(lambda x, e=edits: two(x), edits)(X), expected)
+
+
 def test_primitives_mean_what_they_did():
     fun = lambda x: jnp.max(x) + jnp.maximum(x, 0.5) + jnp.sin(x)
     doubled = {sg.op("max"): lambda op, *xs: 2 * op(*xs)}

@@ -153,7 +153,9 @@ def works(fun, args, address):
         sg.capture(fun, address)(*args)
 
 
-@pytest.mark.parametrize(("fun", "args", "address"), CASES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("fun", "args", "address"), CASES, ids=[str(case[2]) for case in CASES]
+)
 def test_what_an_error_says_to_write(fun, args, address):
     with pytest.raises(sg.AddressError, match=BEATS) as caught:
         sg.capture(fun, address)(*args)

@@ -71,13 +71,19 @@ def group_edits(plan: Plan, edits: Edits) -> list[tuple[Group, list[Any]]]:
 
     An edit of one that lies in another is left to the evaluation of that one.
     """
-    found: dict[frozenset[int], tuple[Group, list[Any]]] = {}
+    found: dict[frozenset[int], list[Group]] = {}
     for match in plan.matches:
         for group in match.groups:
             if group.target in edits:
-                pair = found.setdefault(frozenset(group.indices), (group, []))
-                pair[1].append(edits[group.target])
-    return [pair for key, pair in found.items() if not any(key < k for k in found)]
+                found.setdefault(frozenset(group.indices), []).append(group)
+    outermost = [
+        groups for key, groups in found.items() if not any(map(key.__lt__, found))
+    ]
+    return [
+        # Of two functions with the same equations, the outer one is given the other.
+        (groups[0], [edits[g.target] for g in sorted(groups, key=lambda g: -g.level)])
+        for groups in outermost
+    ]
 
 
 def without(plan: Plan, group: Group) -> Plan:
@@ -88,7 +94,7 @@ def without(plan: Plan, group: Group) -> Plan:
     inside = set(map(id, group.eqns))
 
     def kept(var: Any, found: Found) -> Found:
-        hits = [h for h in found.hits if h.group is not None or var not in group.writes]
+        hits = [h for h in found.hits if h.operation or var not in group.writes]
         hits = [h for h in hits if h.group is None or h.group.indices != group.indices]
         return dataclasses.replace(found, hits=tuple(hits))
 

@@ -38,6 +38,7 @@ class Group:
       writes: those of its results that are used outside; the last ones if none is.
       scope: the path of named scopes that all of it lies in.
       callers: the functions that were running when it was called.
+      level: how many they were.
     """
 
     target: int
@@ -48,6 +49,7 @@ class Group:
     writes: Sequence[Any]
     scope: str
     callers: frozenset[str]
+    level: int
 
     @property
     def last(self) -> Any:
@@ -135,6 +137,7 @@ class Operations:
             sorted(writes or call.eqns[-1].outvars, key=order.__getitem__),
             _common([_jax.scope_of(eqn) for eqn in call.eqns]),
             _around(_jax.stack_of(call.eqns[0])[: call.level]),
+            call.level,
         )
 
 

@@ -109,6 +109,7 @@ class Parameters:
         fun = traced.fun if where == "at home" else None
         self._labels = _Shown(fun, labels)
         self._changed: dict[int, tuple[Any, Any]] = {}
+        self._in_path: dict[Any, list[tuple[int, Function, Place, list[int]]]] = {}
         self.found: dict[int, dict[Place, None]] = {k: {} for k in targets}
         self.unclear: dict[int, dict[Place, str]] = {k: {} for k in targets}
         self.own: dict[int, str] = {}
@@ -178,7 +179,9 @@ class Parameters:
             item = Item(index, eqn, path.spots)
             items.append(item)
             calls.step()
-            for depth, function, place, targets in self._meant(path.spots):
+            if path not in self._in_path:
+                self._in_path[path] = list(self._meant(path.spots))
+            for depth, function, place, targets in self._in_path[path]:
                 level = level_of(_jax.stack_of(eqn), item, depth)
                 if level is not None:
                     key = (path.spots[:depth], place)
