@@ -41,7 +41,7 @@ KNOWN = {
     "log_softmax": (jax.nn.log_softmax, 1),
     "leaky_relu": (jax.nn.leaky_relu, 1),
     "softplus": (jax.nn.softplus, 1),
-    "one_hot": (lambda x: jax.nn.one_hot(ROWS, 3) * 1.0 + 0 * x, 1),
+    "one_hot": (lambda x: jax.nn.one_hot(ROWS, 3, dtype=x.dtype) * 1.0 + 0 * x, 1),
     "where": (lambda x: jnp.where(x > 0, x, 1.0), 3),
     "_where": (lambda x: jnp.where(x > 0, x, 1.0), 3),
     "maximum": (lambda x: jnp.maximum(x, 0.1), 2),
@@ -74,7 +74,10 @@ def test_names_that_users_know(name):
     ((value, operands),) = seen
     assert count in (None, operands)
     assert_close(
-        value, jnp.asarray(jax.nn.one_hot(ROWS, 3) if name == "one_hot" else expected)
+        value,
+        jnp.asarray(
+            jax.nn.one_hot(ROWS, 3, dtype=X.dtype) if name == "one_hot" else expected
+        ),
     )
     if name != "one_hot":  # it is multiplied by 1. behind the operation
         assert_close(out, 3.0 * (2.0 * expected + 1.0))

@@ -345,7 +345,7 @@ def handed_back(x):
 
 def not_read(x):
     def shape(p):
-        return jnp.ones(p.shape) * x
+        return jnp.ones(p.shape, x.dtype) * x
 
     return shape(x * 2.0)
 
@@ -392,7 +392,7 @@ def test_a_parameter_of_the_traced_function_is_its_argument():
     f = lambda data: scaled(data * 2.0)
     message = refusal(f, "data")
     assert 'got:   "data", an argument of <lambda> itself\n  write: "data"' in message
-    model = eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))
+    model = eqx.nn.MLP(2, 2, 2, 1, dtype=jnp.float32, key=jax.random.key(0))
     assert 'write: "x"' in refusal(lambda x: model(x), "x")
 
 
@@ -449,3 +449,30 @@ def test_haiku_equinox_and_nnx():
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     fun = lambda x: layer(jnp.sin(x))
     assert_close(value(fun, "Linear.__call__.inputs"), jnp.sin(X))
+
+
+class Objective:
+    def __call__(self, params, data, scale=1.0):
+        return jnp.sum((data * params) ** 2) * scale
+
+
+def test_a_library_that_hands_on_more_than_its_args(tmp_path, monkeypatch):
+    """`*args` of a solver begin with the second parameter of the user's function."""
+    site = tmp_path / "solver_module.py"
+    site.write_text(
+        "def solver(fun):\n"
+        "    def run(init, *args):\n"
+        "        return fun(init * 2.0, *args)\n"
+        "    return run\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import solver_module
+
+    labels = "stopgrad_jax._engine.labels._LIBRARIES"
+    monkeypatch.setattr(labels, (str(tmp_path) + "/",))
+    for objective in (Objective(), lambda params, data: jnp.sum(data * params)):
+        run = solver_module.solver(objective)
+        for fun in (run, lambda x, y, run=run: run(x, y)):
+            said = refusal(fun, "params", X, 3.0 * X)
+            assert "a parameter" in said
+            assert "a parameter" in refusal(fun, "data", X, 3.0 * X)
