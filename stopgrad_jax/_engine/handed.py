@@ -47,7 +47,7 @@ class Spread(NamedTuple):
 
     args: str
     kwargs: str
-    count: int
+    given: int
 
 
 class Handed:
@@ -104,9 +104,9 @@ class Handed:
         """Return what a library's function hands on of its own arguments."""
         called, positional = function.path[-1], positional_of(function)
         if self._spread is not None:
-            args, kwargs, count = self._spread
-            fits = set(_required(function)) <= {*positional[:count], *self._inputs}
-            if args and name in positional and fits and count <= len(positional):
+            args, kwargs, given = self._spread
+            fits = set(_required(function)) <= {*positional[:given], *self._inputs}
+            if args and name in positional and fits and given <= len(positional):
                 return self._input(f"{args}[{positional.index(name)}]")
             if kwargs and f"{kwargs}['{name}']" in self._inputs:
                 return self._input(f"{kwargs}['{name}']")

@@ -210,8 +210,9 @@ def called(code: types.CodeType) -> tuple[str, ...]:
     """
     names = callers(code)
     if _jax.is_own(code.co_filename):
-        return names[:1] if is_public(names[0] if names else "_") else ()
-    return names
+        own = bool(names) and is_public(names[0]) and code.co_name != "__call__"
+        return names[:1] if own else ()
+    return tuple(dict.fromkeys((*names, *map(_public, names[:1]))))
 
 
 @functools.cache
