@@ -207,6 +207,30 @@ def test_edits_inside_of_an_edited_operation():
     assert_close(sg.edit(assigned, both)(X), 3 * (2 * jax.nn.softmax(X) + 1))
 
 
+def test_edits_of_results_inside_and_behind_an_operation():
+    """`h = edit(h)` in the function, `b = edit(b)` where it is called."""
+
+    def two(x):
+        h = sg.name(jnp.sin(x), "h")
+        g = h * 2.0
+        return g, g * h
+
+    def fun(x):
+        a, b = two(x)
+        return a * 100.0 + b
+
+    edits = {
+        sg.op("two"): lambda op, x: tuple(y + 1.0 for y in op(x)),
+        "h": lambda h: h + 1.0,
+        sg.var("g"): lambda g: g * 3.0,
+        sg.var("b"): lambda b: -b,
+    }
+    h = jnp.sin(X) + 1.0
+    g = h * 2.0 * 3.0
+    expected = (g + 1.0) * 100.0 - (g * h + 1.0)
+    assert_close(sg.edit(fun, edits)(X), expected)
+
+
 def test_edits_of_functions_with_the_same_equations():
     def one(x):
         return jnp.sin(x)
