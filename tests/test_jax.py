@@ -236,3 +236,33 @@ def test_where_results_are_in_what_a_function_returns():
     )
     assert _jax.result_paths(eqns(scan, 1.0)[-1])[-1] == "[1]"
     assert _jax.result_paths(eqns(jnp.sin, 1.0)[0]) is None
+
+
+def test_the_function_that_a_jaxpr_was_traced_from():
+    weight = f32(1, 2)
+
+    @jax.jit
+    def body(carry, xs):
+        return carry * xs["a"] * weight, xs["b"]
+
+    def scanned(carry, xs):
+        return jax.lax.scan(lambda c, x: (c * x * weight, c), carry, xs)
+
+    x = f32(1, 2)
+    (eqn,) = eqns(lambda x: body(x, {"a": x, "b": x}), x)
+    origin = _jax.origin_of(_jax.opened(eqn.params["jaxpr"])[0])
+    assert origin[:3] == ("body", __file__, body.__wrapped__.__code__.co_firstlineno)
+    # On 0.10 what is closed over is an input in front, without a name.
+    numbers = list(origin.inputs.values())
+    assert list(origin.inputs) == ["carry", "xs['a']", "xs['b']"]
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+    (eqn,) = [e for e in eqns(scanned, x, x[None]) if e.primitive.name == "scan"]
+    origin = _jax.origin_of(_jax.opened(eqn.params["jaxpr"])[0])
+    assert (origin.name, list(origin.inputs.items())) == (
+        "<lambda>",
+        [("c", 1), ("x", 2)],
+    )
+    loss = lambda x: scanned(x, x[None])[0].sum()
+    derived = [e for e in eqns(jax.grad(loss), x) if e.primitive.name == "scan"]
+    jaxprs = [_jax.opened(e.params["jaxpr"])[0] for e in derived]
+    assert [_jax.origin_of(j) for j in jaxprs] == [None] * len(jaxprs)

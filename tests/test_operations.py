@@ -41,7 +41,7 @@ KNOWN = {
     "log_softmax": (jax.nn.log_softmax, 1),
     "leaky_relu": (jax.nn.leaky_relu, 1),
     "softplus": (jax.nn.softplus, 1),
-    "one_hot": (lambda x: jax.nn.one_hot(ROWS, 3) * 1.0 + 0 * x, 1),
+    "one_hot": (lambda x: jax.nn.one_hot(ROWS, 3, dtype=x.dtype) * 1.0 + 0 * x, 1),
     "where": (lambda x: jnp.where(x > 0, x, 1.0), 3),
     "_where": (lambda x: jnp.where(x > 0, x, 1.0), 3),
     "maximum": (lambda x: jnp.maximum(x, 0.1), 2),
@@ -74,7 +74,10 @@ def test_names_that_users_know(name):
     ((value, operands),) = seen
     assert count in (None, operands)
     assert_close(
-        value, jnp.asarray(jax.nn.one_hot(ROWS, 3) if name == "one_hot" else expected)
+        value,
+        jnp.asarray(
+            jax.nn.one_hot(ROWS, 3, dtype=X.dtype) if name == "one_hot" else expected
+        ),
     )
     if name != "one_hot":  # it is multiplied by 1. behind the operation
         assert_close(out, 3.0 * (2.0 * expected + 1.0))
@@ -202,6 +205,44 @@ def test_edits_inside_of_an_edited_operation():
         return h * 3.0
 
     assert_close(sg.edit(assigned, both)(X), 3 * (2 * jax.nn.softmax(X) + 1))
+
+
+def test_edits_of_results_inside_and_behind_an_operation():
+    """`h = edit(h)` in the function, `b = edit(b)` where it is called."""
+
+    def two(x):
+        h = sg.name(jnp.sin(x), "h")
+        g = h * 2.0
+        return g, g * h
+
+    def fun(x):
+        a, b = two(x)
+        return a * 100.0 + b
+
+    edits = {
+        sg.op("two"): lambda op, x: tuple(y + 1.0 for y in op(x)),
+        "h": lambda h: h + 1.0,
+        sg.var("g"): lambda g: g * 3.0,
+        sg.var("b"): lambda b: -b,
+    }
+    h = jnp.sin(X) + 1.0
+    g = h * 2.0 * 3.0
+    expected = (g + 1.0) * 100.0 - (g * h + 1.0)
+    assert_close(sg.edit(fun, edits)(X), expected)
+
+
+def test_edits_of_functions_with_the_same_equations():
+    def one(x):
+        return jnp.sin(x)
+
+    def two(x):
+        return one(x)
+
+    add = lambda k: lambda op, x: op(x) * 10.0 + k
+    for names in (("one", "two", "sin"), ("sin", "two", "one")):
+        edits = {sg.op(n): add({"sin": 1.0, "one": 2.0, "two": 3.0}[n]) for n in names}
+        expected = ((jnp.sin(X) * 10 + 1) * 10 + 2) * 10 + 3
+        assert_close(sg.edit(lambda x, e=edits: two(x), edits)(X), expected)
 
 
 def test_primitives_mean_what_they_did():

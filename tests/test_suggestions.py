@@ -59,6 +59,17 @@ def of_net(address):
     return (*net(), address)
 
 
+@functools.cache
+def attention():
+    layer, x = nn.MultiHeadDotProductAttention(2), jnp.ones((1, 2, 4), jnp.float32)
+    fun = lambda params, x: layer.apply(params, x * 2.0, x)
+    return fun, (layer.init(jax.random.key(0), x, x), x)
+
+
+def of_attention(address):
+    return (*attention(), address)
+
+
 def of_both(address):
     return lambda x: models.both(x) + models.block(x * 2), (X,), address
 
@@ -132,6 +143,17 @@ CASES = [
             sg.op("take"),
         ],
     ),
+    *map(
+        of_attention,
+        [
+            "attn_weights",
+            sg.var("attn_weights"),
+            sg.var("inputs_q"),
+            sg.var("out"),
+            sg.op("attention"),
+            sg.op("DenseGeneral", within="quer"),
+        ],
+    ),
     *map(of_both, ["h", sg.var("h"), sg.var("x"), sg.var("both.h"), sg.var("bloc.h")]),
 ]
 
@@ -153,12 +175,9 @@ def works(fun, args, address):
         sg.capture(fun, address)(*args)
 
 
-def called(x):
-    """Name a case by its function and its address."""
-    return getattr(x, "__name__", "") if callable(x) or isinstance(x, tuple) else str(x)
-
-
-@pytest.mark.parametrize(("fun", "args", "address"), CASES, ids=called)
+@pytest.mark.parametrize(
+    ("fun", "args", "address"), CASES, ids=[str(case[2]) for case in CASES]
+)
 def test_what_an_error_says_to_write(fun, args, address):
     with pytest.raises(sg.AddressError, match=BEATS) as caught:
         sg.capture(fun, address)(*args)
@@ -185,6 +204,10 @@ def test_what_an_error_says_to_write(fun, args, address):
         (of_model(sg.var("params")), '"params"'),
         (of_net("Dense_0"), 'one of sg.op("Dense", within="Dense_0"), "variables/'),
         (of_net("Block_1"), 'one of sg.op("Block", within="Block_1"), "variables/'),
+        (
+            of_attention(sg.var("inputs_q")),
+            'sg.var("MultiHeadDotProductAttention.__call__.inputs_q")',
+        ),
         (
             of_net(sg.op("gelu", within="Blok_1")),
             'one of sg.op("gelu", within="Block_1")',
@@ -214,6 +237,19 @@ def test_what_came(address, came):
     with pytest.raises(sg.AddressError) as caught:
         sg.capture(model, address)(*ARGS)
     assert f"\n  got:   {came}" in str(caught.value)
+
+
+def test_variables_of_a_library_in_several_functions():
+    fun, args, address = of_attention(sg.var("attn_weights"))
+    with pytest.raises(sg.AddressError) as caught:
+        sg.capture(fun, address)(*args)
+    assert '\n         sg.var("dot_product_attention.attn_weights")' in str(
+        caught.value
+    )
+    found = sg.capture(fun, sg.var("dot_product_attention.attn_weights"))(*args)[1]
+    (weights,) = found.values()
+    assert weights.shape == (1, 2, 2, 2)
+    assert jnp.allclose(weights.sum(-1), 1.0)
 
 
 def test_positions_are_said_only_where_there_is_no_name():

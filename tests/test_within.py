@@ -71,12 +71,12 @@ def test_a_module_is_an_operation(net):
     address = sg.op("Dense", within="Block_*", nth=-1)
     kernel = lambda block: params["params"][block]["Dense_0"]["kernel"]
     bias = lambda block: params["params"][block]["Dense_0"]["bias"]
-    x = jnp.sin(X @ kernel("Block_0") + bias("Block_0"))
+    x = jnp.sin(X @ kernel("Block_0") + bias("Block_0")[None])
     found = sg.capture(apply, address)(params, X)[1][address]
-    assert_close(found, x @ kernel("Block_1") + bias("Block_1"))
+    assert_close(found, x @ kernel("Block_1") + bias("Block_1")[None])
     zero = sg.edit(apply, {address: lambda dense, *xs: 0.0 * dense(*xs)})
     last = params["params"]["Dense_0"]
-    expected = jnp.sin(jnp.zeros((2, 3))) @ last["kernel"] + last["bias"]
+    expected = jnp.sin(0 * X) @ last["kernel"] + last["bias"][None]
     assert_close(zero(params, X), expected)
 
 
@@ -105,3 +105,14 @@ def test_a_scope_that_there_is_not(net, within, message):
     said = refusal(lambda: sg.capture(apply, sg.op("sin", within=within))(params, X))
     assert f'none within "{within}": there are matches in "Net/Block_0"' in said
     assert message in said
+
+
+def test_modules_by_the_names_that_users_know():
+    """`nn.Conv` is a class of its own in flax, whose calls are those of `_Conv`."""
+    conv, image = nn.Conv(2, (3, 3)), jnp.ones((1, 4, 4, 1), jnp.float32)
+    params = conv.init(jax.random.key(0), image)
+    fun = lambda params, x: jnp.sum(conv.apply(params, jnp.sin(x)) ** 2)
+    for name in ("Conv", "_Conv", "_Conv.__call__"):
+        address = sg.op(name)
+        found = sg.capture(fun, address)(params, image)[1][address]
+        assert_close(found, conv.apply(params, jnp.sin(image)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,24 +73,31 @@ def group_edits(plan: Plan, edits: Edits) -> list[tuple[Group, list[Any]]]:
 
     An edit of one that lies in another is left to the evaluation of that one.
     """
-    found: dict[frozenset[int], tuple[Group, list[Any]]] = {}
+    found: dict[frozenset[int], list[Group]] = {}
     for match in plan.matches:
         for group in match.groups:
             if group.target in edits:
-                pair = found.setdefault(frozenset(group.indices), (group, []))
-                pair[1].append(edits[group.target])
-    return [pair for key, pair in found.items() if not any(key < k for k in found)]
+                found.setdefault(frozenset(group.indices), []).append(group)
+    outermost = [
+        groups for key, groups in found.items() if not any(map(key.__lt__, found))
+    ]
+    return [
+        # Of two functions with the same equations, the outer one is given the other.
+        (groups[0], [edits[g.target] for g in sorted(groups, key=lambda g: -g.level)])
+        for groups in outermost
+    ]
 
 
-def without(plan: Plan, group: Group) -> Plan:
-    """Return the plan of a group's own equations: what happens inside it.
+def inside(plan: Plan, group: Group) -> Plan:
+    """Return the plan of a group's own equations: what happens in its function.
 
-    What happens to its results happens outside.
+    What a caller assigns of its results happens behind it, see `behind`.
     """
-    inside = set(map(id, group.eqns))
+    own = set(map(id, group.eqns))
 
     def kept(var: Any, found: Found) -> Found:
-        hits = [h for h in found.hits if h.group is not None or var not in group.writes]
+        late = {id(hit) for hit in _late(found, var, group)}
+        hits = [hit for hit in found.hits if id(hit) not in late]
         hits = [h for h in hits if h.group is None or h.group.indices != group.indices]
         return dataclasses.replace(found, hits=tuple(hits))
 
@@ -99,11 +106,29 @@ def without(plan: Plan, group: Group) -> Plan:
             m, own=tuple(map(kept, m.eqn.outvars, m.own)) if m.own else ()
         )
         for m in plan.matches
-        if id(m.eqn) in inside
+        if id(m.eqn) in own
     )
     found = tuple(f for match in matches for f in (*match.inside, *match.own))
     jaxpr = _jax.subjaxpr(group.eqns, group.reads, group.writes)
     return Plan(jaxpr, (), matches, found)
+
+
+def behind(plan: Plan, group: Group) -> Iterator[tuple[Any, Found]]:
+    """Yield the results of a group, with what happens to them behind it."""
+    own = set(map(id, group.eqns))
+    for match in plan.matches:
+        if id(match.eqn) in own and match.own:
+            for found, var in zip(match.own, match.eqn.outvars, strict=True):
+                hits = _late(found, var, group)
+                if hits:
+                    yield var, dataclasses.replace(found, hits=tuple(hits))
+
+
+def _late(found: Found, var: Any, group: Group) -> list[Hit]:
+    """What callers of a group's function have assigned of one of its results."""
+    if var not in group.writes:
+        return []
+    return [h for h in found.hits if not h.operation and h.level < group.level]
 
 
 def operation(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import stopgrad_jax._jax as _jax
 
@@ -39,12 +39,22 @@ from .variables import users_of
 _OBJECTS = ("__call__", "__init__")
 
 
+class Spread(NamedTuple):
+    """The names of a function's `*args` and `**kwargs`, and how many args it was given.
+
+    A library's function hands them on to the first function of the user.
+    """
+
+    args: str
+    kwargs: str
+    given: int
+
+
 class Handed:
     """The values that the functions called in one jaxpr are handed.
 
-    `origin` is the function that the jaxpr was traced from. `spread`: the names of its
-    `*args` and `**kwargs`, which a library hands on to the first function of the user;
-    None in a nested jaxpr.
+    `origin` is the function that the jaxpr was traced from; `spread` is None in a
+    nested jaxpr.
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class Handed:
         jaxpr: Any,
         items: Sequence[Item],
         origin: _jax.Origin | None,
-        spread: tuple[str, str] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self._jaxpr, self._items = jaxpr, items
         self._origin, self._spread = origin, spread
@@ -82,19 +92,34 @@ class Handed:
             for other in kept:
                 self._refuse_reading(first, outer, depth, name, other)
             return self._evaluated(first, outer, node)
-        if self._spread is None:
-            raise Unclear(
-                f"{function.path[-1]} is not called by code that has a source"
-            )
-        args, kwargs = self._spread
-        positional = positional_of(function)
-        if args and name in positional:
-            return self._input(f"{args}[{positional.index(name)}]")
-        if kwargs and name in function.parameters:
-            return self._input(f"{kwargs}['{name}']")
-        if name in self._inputs and self._spread == ("", ""):  # haiku keeps the names
-            return self._input(name)
-        raise Unclear(f"{function.path[-1]} is not called by code that has a source")
+        var = self._spread_out(function, name)
+        others = [v for k, v in self._named_inputs() if k != name and v is not var]
+        later = [i for i in self._items if i.index >= first.index]
+        same = [item for item in later if _same(item, first, depth)]
+        if any(self.reads(same, depth, name, other) for other in others):
+            raise Unclear(f"which argument of {function.path[-1]} it is, is not clear")
+        return var
+
+    def _spread_out(self, function: Function, name: str) -> Any:
+        """Return what a library's function hands on of its own arguments."""
+        called, positional = function.path[-1], positional_of(function)
+        if self._spread is not None:
+            args, kwargs, given = self._spread
+            fits = set(_required(function)) <= {*positional[:given], *self._inputs}
+            if args and name in positional and fits and given <= len(positional):
+                return self._input(f"{args}[{positional.index(name)}]")
+            if kwargs and f"{kwargs}['{name}']" in self._inputs:
+                return self._input(f"{kwargs}['{name}']")
+            if name in self._inputs and not args:  # haiku keeps the signature
+                return self._input(name)
+        raise Unclear(f"{called} is not called by code that has a source")
+
+    def _named_inputs(self) -> list[tuple[str, Any]]:
+        """Return the arguments of the traced function that are arrays themselves."""
+        if self._spread is None or not self._spread.args:
+            return []
+        invars = self._jaxpr.invars
+        return [(k, invars[n]) for k, n in self._inputs.items() if k.isidentifier()]
 
     def _input(self, spelled: str) -> Any:
         if spelled in self._inputs:
@@ -136,7 +161,8 @@ class Handed:
             given = given[1:]
         filled = [*positional[: len(given)], *keywords]
         by_name = caller.source.callee(caller.position) == called or outer < depth - 1
-        if not by_name and called not in _OBJECTS and not set(positional) <= {*filled}:
+        needed = _required(function) if by_name or called in _OBJECTS else positional
+        if not set(needed) <= {*filled}:
             raise Unclear(f"which argument it is in the call of {called} is not clear")
         if name in keywords:
             return keywords[name], kept
@@ -285,6 +311,12 @@ def positional_of(function: Function) -> list[str]:
     """Return the parameters that take arguments by position, but for the object."""
     a = function.node.args
     return [arg.arg for arg in (*a.posonlyargs, *a.args)][int(function.bound) :]
+
+
+def _required(function: Function) -> list[str]:
+    """Return the parameters by position that have no default."""
+    positional, defaults = positional_of(function), len(function.node.args.defaults)
+    return positional[: len(positional) - defaults] if defaults else positional
 
 
 def _hands_on(call: ast.Call, function: Function) -> bool:

@@ -38,6 +38,7 @@ class Group:
       writes: those of its results that are used outside; the last ones if none is.
       scope: the path of named scopes that all of it lies in.
       callers: the functions that were running when it was called.
+      level: how many they were.
     """
 
     target: int
@@ -48,6 +49,7 @@ class Group:
     writes: Sequence[Any]
     scope: str
     callers: frozenset[str]
+    level: int
 
     @property
     def last(self) -> Any:
@@ -135,6 +137,7 @@ class Operations:
             sorted(writes or call.eqns[-1].outvars, key=order.__getitem__),
             _common([_jax.scope_of(eqn) for eqn in call.eqns]),
             _around(_jax.stack_of(call.eqns[0])[: call.level]),
+            call.level,
         )
 
 
@@ -207,8 +210,9 @@ def called(code: types.CodeType) -> tuple[str, ...]:
     """
     names = callers(code)
     if _jax.is_own(code.co_filename):
-        return names[:1] if is_public(names[0] if names else "_") else ()
-    return names
+        own = bool(names) and is_public(names[0]) and code.co_name != "__call__"
+        return names[:1] if own else ()
+    return tuple(dict.fromkeys((*names, *map(_public, names[:1]))))
 
 
 @functools.cache

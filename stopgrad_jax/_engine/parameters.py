@@ -22,7 +22,7 @@ from .anew import map_jaxprs, naming, reading, with_eqns
 from .assignment import Item, Unclear, level_of
 from .bindings import Function
 from .calls import Call, Calls
-from .handed import Handed
+from .handed import Handed, Spread
 from .labels import Labels, Spot, code_of, printed_file
 from .nested import nested
 from .syntax import source_of
@@ -109,6 +109,7 @@ class Parameters:
         fun = traced.fun if where == "at home" else None
         self._labels = _Shown(fun, labels)
         self._changed: dict[int, tuple[Any, Any]] = {}
+        self._in_path: dict[Any, list[tuple[int, Function, Place, list[int]]]] = {}
         self.found: dict[int, dict[Place, None]] = {k: {} for k in targets}
         self.unclear: dict[int, dict[Place, str]] = {k: {} for k in targets}
         self.own: dict[int, str] = {}
@@ -120,7 +121,7 @@ class Parameters:
         return self._with_names(jaxpr, _origin(self._traced), _spread(self._traced))
 
     def _with_names(
-        self, jaxpr: Any, origin: _jax.Origin | None, spread: tuple[str, str] | None
+        self, jaxpr: Any, origin: _jax.Origin | None, spread: Spread | None
     ) -> Any:
         """Name what is found in a jaxpr; `spread` is None for a nested one."""
         eqns = [
@@ -166,7 +167,7 @@ class Parameters:
         self,
         jaxpr: Any,
         origin: _jax.Origin | None,
-        spread: tuple[str, str] | None,
+        spread: Spread | None,
     ) -> Iterator[_Naming]:
         """Parameters of functions that are called while a jaxpr is traced."""
         items, calls = [], Calls()
@@ -178,7 +179,9 @@ class Parameters:
             item = Item(index, eqn, path.spots)
             items.append(item)
             calls.step()
-            for depth, function, place, targets in self._meant(path.spots):
+            if path not in self._in_path:
+                self._in_path[path] = list(self._meant(path.spots))
+            for depth, function, place, targets in self._in_path[path]:
                 level = level_of(_jax.stack_of(eqn), item, depth)
                 if level is not None:
                     key = (path.spots[:depth], place)
@@ -310,14 +313,15 @@ def _origin(traced: Traced) -> _jax.Origin | None:
     return _jax.Origin(code.co_name, code.co_filename, code.co_firstlineno, inputs)
 
 
-def _spread(traced: Traced) -> tuple[str, str]:
+def _spread(traced: Traced) -> Spread:
     """Return the names of the `*args` and `**kwargs` of the traced function."""
     try:
         every = inspect.signature(traced.fun).parameters.values()
     except (TypeError, ValueError):
-        return "", ""
+        return Spread("", "", 0)
     named = {p.kind: p.name for p in every}
-    return tuple(named.get(k, "") for k in (_VARIADIC, _KEYWORDS))  # type: ignore
+    args, kwargs = named.get(_VARIADIC, ""), named.get(_KEYWORDS, "")
+    return Spread(args, kwargs, len(traced.arguments.get(args, ())))
 
 
 _VARIADIC = inspect.Parameter.VAR_POSITIONAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ class Hit:
     `root` is the full address that matched, `parts` the names of all the parts and
     `tree` their structure (None: one value by itself). `operation`: an edit of it is
     one of the equation, not of its results; of the `group`, where it has several.
+    `level`: how many functions were running around the one whose variable it is; no
+    limit for a point, which is where its own equation is.
     """
 
     target: int
@@ -51,6 +54,7 @@ class Hit:
     tree: Any = None
     operation: bool = False
     group: Group | None = None
+    level: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)

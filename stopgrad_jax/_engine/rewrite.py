@@ -17,11 +17,12 @@ import stopgrad_jax._jax as _jax
 from .edits import (
     Edits,
     NamedEdits,
+    behind,
     edited_operation,
     group_edits,
+    inside,
     operation,
     operation_edits,
-    without,
 )
 from .nested import Slot, rebuild
 from .operations import Group
@@ -90,7 +91,8 @@ class Rewriter:
         for run in self._runs.cut(wanted, {**slices, **groups}, jaxpr.outvars):
             edits.check(run.reads)
             if id(run.eqns[0]) in groups:
-                env |= self._group(plan, *groups[id(run.eqns[0])], env, edits)
+                _, group, functions = groups[id(run.eqns[0])]
+                env |= self._group(plan, group, functions, env, edits)
             elif id(run.eqns[0]) not in slices:
                 values = [env[v] for v in run.reads]
                 env |= zip(run.writes, self._runs.evaluate(run, values), strict=True)
@@ -130,18 +132,17 @@ class Rewriter:
     def _group(
         self,
         plan: Plan,
-        eqn: Any,
         group: Group,
         functions: list[Any],
         env: Mapping[Any, Any],
         edits: NamedEdits,
     ) -> dict[Any, Any]:
         """Evaluate an edited operation of several equations."""
-        inside = without(plan, group)
+        own = inside(plan, group)
 
         def original(*operands: Any) -> list[Any]:
-            none = [None] * len(inside.found)
-            return self.run(inside, operands, none, None)[0]
+            none = [None] * len(own.found)
+            return self.run(own, operands, none, None)[0]
 
         line = _jax.line_of(group.eqns[0])
         called = operation(original, group.reads, len(group.writes))
@@ -150,12 +151,8 @@ class Rewriter:
         with _jax.at_line_of(group.last):
             out = edited_operation(group.name, line, called, *same)
         new = dict(zip(group.writes, out, strict=True))
-        own = set(map(id, group.eqns))
-        for match in plan.matches:
-            if id(match.eqn) in own and match.own:
-                for found, var in zip(match.own, match.eqn.outvars, strict=True):
-                    if var in new:
-                        new |= edits.applied(found, match.eqn, var, new[var])
+        for var, found in behind(plan, group):
+            new |= edits.applied(found, group.last, var, new[var])
         return new
 
     def _match(

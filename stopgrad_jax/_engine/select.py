@@ -141,8 +141,9 @@ def _looked(found: _Searched) -> Unmatched:
     def working(addresses: Iterable[Address]) -> list[Address]:
         return _working(traced, list(dict.fromkeys(addresses)))
 
+    @functools.cache
     def look(var: Var) -> Any:
-        return _looked(_searched(traced, [var])).variables
+        return _looked(_searched(traced, [var], libraries=False)).variables
 
     variables = search.variables and Looked(
         traced, search.variables, found.parameters, working
@@ -196,10 +197,12 @@ def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
     return nth.only(plan, number, chosen)
 
 
-def _searched(traced: Traced, addresses: Iterable[Address]) -> _Searched:
+def _searched(
+    traced: Traced, addresses: Iterable[Address], libraries: bool = True
+) -> _Searched:
     """Search for addresses; for variables first in statements, then in parameters.
 
-    The user's code comes before that of installed libraries.
+    The user's code comes before that of installed libraries, if that counts.
     """
     targets = [t for t in map(_target, addresses) if t is not None]
     parameters = list[Parameters]()
@@ -220,16 +223,20 @@ def _searched(traced: Traced, addresses: Iterable[Address]) -> _Searched:
         return parameters[-1].silent if asked else missing
 
     found, plan = search()
-    if found.variables and found.variables.missing:
-        missing = named(named(found.variables.missing, "here"), "at home")
+    missing = found.variables.missing if found.variables else frozenset()
+    if missing:
+        missing = named(missing, "here")
+    if missing and libraries:
+        missing = named(missing, "at home")
         home = parameters[-1]
         missing |= home.untold
         found, plan = search(missing)
-        rest = missing & (found.variables.missing if found.variables else missing)
-        if rest:
-            named(rest, "anywhere")
+        if found.variables and missing & found.variables.missing:
+            named(missing & found.variables.missing, "anywhere")
             home.forget(parameters[-1].told)
             found, plan = search(missing)
+    elif parameters:
+        found, plan = search()
     return _Searched(traced, targets, found, plan, parameters)
 
 

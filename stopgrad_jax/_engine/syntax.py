@@ -63,6 +63,7 @@ class Source:
         self._expressions: dict[Position, ast.expr] = {}
         self._reads: dict[str, list[Position]] = {}
         self._functions: list[Function] = []
+        self._around_places: dict[Position, Function] = {}
         self._assignments: dict[Position, list[Binding]] = {}
         try:
             tree = ast.parse("".join(lines))
@@ -95,8 +96,10 @@ class Source:
 
     def function(self, place: Position) -> Function:
         """Return the function whose body a place is in; the file's, if in none."""
-        around = [f for f in self._functions if is_within(place, f.body)]
-        return max(around, key=lambda f: f.body[:2])
+        if place not in self._around_places:
+            around = [f for f in self._functions if is_within(place, f.body)]
+            self._around_places[place] = max(around, key=lambda f: f.body[:2])
+        return self._around_places[place]
 
     def functions(self) -> list[Function]:
         """Return every function of the file."""

@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from stopgrad_jax._address import Address, Var, nearest
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._address import Address, Var, joined, nearest
 from stopgrad_jax._errors import AddressError, beats, quoted, rows
 
 from .bindings import STATEMENT, Binding, Function
 from .labels import Spot
+from .nested import nested
 from .parameters import Parameters, Place
 from .trace import Traced
 from .variables import Site, Variables, is_called
@@ -224,13 +226,36 @@ class Looked:
             f"no variables of {file}: {what.strip('()')}"
             for file, what in self.variables.sourceless.items()
         ]
-        labels = [label for s in elsewhere for label in _all(s)]
+        labels = [label for site in elsewhere for label in _all(site)]
+        labels += [] if elsewhere else self._parameters_called(name)
         near = [*labels, *nearest(var.label, known), *nearest(name, known)]
         works = self.working(map(Var, dict.fromkeys(near)))
         write = [repr(v) for v in works[:1]]
         if not write and self.variables.sourceless:
             write = ["sg.name in the source; sg.var reads the source text"]
         return came, write
+
+    def _parameters_called(self, name: str) -> list[str]:
+        """Return the labels of parameters of that name, in libraries too."""
+        labels = dict[str, None]()
+        for eqn, _ in every_eqn(self.traced.jaxpr, ""):
+            for code, _ in _jax.stack_of(eqn):
+                count = code.co_argcount + code.co_kwonlyargcount
+                if name in code.co_varnames[:count]:
+                    path = [p for p in code.co_qualname.split(".") if p != "<locals>"]
+                    if not _jax.is_own(code.co_filename):
+                        labels[".".join([*path[-2:], name])] = None
+        return list(labels)[:8]
+
+
+def every_eqn(jaxpr: Any, path: str) -> Iterator[tuple[Any, str]]:
+    """Yield each equation, in nested programs too, and the scopes that it is in."""
+    for eqn in jaxpr.eqns:
+        here = joined(path, _jax.scope_of(eqn))
+        yield eqn, here
+        inner = nested(eqn)
+        for body in inner.bodies if inner else ():
+            yield from every_eqn(body.jaxpr, here)
 
 
 _HOW = {

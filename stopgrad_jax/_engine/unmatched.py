@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
@@ -20,7 +20,6 @@ from stopgrad_jax._address import (
     Op,
     Point,
     Var,
-    joined,
     matches_scope,
     nearest,
     nodes,
@@ -29,10 +28,9 @@ from stopgrad_jax._address import (
 from stopgrad_jax._errors import AddressError, beats, folded, quoted, type_of
 
 from .labels import Labels
-from .nested import nested
 from .operations import called, is_public
 from .trace import Static, Traced, Value
-from .unfound import Looked, written
+from .unfound import Looked, every_eqn, written
 from .walk import Search
 
 Told = tuple[str, str]  # what came, and what to write instead
@@ -186,7 +184,7 @@ class Unmatched:
     @functools.cached_property
     def _eqns(self) -> list[tuple[Any, str]]:
         """Every equation, in nested programs too, and the path of scopes around it."""
-        return list(_every(self.traced.jaxpr, ""))
+        return list(every_eqn(self.traced.jaxpr, ""))
 
     # Operations -----------------------------------------------------------------
 
@@ -214,7 +212,9 @@ class Unmatched:
         known = [*self._functions, *operations]
         # What JAX has is spelled right, and something else is not what was meant.
         odd = [name for name in op.names if not is_public(name)]
-        near = [n for name in odd for n in nearest(name, known, cutoff=0.6)]
+        every = dict.fromkeys([*known, *(called(code)[0] for code in self._codes)])
+        near = [n for name in op.names for n in every if name.lower() in n.lower()]
+        near += [n for name in odd for n in nearest(name, known, cutoff=0.6)]
         works = self.working(dataclasses.replace(op, name=n) for n in near)
         works = works or self.working(Op(n) for n in known)
         came = f"functions {quoted(self._functions)}, operations {quoted(operations)}"
@@ -233,25 +233,18 @@ class Unmatched:
         return came, _one_of(works[:3])
 
     @functools.cached_property
+    def _codes(self) -> list[types.CodeType]:
+        """Every function that ran while an equation was made and can be addressed."""
+        stacks = (_jax.stack_of(eqn) for eqn, _ in self._eqns)
+        codes = dict.fromkeys(code for stack in stacks for code, _ in stack)
+        return [code for code in codes if called(code)]
+
+    @functools.cached_property
     def _functions(self) -> list[str]:
         """Functions as the source calls them: the user's, modules, and JAX's public."""
         labels = Labels()
-        found = dict[str, None]()
-        for eqn, _ in self._eqns:
-            for code, _ in _jax.stack_of(eqn):
-                for name in called(code)[:1]:
-                    if _is_told(code, labels):
-                        found[name] = None
-        return list(found)
-
-
-def _every(jaxpr: Any, path: str) -> Iterator[tuple[Any, str]]:
-    for eqn in jaxpr.eqns:
-        here = joined(path, _jax.scope_of(eqn))
-        yield eqn, here
-        inner = nested(eqn)
-        for body in inner.bodies if inner else ():
-            yield from _every(body.jaxpr, here)
+        told = (called(code)[0] for code in self._codes if _is_told(code, labels))
+        return list(dict.fromkeys(told))
 
 
 def _callers(eqns: Sequence[Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
-from .assignment import Execution, Given, Item, Unclear, begins_again
+from .assignment import Execution, Given, Item, Unclear, begins_again, level_of
 from .bindings import Binding, Function
 from .labels import Labels, Spot
 
@@ -106,9 +106,12 @@ class Variables:
         self.sourceless: dict[str, str] = {}
         self.functions: dict[Any, Spot] = {}
 
-    def find(self, jaxpr: Any) -> dict[int, dict[int, list[tuple[int, str]]]]:
-        """Return {equation: {result: (target, name) of each variable that it is}}."""
-        found: dict[int, dict[int, list[tuple[int, str]]]] = {}
+    def find(self, jaxpr: Any) -> dict[Any, list[tuple[int, str, float]]]:
+        """Return {result: (target, name, level) of each variable that it is}.
+
+        The level is that of its function in the stack.
+        """
+        found: dict[Any, list[tuple[int, str, float]]] = {}
         runs = [run for pair in self._searched for run in self._runs(jaxpr, *pair)]
         users = users_of(jaxpr) if runs else {}
         for run in runs:
@@ -120,9 +123,11 @@ class Variables:
                 reason = (run.spot.place, str(why))
                 self.unclear[run.target].setdefault(key, reason)
                 continue
-            hits = found.setdefault(index, {}).setdefault(result, [])
-            if (run.target, run.binding.name) not in hits:
-                hits.append((run.target, run.binding.name))
+            stack = _jax.stack_of(run.items[0].eqn)
+            level = level_of(stack, run.items[0], run.depth)
+            hits = found.setdefault(jaxpr.eqns[index].outvars[result], [])
+            if (run.target, run.binding.name) not in [hit[:2] for hit in hits]:
+                hits.append((run.target, run.binding.name, level or 0))
         return found
 
     @property

@@ -134,10 +134,11 @@ class Search:
         found: dict[Any, list[Hit]] = {}
         if self.variables is None:
             return found
-        for index, results in self.variables.find(jaxpr).items():
-            for number, names in results.items():
-                hits = [Hit(target, name, tree=Leaf("")) for target, name in names]
-                found[jaxpr.eqns[index].outvars[number]] = hits
+        for var, hits in self.variables.find(jaxpr).items():
+            found[var] = [
+                Hit(target, name, tree=Leaf(""), level=level)
+                for target, name, level in hits
+            ]
         for eqn in jaxpr.eqns if self._handed else ():
             for target, name in self._handed.get((*eqn.outvars, None)[0], ()):
                 hit = Hit(target, name, tree=Leaf(""))
