@@ -20,8 +20,9 @@ from stopgrad_jax._address import printed
 from stopgrad_jax._engine.trace import is_traceable
 from stopgrad_jax._errors import beats, function_name, type_of
 
+from .owned import copied
 from .spread import constrained, is_spread, replicated, settled, shardings
-from .state import Held, copied
+from .state import Held
 
 
 def given(batch: Any) -> Any:

@@ -9,13 +9,16 @@ import optax
 
 from stopgrad_jax._address import Address
 from stopgrad_jax._engine.select import listed
-from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._errors import beats, function_name, quoted
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import freeze
 
 from .gradient import Objective
+from .loss import Loss
 from .step import Step
+from .untrained import OPTIONS
 from .update import Update
+from .watch import Watch
 
 
 def make_step(
@@ -25,8 +28,10 @@ def make_step(
     frozen: Where = None,
     has_aux: bool = False,
     accumulate: int = 1,
+    weighted: bool | None = None,
     stats: Sequence[Address] | Address = (),
     nonfinite: str | None = None,
+    untrained: str = "warn",
     donate: bool = True,
 ) -> Step:
     """Turn a loss and an optimizer into a jitted training step.
@@ -104,13 +109,22 @@ def make_step(
         expected = 'nonfinite is None, "report" or "skip"'
         instead = 'nonfinite="skip" to leave out such steps'
         raise ValueError(beats(called, expected, f"{nonfinite!r}", instead))
+    if untrained not in OPTIONS:
+        expected = "untrained is one of " + quoted(OPTIONS)
+        instead = 'untrained="freeze" for no state and no decay'
+        raise ValueError(beats(called, expected, f"{untrained!r}", instead))
+    if weighted not in (None, False, True):
+        expected = "weighted is True for a loss that returns (sum, weight), or False"
+        raise TypeError(beats(called, expected, f"{weighted!r:.60}", "weighted=True"))
     wants_value = isinstance(optimizer, optax.GradientTransformationExtraArgs)
     if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
         pair = (optimizer.init, optimizer.update)
         optimizer = optax.GradientTransformationExtraArgs(*pair)
     addresses = tuple(listed(stats, called, "stats"))
-    objective = Objective(loss, has_aux, accumulate, addresses)
+    objective = Objective(Loss(loss, has_aux, bool(weighted)), accumulate, addresses)
+    averages = accumulate > 1 and weighted is None
+    watch = Watch(objective, frozen, untrained, averages)
     inner = optax.with_extra_args_support(optimizer)
-    update = Update(objective, inner, wants_value, nonfinite)
+    update = Update(objective, inner, wants_value, nonfinite, watch)
     whole = optimizer if frozen is None else freeze(optimizer, frozen)
     return Step(update, whole, frozen, donate)

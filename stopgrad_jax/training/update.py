@@ -15,6 +15,7 @@ from stopgrad_jax._errors import beats, quoted
 
 from .gradient import Objective
 from .state import Layout, Split
+from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Update:
     optimizer: optax.GradientTransformationExtraArgs
     wants_value: bool  # the optimizer takes the loss and its function
     nonfinite: str | None
+    watch: Watch
 
     def __call__(
         self,
@@ -40,9 +42,11 @@ class Update:
         _refuse_unchecked()
         params = layout.alone(trained)
         self._check(opt_state, params)
+        self.watch.look(layout, trained, rest, batch, key)
 
         objective, split = self.objective, Split(layout, trained, rest)
-        loss, gradients, aux, stats = objective.gradients(split, batch, key)
+        value, gradients, aux, stats = objective.gradients(split, batch, key)
+        loss = value.mean
         # JAX's gradient of a real function of complex z points against the descent.
         grads = layout.alone(jnp.conj(g) if _is_complex(g) else g for g in gradients)
         extra = {}
@@ -60,7 +64,7 @@ class Update:
         changed = jax.tree.map(_like, changed, opt_state)
 
         metrics: dict[str, Any] = {"loss": loss}
-        if objective.has_aux:
+        if objective.loss.has_aux:
             metrics["aux"] = aux
         if objective.stats:
             metrics["stats"] = stats
