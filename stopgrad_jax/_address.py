@@ -8,6 +8,7 @@ in a bare pytree is `_where.py`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+
+from ._errors import AddressError, beats
 
 RETURN = "return"
 
@@ -150,16 +153,33 @@ def has_wildcard(text: str) -> bool:
 def matching(text: str, paths: Iterable[str]) -> list[str]:
     """Paths that `text` matches, outermost first: none lies below another one.
 
-    `paths` is in depth-first order and holds the inner nodes too.
+    `paths` is in depth-first order and holds the inner nodes too. A path without
+    wildcards may match several where keys hold "/": then it means none of them.
     """
+    paths = paths if isinstance(paths, dict) else dict.fromkeys(paths)
+    if text in paths:
+        return [text]
     if not has_wildcard(text):
-        return [text] if text in set(paths) else []
+        return [path for path in paths if plain(path) == text]
     regex, found = pattern(text), list[str]()
     for path in paths:
         below = found and path.startswith(found[-1] + "/")
-        if not below and regex.fullmatch(path + "/"):
+        if not below and regex.fullmatch(plain(path) + "/"):
             found.append(path)
-    return list(dict.fromkeys(found))
+    return found
+
+
+def require_one_meaning(text: str, matched: list[str], called: str) -> None:
+    """Refuse a path that spells two places, as "a/b" does where a key holds "/"."""
+    if matched[1:] and not has_wildcard(text):
+        raise AddressError(
+            beats(
+                called,
+                "a path means one place",
+                f'"{text}", which means {len(matched)}: a key of the tree holds "/"',
+                " or ".join(f'"{path}"' for path in matched),
+            )
+        )
 
 
 def prefixes(path: str) -> Iterator[str]:
@@ -176,8 +196,28 @@ def nearest(text: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def printed(path: Any) -> str:
-    """Print a key path the one way addresses spell it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Print a key path the one way addresses spell it; an empty key as `['']`."""
+    text = jax.tree_util.keystr(path, simple=True, separator="/")
+    if all(text.split("/")):
+        return text
+    keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(key or "['']" for key in keys)
+
+
+def exact(path: Any) -> str:
+    """Print a key path so that it means one place: `['a/b']`, and `['a']/['b']`."""
+    keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(f"[{key!r}]" for key in keys)
+
+
+_QUOTED = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]""")
+
+
+def plain(path: str) -> str:
+    """Print a path as `keystr` does, whatever its keys hold."""
+    if "[" not in path:
+        return path
+    return _QUOTED.sub(lambda found: ast.literal_eval(found[1]), path)
 
 
 def joined(*parts: str) -> str:
@@ -188,11 +228,40 @@ def joined(*parts: str) -> str:
 def nodes(tree: Any, root: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (printed path, subtree) for a tree and everything below it.
 
-    None is a node without leaves here, as in JAX.
+    None is a node without leaves here, as in JAX. Where two places would be printed
+    alike, since a key holds "/", they are told apart as `exact` does.
     """
-    yield root, tree
+    every = [(root, root, tree), *_below(tree, root, root)]
+    first: dict[str, str] = {}
+    twice = {path for path, full, _ in every if first.setdefault(path, full) != full}
+    for path, full, node in every:
+        yield full if path in twice else path, node
+
+
+def _below(tree: Any, root: str, full: str) -> Iterator[tuple[str, str, Any]]:
     for path, child in jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is not tree
     )[0]:
         if path:
-            yield from nodes(child, joined(root, printed(path)))
+            names = joined(root, printed(path)), joined(full, exact(path))
+            yield (*names, child)
+            yield from _below(child, *names)
+
+
+def paths_of(tree: Any) -> list[list[str]]:
+    """For each leaf: the paths of all that it lies in, its own last; see `nodes`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    known: dict[Any, tuple[str, str]] = {(): ("", "")}
+    for path, _ in flat:
+        for k in range(1, len(path) + 1):
+            if path[:k] not in known:
+                above, key = known[path[: k - 1]], path[k - 1 : k]
+                pair = joined(above[0], printed(key)), joined(above[1], exact(key))
+                known[path[:k]] = pair
+    first: dict[str, str] = {}
+    pairs = known.values()
+    twice = {path for path, full in pairs if first.setdefault(path, full) != full}
+    named = {
+        key: full if path in twice else path for key, (path, full) in known.items()
+    }
+    return [[named[path[:k]] for k in range(1, len(path) + 1)] for path, _ in flat]

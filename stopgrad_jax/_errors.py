@@ -13,10 +13,18 @@ from typing import Any
 class AddressError(LookupError):
     """An address matches nothing, or more than one kind of thing."""
 
+    __module__ = "stopgrad_jax"  # where users find it
+
 
 def beats(called: str, expected: str, came: str, instead: str) -> str:
     """Lay out the four beats of an error message."""
     return f"{called}: {expected}\n  got:   {came}\n  write: {instead}"
+
+
+def has_beats(error: BaseException) -> bool:
+    """Tell whether an error says all four already."""
+    text = str(error)
+    return "\n  got:   " in text and "\n  write: " in text
 
 
 def function_name(fun: Any) -> str:

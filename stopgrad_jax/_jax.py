@@ -7,6 +7,7 @@ of them on the oldest and the newest JAX we support.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.extend import core, source_info_util
+from jax.interpreters import ad
 
 Jaxpr = core.Jaxpr
 Literal = core.Literal
@@ -25,6 +27,20 @@ Primitive = core.Primitive
 
 # Frames of this package are not "the user's line" in JAX's messages or in ours.
 source_info_util.register_exclusion(os.path.dirname(os.path.abspath(__file__)))
+
+
+def _leave_out_of_tracebacks(folder: str) -> None:
+    """Have JAX leave our frames out of the tracebacks from which it removes its own.
+
+    Not public; without it, tracebacks of derivatives show them.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import traceback_util  # noqa: TID251
+
+        traceback_util.register_exclusion(folder)
+
+
+_leave_out_of_tracebacks(os.path.dirname(os.path.abspath(__file__)))
 
 
 # Jaxprs ------------------------------------------------------------------------
@@ -144,6 +160,30 @@ def gate_name(eqn: Any) -> str:
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 
+def sees_which_move(eqn: Any) -> bool:
+    """Tell a derivative rule that is told which operands are differentiated.
+
+    A custom rule with symbolic zeros is, and one whose function closes over arrays: JAX
+    hands those over as leading operands, and raises where one of them moves. So is the
+    rule that another package has given to a primitive of its own.
+    """
+    name = eqn.primitive.name
+    if name in CUSTOM:
+        return bool(eqn.params["symbolic_zeros"] or eqn.params["num_consts"])
+    if name == "gate":
+        return eqn.params["rule"].only_sources is not None
+    return name == "call_hi_primitive" or not _has_rule_of_jax(eqn.primitive)
+
+
+def _has_rule_of_jax(primitive: Any) -> bool:
+    """Tell whether JAX, or this package, differentiates a primitive."""
+    rule = ad.primitive_jvps.get(primitive)
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    code = getattr(rule, "__code__", None)
+    return rule is None or (code is not None and code.co_filename.startswith(_OWN))
+
+
 def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
     """Return the user's functions behind a custom rule, to tell rules apart.
 
@@ -173,6 +213,42 @@ def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
     return tuple(found) if found and not wraps else None
 
 
+def closes_over_tracers(eqn: Any) -> bool:
+    """Tell whether a custom rule closes over a value that was traced with it.
+
+    JAX calls the rule when a derivative is taken; that value's trace has ended by then.
+    Closures, defaults and partials are looked through, and the custom rules in them.
+    """
+    waiting, seen = list(custom_rule(eqn) or ()), set[int]()
+    while waiting:
+        x = waiting.pop()
+        if is_traced(x):
+            return True
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, tuple | list):
+            waiting += x
+        elif isinstance(x, dict):
+            waiting += x.values()
+        elif isinstance(x, functools.partial):
+            waiting += [x.func, *x.args, *x.keywords.values()]
+        elif isinstance(x, types.FunctionType):
+            waiting += [c.cell_contents for c in x.__closure__ or () if _is_filled(c)]
+            waiting += x.__defaults__ or ()
+        elif isinstance(x, jax.custom_vjp | jax.custom_jvp):
+            waiting += vars(x).values()
+    return False
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (raises where nothing was assigned yet)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_jax_closure(f: Any) -> bool:
     module = getattr(f, "__module__", None) or ""
     return callable(f) and module == "jax._src.interpreters.partial_eval"
@@ -197,6 +273,22 @@ def _file_and_line(source_info: Any) -> str:
 def scopes_of(eqn: Any) -> str:
     """Return the equation's `named_scope` path; differentiated parts have `jvp(`."""
     return str(eqn.source_info.name_stack)
+
+
+def transforms_of(eqn: Any) -> tuple[str, ...]:
+    """Names of the transformations that made an equation, the outermost first.
+
+    `("transpose", "jvp")` in a backward pass. A name stack holds the user's scopes
+    beside them, which may be called anything: told by JAX's kind, not by their text.
+    """
+    stack = eqn.source_info.name_stack.stack
+    return tuple(part.name for part in stack if type(part).__name__ == "Transform")
+
+
+def scope_of(eqn: Any) -> str:
+    """Return the path of the user's scopes around an equation, without transforms."""
+    stack = eqn.source_info.name_stack.stack
+    return "/".join(part.name for part in stack if type(part).__name__ == "Scope")
 
 
 def callers_of(eqn: Any) -> tuple[str, ...]:
@@ -329,6 +421,11 @@ def is_own(file: str) -> bool:
     return file.startswith(_OWN)
 
 
+def is_of_package(file: str) -> bool:
+    """Tell a file of this package."""
+    return file.startswith(_OWN[2])
+
+
 def line_here() -> str:
     """Return `file:line` of the user's code that is running, or ""."""
     return _file_and_line(source_info_util.current())
@@ -343,6 +440,11 @@ def is_tracing() -> bool:
     Only speed hangs on it: without the function, nothing is shared between runs.
     """
     return getattr(core, "unsafe_am_i_under_a_jit_DO_NOT_USE", lambda: False)()
+
+
+def is_no_reverse(error: Exception) -> bool:
+    """Tell JAX's refusal to differentiate a while loop backwards from other errors."""
+    return isinstance(error, ValueError) and "Reverse-mode" in str(error)
 
 
 # Arrays -------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from ._address import (
     Address,
     Op,
     Point,
+    Var,
     has_wildcard,
     is_address,
     matching,
     nodes,
-    printed,
+    paths_of,
+    require_one_meaning,
 )
 from ._errors import AddressError, beats, function_name, quoted, shortened
 
@@ -45,8 +47,7 @@ def selected(tree: Any, where: Where, called: str) -> list[bool]:
         pairs = _leaves_or_boxes(tree)
         chosen = [_asked(where, path, leaf, called) for path, leaf in pairs]
     elif addresses := _as_addresses(where):
-        each = [_at_address(tree, address, called) for address in addresses]
-        chosen = [any(column) for column in zip(*each, strict=True)]
+        chosen = _at_addresses(tree, addresses, called)
     else:
         chosen = _at_mask(tree, where, called)
     return _some_gradient(tree, chosen, where, called)
@@ -97,8 +98,29 @@ def _as_addresses(where: Where) -> list[Any]:
     return list(where) if is_list and all(map(is_address, where)) else []
 
 
-def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
-    if isinstance(address, Point | Op):
+def _at_addresses(tree: Any, addresses: list[Any], called: str) -> list[bool]:
+    """Tell for each leaf whether one of the addresses selects it."""
+    every = paths_of(tree)
+    known = dict.fromkeys(path for above in every for path in above)
+    selected, excluded = set[str](), list[set[str]]()
+    for address in addresses:
+        negated, tops = _tops(tree, address, known, called)
+        if negated:
+            excluded.append(tops)
+        else:
+            selected |= tops
+    return [
+        not selected.isdisjoint(above)
+        or any(tops.isdisjoint(above) for tops in excluded)
+        for above in every
+    ]
+
+
+def _tops(
+    tree: Any, address: Address, known: dict[str, None], called: str
+) -> tuple[bool, set[str]]:
+    """Return whether all else is meant, and the paths that an address matches."""
+    if isinstance(address, Point | Op | Var):
         raise TypeError(
             beats(
                 called,
@@ -108,11 +130,10 @@ def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
             )
         )
     text = str(address)
-    every = [above for above, _ in _with_prefixes(tree)]
-    known = list(dict.fromkeys(path for above in every for path in above))
     negated = text.startswith("!") and text not in known
     wanted = text[1:] if negated else text
-    tops = [wanted] if wanted in known else matching(wanted, known)
+    tops = matching(wanted, known)
+    require_one_meaning(wanted, tops, called)
     if not tops:
         leaves = quoted(path for path, _ in _leaves(tree))
         raise AddressError(
@@ -121,40 +142,10 @@ def _at_address(tree: Any, address: Address, called: str) -> list[bool]:
                 "where must match a path of the tree",
                 f'"{wanted}", which matches nothing; '
                 + (f"paths are {leaves}" if known else "the tree is one leaf"),
-                _instead(wanted, known) if known else "the call without where",
+                _instead(wanted, list(known)) if known else "the call without where",
             )
         )
-    _refuse_two_meanings(tree, tops, called)
-    return [negated != any(path in tops for path in above) for above in every]
-
-
-def _with_prefixes(tree: Any) -> list[tuple[list[str], Any]]:
-    """For each leaf: the printed paths of all that it lies in, its own last."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        ([printed(path[:k]) for k in range(1, len(path) + 1)], leaf)
-        for path, leaf in flat
-    ]
-
-
-def _refuse_two_meanings(tree: Any, tops: list[str], called: str) -> None:
-    """Refuse a path that spells two places, as "a/b" does where a key holds "/"."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    places: dict[str, set[Any]] = {top: set() for top in tops}
-    for path, _ in flat:
-        for k in range(1, len(path) + 1):
-            if printed(path[:k]) in places:
-                places[printed(path[:k])].add(path[:k])
-    for top, meant in places.items():
-        if len(meant) > 1:
-            raise AddressError(
-                beats(
-                    called,
-                    "a path means one place",
-                    f'"{top}", which means {len(meant)}: a key of the tree holds "/"',
-                    "a function of (path, leaf), or a tree of booleans",
-                )
-            )
+    return negated, set(tops)
 
 
 def _instead(wanted: str, known: list[str]) -> str:
@@ -205,8 +196,8 @@ def _some_gradient(
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(printed(path), leaf) for path, leaf in flat]
+    paths = [above[-1] if above else "" for above in paths_of(tree)]
+    return list(zip(paths, jax.tree.leaves(tree), strict=True))
 
 
 def _leaves_or_boxes(tree: Any) -> list[tuple[str, Any]]:

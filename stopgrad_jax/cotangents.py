@@ -18,6 +18,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
+from ._edge import public
 from ._engine.functions import same_types, stateless
 from ._engine.gate import varying_together
 from ._engine.gated import all_at_once, axis_index, leaf_by_leaf, require_gradient
@@ -35,6 +36,7 @@ __all__ = [
 T = TypeVar("T")
 
 
+@public
 def clip_gradient(tree: T, min: Any, max: Any) -> T:
     """Clip each entry of the gradient.
 
@@ -73,6 +75,7 @@ def clip_gradient(tree: T, min: Any, max: Any) -> T:
     return leaf_by_leaf(tree, {"min": min, "max": max}, BETWEEN, called)
 
 
+@public
 def clip_gradient_norm(
     tree: T, max_norm: Any, *, axis_name: str | Sequence[str] | None = None
 ) -> T:
@@ -126,6 +129,7 @@ def clip_gradient_norm(
     return all_at_once(tree, [limit], rule, called)
 
 
+@public
 def replace_nonfinite_gradient(tree: T, value: Any = 0.0) -> T:
     """Replace each nan and inf of the gradient.
 
@@ -153,6 +157,7 @@ def replace_nonfinite_gradient(tree: T, value: Any = 0.0) -> T:
     return leaf_by_leaf(tree, {"value": value}, FINITE, called)
 
 
+@public
 def transform_gradient(
     tree: T, fn: Callable[[Any], Any] | optax.GradientTransformation
 ) -> T:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
+from ._edge import public
 from ._engine.gated import axis_index, leaf_by_leaf, require_gradient
 from ._engine.labels import printed_place
 from ._engine.rule import Refusal, Rule
@@ -48,6 +49,7 @@ __all__ = [
 T = TypeVar("T")
 
 
+@public
 def stop_gradient(tree: T, where: Where = None) -> T:
     """Stop the gradient of a tree, or of the part of it that `where` selects.
 
@@ -89,6 +91,7 @@ def stop_gradient(tree: T, where: Where = None) -> T:
     )
 
 
+@public
 def scale_gradient(tree: T, scale: Any) -> T:
     """Multiply the gradient by a number.
 
@@ -117,6 +120,7 @@ def scale_gradient(tree: T, scale: Any) -> T:
     return leaf_by_leaf(tree, {"scale": scale}, SCALE, "scale_gradient(tree, scale)")
 
 
+@public
 def reverse_gradient(tree: T, scale: Any = 1.0) -> T:
     """Reverse the gradient: what descends the loss behind it ascends in front of it.
 
@@ -150,6 +154,7 @@ def reverse_gradient(tree: T, scale: Any = 1.0) -> T:
     return leaf_by_leaf(tree, {"scale": scale}, REVERSE, called)
 
 
+@public
 def reversal_schedule(
     transition_steps: int, rate: float = 10.0
 ) -> Callable[[Any], jax.Array]:
@@ -195,6 +200,7 @@ def reversal_schedule(
     return schedule
 
 
+@public
 def mask_gradient(tree: T, mask: Any) -> T:
     """Let the gradient pass only where a mask is True.
 
@@ -229,12 +235,15 @@ def mask_gradient(tree: T, mask: Any) -> T:
                     called,
                     "mask is boolean",
                     f"{getattr(dtype, '__name__', dtype)}",
-                    "mask != 0, or sg.scale_gradient for a factor",
+                    f"sg.mask_gradient(tree, sg.mask(tree, {m!r}))"
+                    if isinstance(m, str)
+                    else "mask != 0, or sg.scale_gradient for a factor",
                 )
             )
     return leaf_by_leaf(tree, {"mask": mask}, MASK, called)
 
 
+@public
 def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
     """Make a value that all examples share one value per example, to be gated so.
 
@@ -277,6 +286,7 @@ def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
     return leaf_by_leaf(tree, places, SAME, called)
 
 
+@public
 def prevent_gradient(tree: T, message: str = "") -> T:
     """Raise if a gradient ever arrives here.
 

@@ -13,9 +13,11 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from ._address import Address, op, point, printed, var
+from ._address import Address, op, paths_of, point, var
+from ._checks import require_function, shown
+from ._edge import public
 from ._engine.edits import kept, same_type
-from ._engine.given import perturbations_by_place
+from ._engine.given import perturbations_by_place, require_keys
 from ._engine.perturbation import perturb as perturb_value
 from ._engine.refuse import refuse_differentiated, refuse_loops, refuse_rules
 from ._engine.rewrite import Actions, Rewriter
@@ -30,6 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@public
 def name(tree: T, name: str) -> T:
     """Give a value a name, so that it can be addressed from outside.
 
@@ -67,25 +70,23 @@ def name(tree: T, name: str) -> T:
                 'sg.name(tree, "h")',
             )
         )
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [printed(path) for path, _ in flat]
+    flat, structure = jax.tree.flatten(tree)
+    paths = [above[-1] if above else "" for above in paths_of(tree)]
     if paths == [""] and is_traceable(tree):
         return checkpoint_name(tree, name)
     names = [f"{name}/{path}" if path else name for path in paths]
     template = jax.tree.unflatten(
         structure,
-        [
-            Leaf(n) if is_traceable(x) else x
-            for n, (_, x) in zip(names, flat, strict=True)
-        ],
+        [Leaf(n) if is_traceable(x) else x for n, x in zip(names, flat, strict=True)],
     )
     leaves = [
         checkpoint_name(x, PointName(n, name, template)) if is_traceable(x) else x
-        for n, (_, x) in zip(names, flat, strict=True)
+        for n, x in zip(names, flat, strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)
 
 
+@public
 def capture(
     fun: Callable[P, Any], names: Address | Iterable[Address]
 ) -> Callable[P, tuple[Any, dict[Address, Any]]]:
@@ -113,9 +114,11 @@ def capture(
         >>> print(out, values["h"])
         20.0 [2. 4.]
     """
-    called = f"capture({function_name(fun)}, {names!r:.80})"
+    require_function(fun, "capture")
+    called = f"capture({function_name(fun)}, {shown(names)})"
     addresses = listed(_as_list(names), called, "names")
 
+    @public
     @functools.wraps(fun)
     def captured(*args: P.args, **kwargs: P.kwargs) -> Any:
         program = look_up(trace(fun, args, kwargs), addresses, called)
@@ -131,6 +134,7 @@ def capture(
     return captured
 
 
+@public
 def edit(
     fun: Callable[P, T], edits: Mapping[Address, Callable[..., Any]]
 ) -> Callable[P, T]:
@@ -165,9 +169,12 @@ def edit(
       Springenberg et al. (2015), "Striving for Simplicity": guided backpropagation is
       `edit` at `sg.op("relu")`.
     """
+    require_function(fun, "edit")
+    _require_edits(edits)
     called = f"edit({function_name(fun)}, {{{', '.join(map(repr, edits))}}})"
     addresses = listed(list(edits), called, "addresses")
 
+    @public
     @functools.wraps(fun)
     def edited(*args: P.args, **kwargs: P.kwargs) -> T:
         program = look_up(trace(fun, args, kwargs), addresses, called)
@@ -192,6 +199,7 @@ def edit(
     return edited
 
 
+@public
 def perturb(
     fun: Callable[..., T], names: Address | Iterable[Address]
 ) -> Callable[..., T]:
@@ -221,10 +229,13 @@ def perturb(
         >>> print(jax.hessian(sg.perturb(f, "h"))({"h": 0.0}, 1.0)["h"]["h"])
         6.0
     """
-    called = f"perturb({function_name(fun)}, {names!r:.80})"
+    require_function(fun, "perturb")
+    called = f"perturb({function_name(fun)}, {shown(names)})"
     addresses = listed(_as_list(names), called, "names")
 
+    @public
     def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
+        require_keys(perturbations, addresses, called)
         program = look_up(trace(fun, args, kwargs), addresses, called)
         refuse_loops(program, addresses, called)
         refuse_rules(program, addresses, called)
@@ -244,6 +255,20 @@ def perturb(
         return filled(traced.output, {"output": out})
 
     return perturbed
+
+
+def _require_edits(edits: Any) -> None:
+    """Refuse what is no dict of functions."""
+    fits = isinstance(edits, Mapping) and all(map(callable, edits.values()))
+    if not fits:
+        raise TypeError(
+            beats(
+                "edit(fun, edits)",
+                "edits are a dict {address: function of the value there}",
+                shown(edits),
+                'sg.edit(fun, {"h": lambda h: h})',
+            )
+        )
 
 
 def _as_list(names: Any) -> list[Any]:

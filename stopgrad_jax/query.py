@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 
 from ._address import nodes
+from ._checks import require_function, shown
+from ._edge import public
 from ._engine.differentiate import Differentiation
 from ._engine.given import cotangents, default_ys
 from ._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
@@ -28,6 +30,7 @@ from ._errors import beats, function_name
 P = ParamSpec("P")
 
 
+@public
 def gradients(
     fun: Callable[P, Any],
     xs: Any,
@@ -90,8 +93,9 @@ def gradients(
       Abadi et al. (2016), "TensorFlow: A System for Large-Scale Machine Learning":
       `tf.gradients`.
     """
+    require_function(fun, "gradients")
     query = _Query(
-        f"gradients({function_name(fun)}, {xs!r:.80})",
+        f"gradients({function_name(fun)}, {shown(xs)})",
         xs,
         ys,
         grad_ys,
@@ -100,6 +104,7 @@ def gradients(
         has_aux,
     )
 
+    @public
     @functools.wraps(fun)
     def gradients_of(*args: P.args, **kwargs: P.kwargs) -> Any:
         value, grads = query.answer(trace(fun, args, kwargs), want_value=has_aux)
@@ -108,6 +113,7 @@ def gradients(
     return gradients_of
 
 
+@public
 def value_and_gradients(
     fun: Callable[P, Any],
     xs: Any,
@@ -146,8 +152,9 @@ def value_and_gradients(
         >>> print(value, grads)
         6.0 3.0
     """
+    require_function(fun, "value_and_gradients")
     query = _Query(
-        f"value_and_gradients({function_name(fun)}, {xs!r:.80})",
+        f"value_and_gradients({function_name(fun)}, {shown(xs)})",
         xs,
         ys,
         grad_ys,
@@ -156,6 +163,7 @@ def value_and_gradients(
         has_aux,
     )
 
+    @public
     @functools.wraps(fun)
     def value_and_gradients_of(*args: P.args, **kwargs: P.kwargs) -> Any:
         return query.answer(trace(fun, args, kwargs), want_value=True)
@@ -217,18 +225,19 @@ class _Query:
         pairs = cotangents(program, y_tree, self.grad_ys, called)
         x_tree = program.tree(self.xs)
         wanted = {v for v in jax.tree.leaves(x_tree) if isinstance(v, Value)}
-        differentiation = Differentiation(program, wanted, stops)
+        ends = [y for y, _ in pairs]
+        differentiation = Differentiation(program, wanted, ends, stops, called)
         if self.unconnected == "error":
-            self._refuse_unconnected(program, differentiation, [y for y, _ in pairs])
+            self._refuse_unconnected(program, differentiation)
         out, grads = differentiation.gradients(pairs, want_value)
         value = filled(traced.output, {"output": out}) if want_value else None
         return value, self._filled(x_tree, grads, program)
 
     def _refuse_unconnected(
-        self, program: Program, differentiation: Differentiation, ys: list[Value]
+        self, program: Program, differentiation: Differentiation
     ) -> None:
         """Raise if no y is connected to some x, and say where each gradient ends."""
-        connected, why = set(differentiation.connected(ys)), []
+        connected, why = set(differentiation.connected), []
         for address in jax.tree.leaves(self.xs):
             for path, tree in program.matched[address].places.items():
                 below = [(p, v) for p, v in nodes(tree, path) if isinstance(v, Value)]
@@ -239,7 +248,7 @@ class _Query:
                     why.append(f"{path}: a Python value, which is not traced")
                 for at, x in carry or below:
                     if x not in connected:
-                        why.append(f"{at}: {differentiation.why(x, ys)}")
+                        why.append(f"{at}: {differentiation.why(x)}")
         if why:
             raise ValueError(
                 beats(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
+from ._checks import require_call, require_function
+from ._edge import public
 from ._engine.backward import attached
 from ._engine.gate import gate
 from ._engine.gated import require_gradient
@@ -24,6 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@public
 def replace_value(x: T, value: Any) -> T:
     """Return a value with the derivative of `x`.
 
@@ -59,6 +62,7 @@ def replace_value(x: T, value: Any) -> T:
     return _replaced(x, value, "replace_value(x, value)", ("x", "value"))
 
 
+@public
 def straight_through(
     forward: Callable[..., Any], backward: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -89,9 +93,13 @@ def straight_through(
       Bengio, Leonard and Courville (2013), "Estimating or Propagating Gradients Through
       Stochastic Neurons for Conditional Computation".
     """
+    require_function(forward, "straight_through", "forward")
+    if backward is not None:
+        require_function(backward, "straight_through", "backward")
     called = f"straight_through({function_name(forward)}"
     called += f", {function_name(backward)})" if backward else ")"
 
+    @public
     @functools.wraps(forward)
     def composed(*xs: Any, **kwargs: Any) -> Any:
         if backward is not None:
@@ -113,6 +121,7 @@ def straight_through(
     return composed
 
 
+@public
 def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable[P, T]:
     """Give a function another backward pass.
 
@@ -151,9 +160,12 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
     Reference:
       TensorFlow's `tf.custom_gradient`.
     """
+    require_function(fun, "with_backward")
+    require_function(backward, "with_backward", "backward")
     called = f"with_backward({function_name(fun)}, {function_name(backward)})"
     call: Callable[..., Any] = fun
 
+    @public
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         positional, keywords = _by_position(fun, args, kwargs)
@@ -161,6 +173,9 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
         with jax.named_scope("with_backward"):  # tells these stops from a user's own
             stopped = _stopped(positional)
         out = call(*stopped, **keywords)
+        if not keywords:
+            names = (f"x{k}" for k in range(len(positional)))
+            require_call(backward, ("ct", "out", *names), called)
         name = function_name(fun)
         return attached(out, positional, keywords, backward, called, name)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 
 from ._address import printed
+from ._edge import public
 from ._errors import beats
 from ._where import Where, selected
 
@@ -19,6 +20,7 @@ __all__ = ["combine", "mask", "partition"]
 T = TypeVar("T")
 
 
+@public
 def partition(tree: T, where: Where) -> tuple[T, T]:
     """Split a pytree into the leaves that `where` selects and the rest.
 
@@ -60,6 +62,7 @@ def partition(tree: T, where: Where) -> tuple[T, T]:
     )
 
 
+@public
 def combine(selected: T, rest: T) -> T:
     """Put together what `partition` split.
 
@@ -110,6 +113,7 @@ def combine(selected: T, rest: T) -> T:
     return jax.tree_util.tree_map_with_path(either, selected, rest, is_leaf=is_none)
 
 
+@public
 def mask(tree: Any, where: Where) -> Any:
     """Return the booleans of a selection, as optax's masks want them.
 

@@ -45,7 +45,9 @@ def test_a_missing_stop_is_told():
     def td(w, target):
         return (w - target) ** 2
 
-    with pytest.raises(AssertionError, match="target: expected none, gets a gradient"):
+    with pytest.raises(
+        AssertionError, match="target: expected none, can get a gradient"
+    ):
         sg.assert_no_gradient(td, "target")(1.0, 2.0)
     stopped = lambda w, target: td(w, jax.lax.stop_gradient(target))
     sg.assert_no_gradient(stopped, "target")(1.0, 2.0)
@@ -86,7 +88,7 @@ def test_what_has_no_rule_breaks_both():
     )
     x = jax.ShapeDtypeStruct((), jnp.float32)
     for check in (sg.assert_gradient, sg.assert_no_gradient):
-        with pytest.raises(AssertionError, match="unknown"):
+        with pytest.raises(AssertionError, match=r"jax\.grad raises at"):
             check(hosted, "x")(x)
 
 

@@ -13,10 +13,10 @@ PACKAGE = ROOT / "stopgrad_jax"
 # if the row is a chain.
 FLOORS = [
     {"_errors", "_jax", "_words"},
-    {"_address"},
+    {"_address", "_edge", "_checks"},
     {"_where"},
     {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
-    {"_engine/syntax", "_engine/overwrite", "_engine/slope"},
+    {"_engine/syntax", "_engine/overwrite", "_engine/slope", "_engine/references"},
     {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},
     {"_engine/gate", "_engine/assignment", "_engine/levels"},
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},
@@ -40,7 +40,13 @@ FLOORS = [
     {"estimators/quantize", "estimators/recurrent", "estimators/surrogate"},
     {"estimators/sample", "estimators/score"},
     {"diagnosis/__init__", "diagnosis/model", "diagnosis/page"},
-    {"diagnosis/grouping", "diagnosis/merge", "diagnosis/skin", "diagnosis/fold"},
+    {
+        "diagnosis/grouping",
+        "diagnosis/merge",
+        "diagnosis/skin",
+        "diagnosis/fold",
+        "diagnosis/terms",
+    },
     {"diagnosis/hints", "diagnosis/compare"},
     {"diagnosis/report"},
     {"diagnosis/steps", "diagnosis/dot", "diagnosis/render"},

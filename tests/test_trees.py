@@ -1,6 +1,7 @@
 """Trees by `where`: one language, on every kind of tree."""
 
 import dataclasses
+import re
 
 import equinox as eqx
 import flax.linen as nn
@@ -227,3 +228,20 @@ def test_predicates_of_other_kinds():
     assert chosen({"a": 1.0, "b": 2.0}, starts) == {"a"}
     with pytest.raises(TypeError, match=f"answers True or False{BEATS}"):
         sg.mask({"a": jnp.ones(2)}, lambda path, leaf: leaf > 0)
+
+
+def test_places_that_are_printed_alike_can_be_told_apart():
+    tree = {"a/b": 1.0, "a": {"b": 2.0, "": 3.0}}
+    assert chosen(tree, "['a/b']") == {"a/b"}
+    with pytest.raises(sg.AddressError) as caught:
+        sg.mask(tree, "a/b")
+    (write,) = re.findall(r"write: (.*)", str(caught.value))
+    spelled = [part.strip('"') for part in write.split(" or ")]
+    selected = [sg.partition(tree, path)[0] for path in spelled]
+    assert selected == [
+        {"a/b": None, "a": {"b": 2.0, "": None}},
+        {"a/b": 1.0, "a": {"b": None, "": None}},
+    ]
+    assert sg.partition(tree, "a/['']")[0]["a"] == {"b": None, "": 3.0}
+    assert sg.partition(tree, "a/*")[0]["a"] == {"b": 2.0, "": 3.0}
+    assert sg.mask({"": 1.0, "b": 2.0}, "['']") == {"": True, "b": False}

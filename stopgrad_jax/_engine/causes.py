@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._words as _words
 
 from .connect import Bits
 from .graph import Graph, Op, Value
@@ -29,7 +31,8 @@ class Cut:
       op: the number of the operation at which they end.
       ops: the numbers of all operations of the expression.
       lost: the sources whose gradient ends here, as bits.
-      path: where it is, from the outermost call of the user's.
+      path: where it is, from the outermost call of the user's. Its `inside` is the
+        other library's own expression, if the user's is a call of one.
     """
 
     reason: str
@@ -49,6 +52,12 @@ class Cut:
     def place(self) -> str:
         """`file:line`, or "" where there is no source."""
         return self.spot.place if self.spot else ""
+
+    @property
+    def places(self) -> str:
+        """The user's place and, in another library, the line there; "" without any."""
+        inside = self.path.inside
+        return ", in ".join(filter(None, [self.place, inside.place if inside else ""]))
 
     @property
     def is_quiet(self) -> bool:
@@ -88,20 +97,27 @@ class Analysis:
 
     @functools.cached_property
     def refused(self) -> list[Bits]:
-        """The sources that reach a value through an operation without a rule."""
+        """The sources that reach a value through an operation whose rule raises."""
         graph = self.graph
-        unknown = [v for op in graph.ops if not op.known for v in op.values]
-        start = [(v, self.tangent[v]) for v in unknown]
-        return graph.forward(start, graph.grads) if unknown else [0] * len(graph.maker)
+        pairs = [(op, self._refuses(op)) for op in graph.ops if not op.known]
+        start = [(v, bits) for op, bits in pairs for v in op.values]
+        return graph.forward(start, graph.grads) if start else [0] * len(graph.maker)
 
     def refusing(self, source: Bits) -> list[Op]:
-        """The operations without a rule on a source's way to the sinks."""
+        """The operations whose rule raises, on a source's way to the sinks."""
         return [
             op
             for op in self.graph.ops
             if not op.known
-            and any(self.tangent[v] & source and self.arrives[v] for v in op.values)
+            and self._refuses(op) & source
+            and any(self.arrives[v] for v in op.values)
         ]
+
+    def _refuses(self, op: Op) -> Bits:
+        """The sources by which an operation cannot be differentiated."""
+        values = [*op.refusing, *(op.inputs if op.refuses < 0 else ())]
+        moving = self.reached(self.tangent, (v for v in values if v is not None))
+        return moving | max(op.refuses, 0)
 
     def lost_on_the_way(self, source: Bits, bits: Sequence[Bits]) -> list[Op]:
         """Operations at which a source is lost in these bits, and not in `tangent`."""
@@ -120,33 +136,63 @@ class Analysis:
         return list(self._cuts())
 
     def _cuts(self) -> Iterator[Cut]:
-        ops, first = self.graph.ops, 0
-        for k in range(len(ops) + 1):
-            spots = ops[k].path.spots if k < len(ops) else None
-            same = first < k < len(ops) and spots and spots == ops[first].path.spots
-            if k and not same:
-                yield from self._cut(range(first, k))
+        for group in self._runs(range(len(self.graph.ops)), lambda op: op.path.spots):
+            lost, types = self._gone(group)
+            if lost and any(self.graph.ops[k].path.library for k in lost):
+                yield from self._in_library(group, lost)
+            elif lost:
+                yield self._cut(group, lost, types)
+
+    def _runs(self, ops: range, key: Callable[[Op], Any]) -> Iterator[range]:
+        """Cut a range of operations where the key changes; without one, at each."""
+        first = ops.start
+        for k in range(ops.start, ops.stop + 1):
+            here = key(self.graph.ops[k]) if k < ops.stop else None
+            same = first < k < ops.stop and here and here == key(self.graph.ops[first])
+            if k > ops.start and not same:
+                yield range(first, k)
             if not same:
                 first = k
 
-    def _cut(self, group: range) -> Iterator[Cut]:
-        """Yield the cut that an expression is, if it is one."""
+    def _gone(self, group: range) -> tuple[dict[int, Bits], set[str]]:
+        """Say which sources' gradients end in an expression.
+
+        Returns them by operation, and the dtypes of what it returns if none of that
+        carries a gradient.
+        """
         ops = self.graph.ops
         lost = {k: bits for k in group if (bits := self._lost(ops[k]))}
         if not lost:
-            return
+            return {}, set()
         leaving = [v for k in group for v in ops[k].values if self._leaves(v, group)]
         gone = _union(lost.values()) & ~self.reached(self.tangent, leaving)
         if not gone:  # an integer may go on beside what has a gradient, as in top_k
             leaving = [v for v in leaving if not self._carries(v)]
             ends = {self.graph.maker[v] for v in leaving}
             gone = _union(bits for k, bits in lost.items() if k in ends)
-        if gone:
-            at = [k for k, bits in lost.items() if bits & gone]
-            types = {str(self.graph.avals[v].dtype) for v in leaving}
-            exact = not any(map(self._carries, leaving))
-            words = why([ops[k] for k in at], types if exact else set())
-            yield Cut(*words, at[0], group, gone, ops[at[0]].path)
+        types = {str(self.graph.avals[v].dtype) for v in leaving}
+        exact = not any(map(self._carries, leaving))
+        lost = {k: bits & gone for k, bits in lost.items() if bits & gone}
+        return lost, types if exact else set()
+
+    def _in_library(self, group: range, lost: dict[int, Bits]) -> Iterator[Cut]:
+        """Yield the cuts in a call of another library: its own expressions."""
+        gone, told = _union(lost.values()), 0
+        for part in self._runs(group, lambda op: op.path.innermost):
+            here, types = self._gone(part)
+            here = {k: bits & gone for k, bits in here.items() if bits & gone}
+            if here:
+                told |= _union(here.values())
+                yield self._cut(group, here, types)
+        rest = {k: bits & ~told for k, bits in lost.items() if bits & ~told}
+        if rest:  # no expression of it alone ends the gradient
+            yield self._cut(group, rest, set())
+
+    def _cut(self, group: range, lost: dict[int, Bits], types: set[str]) -> Cut:
+        """Make the cut that the operations in `lost` are, of an expression."""
+        ops, first = self.graph.ops, min(lost)
+        words = why([ops[k] for k in sorted(lost)], types)
+        return Cut(*words, first, group, _union(lost.values()), ops[first].path)
 
     def _carries(self, value: Value) -> bool:
         return _jax.is_differentiable(self.graph.avals[value])
@@ -195,45 +241,40 @@ def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
       exact: the dtypes of what the expression returns, if none carries a gradient.
     """
     op = ops[0]
-    spot, name = op.spot, op.name
+    spot, name = op.path.innermost, op.name
     if op.held:
-        words = "held constant by stop_gradients"
-        return "held", words, words
+        return "held", _words.HELD, _words.HELD
     if op.overwrites:
-        words = "overwritten: a later write replaces all of it"
-        return "overwritten", words, "overwrites it"
+        return "overwritten", _words.OVERWRITTEN, "overwrites it"
     if op.path.sampler:
-        words = f"sampled by {name}, and a sample has no derivative"
-        return "sampled", words, "sampled"
+        return "sampled", _words.SAMPLED.format(name=name), "sampled"
     if exact:
         return _exact(op, ", ".join(sorted(exact)))
     for op in ops:
         if op.eqn.primitive.name == "stop_gradient":
-            return "stop_gradient", "stop_gradient, on purpose", ""
+            return "stop_gradient", _words.STOPPED, ""
         if op.eqn.primitive.name in _jax.CUSTOM:
             at = printed_place(_jax.rule_site(op.eqn))
-            words = f"the custom rule of {_jax.call_name(op.eqn)} returns zero"
+            words = _words.RULE_RETURNS_ZERO.format(name=_jax.call_name(op.eqn))
             words += f" ({at})" if at else ""
             return "zero_rule", words, "its rule returns zero"
         if rule := _jax.gate_name(op.eqn):
             if rule == "with_backward":
-                words = "the backward function returns None for it"
+                words = _words.BACKWARD_RETURNS_NONE
                 return "zero_rule", words, "backward returns None"
-            words = f"{name} takes its value and not its derivative, on purpose"
-            return "zero_rule", words, ""
+            return "zero_rule", _words.VALUE_ALONE.format(name=rule), ""
     if spot is not None and not spot.callee and len(spot.expression) <= 40:
         name = spot.expression or name  # an operator: a // b
-    words = f"the derivative of {name} is zero almost everywhere"
+    words = _words.ZERO_DERIVATIVE.format(name=name)
     return "zero_derivative", words, "derivative is zero"
 
 
 def _exact(op: Op, types: str) -> tuple[str, str, str]:
     """Words for what returns integers or booleans."""
-    spot, brief = op.spot, f"returns {types}"
+    spot, brief = op.path.innermost, f"returns {types}"
     if types == "bool":
         compares = spot is None or not spot.callee
-        called = "only compared: the comparison" if compares else op.name
-        words = f"{called} returns bool, and a bool carries no gradient"
-        return "comparison", words, brief
-    kind = "integers carry" if "int" in types else f"{types} carries"
-    return "integer", f"{op.name} {brief}, {kind} no gradient", brief
+        words = _words.COMPARED if compares else _words.RETURNS_BOOL
+        return "comparison", words.format(name=op.name), brief
+    words = _words.RETURNS_INTEGERS if "int" in types else _words.RETURNS_OTHER
+    return "integer", words.format(name=op.name, types=types), brief

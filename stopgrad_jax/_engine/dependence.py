@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .connect import Bits, Reach
+from .connect import Bits, Reach, union
 from .nested import nested
 from .signature import signature
 
@@ -25,12 +25,13 @@ class Answer:
       dependence: for each result, the operands (as bits) its tangent depends on.
       masks: the tangent is selected by the operands' values, as in relu: it may be
         zero at some inputs.
-      known: there is a rule that works here; without one, all operands count.
+      refuses: the operands (as bits) by which the rule cannot be differentiated; they
+        count in `dependence`.
     """
 
     dependence: Sequence[Bits]
     masks: bool = False
-    known: bool = True
+    refuses: Bits = 0
 
 
 class Rules:
@@ -39,6 +40,10 @@ class Rules:
     An equation is differentiated abstractly, once for each signature, and what the
     tangents of its results are computed from is read off that program. So there is
     no table of primitives here, and a rule that changes with JAX changes with it.
+
+    A rule that is told which operands move is asked what `jax.grad` asks it: with just
+    those moving that do. Another pattern could make it raise, and leave what JAX keeps
+    beside the equation in a state in which the right one fails too.
     """
 
     _KEEP = 4096
@@ -47,23 +52,86 @@ class Rules:
     def __init__(self) -> None:
         self._here: dict[Any, Answer] = {}
 
-    def __call__(self, eqn: Any) -> Sequence[Bits]:
+    def __call__(self, eqn: Any, moved: Bits | None = None) -> Sequence[Bits]:
         """Return, for each result, the operands its tangent depends on."""
-        return self.answer(eqn).dependence
+        return self.answer(eqn, moved).dependence
 
-    def answer(self, eqn: Any) -> Answer:
-        """Return what the equation's rule says."""
+    def moving(self, eqn: Any, moved: Bits | None = None) -> Sequence[Bits]:
+        """Return, for each result, the operands with which JAX takes it to move."""
+        if not self.by_pattern(eqn) and eqn.primitive.name not in _jax.CUSTOM:
+            return self(eqn)
+        everything = sum(1 << k for k in _moved(eqn, None))
+        floats = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
+        return [everything if is_float else 0 for is_float in floats]
+
+    def by_pattern(self, eqn: Any) -> bool:
+        """Tell whether the answer depends on which operands move together."""
+        return _jax.sees_which_move(eqn)
+
+    def answer(
+        self, eqn: Any, moved: Bits | None = None, cotangents: Bits | None = None
+    ) -> Answer:
+        """Return what the equation's rule says.
+
+        Args:
+          eqn: the equation.
+          moved: the operands that move, as bits; all that can, if None.
+          cotangents: the results that a gradient comes to; all, if None. Only rules
+            that are told so are asked differently.
+        """
         if (case := chosen(eqn)) is not None:  # a rule cannot see a literal's value
             carries = _jax.is_differentiable(eqn.outvars[0].aval)
             return Answer([1 << case if carries else 0])
+        told = _jax.sees_which_move(eqn)
+        if not told:
+            moved = cotangents = None
+        elif moved is None:
+            moved = _but_hoisted(eqn)
         # Keys that hold a user's functions or programs live as long as this call.
-        cache = self._here if _jax.inner_jaxprs(eqn) else self._known
-        key = signature(eqn, literals=False)  # a rule cannot see their values
+        private = told or _jax.inner_jaxprs(eqn)
+        cache = self._here if private else self._known
+        # A rule cannot see the values of literals.
+        key = (signature(eqn, literals=False), moved, cotangents)
         if key not in cache:
             if len(cache) >= self._KEEP:
                 cache.clear()
-            cache[key] = _ask(eqn)
+            cache[key] = _ask(eqn, moved, cotangents)
         return cache[key]
+
+    def by_source(
+        self, eqn: Any, moving: Sequence[Bits] | None, cotangents: Bits | None = None
+    ) -> tuple[Answer, Bits]:
+        """Ask a rule that is told what moves; return also what it cannot move with.
+
+        `moving` holds the sources (as bits) that each operand moves with. If the rule
+        raises where all of them move, it is asked for each source alone, as `jax.grad`
+        by that one would.
+        """
+        if moving is None:
+            answer = self.answer(eqn, None, cotangents)
+            return answer, -1 if answer.refuses else 0
+        together = self.answer(eqn, _pattern(moving), cotangents)
+        if not together.refuses:
+            return together, 0
+        sources, refuses = union(moving), 0
+        answers = list[Answer]()
+        while sources:
+            source = sources & -sources
+            sources ^= source
+            pattern = _pattern(bits & source for bits in moving)
+            answers.append(self.answer(eqn, pattern, cotangents))
+            refuses |= source if answers[-1].refuses else 0
+        pairs = zip(*(answer.dependence for answer in answers), strict=True)
+        masks = any(answer.masks for answer in answers)
+        dependence = [union(bits) for bits in pairs]
+        return dataclasses.replace(
+            together, dependence=dependence, masks=masks
+        ), refuses
+
+
+def _pattern(moving: Iterable[Bits]) -> Bits:
+    """Operands that move, as bits."""
+    return sum(1 << k for k, sources in enumerate(moving) if sources)
 
 
 def chosen(eqn: Any) -> int | None:
@@ -74,35 +142,83 @@ def chosen(eqn: Any) -> int | None:
     return 1 + int(which) if which.ndim == 0 else None
 
 
-def _ask(eqn: Any) -> Answer:
-    moved = [
+def _but_hoisted(eqn: Any) -> Bits:
+    """All operands but the arrays that a custom rule's function closes over."""
+    count = len(eqn.invars)
+    hoisted = eqn.params["num_consts"] if eqn.primitive.name in _jax.CUSTOM else 0
+    return (1 << count) - (1 << hoisted)
+
+
+def _moved(eqn: Any, moved: Bits | None) -> list[int]:
+    """Numbers of the operands that can move, of those that do."""
+    return [
         k
         for k, atom in enumerate(eqn.invars)
-        if not isinstance(atom, _jax.Literal) and _jax.is_differentiable(atom.aval)
+        if not isinstance(atom, _jax.Literal)
+        and _jax.is_differentiable(atom.aval)
+        and (moved is None or moved >> k & 1)
     ]
+
+
+def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
+    moved = _moved(eqn, pattern)
     results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
+    if cotangents is not None:
+        results = [k for k in results if cotangents >> k & 1]
     if not moved or not results:
         return Answer([0] * len(eqn.outvars))
-    for ask in (_ask_forward, _ask_reverse, _ask_each):
+    answer = _ask_together(eqn, moved, results)
+    if not answer.refuses or pattern is not None or not moved[1:]:
+        return answer
+    # Some operands may be to blame, and others not: `igamma(a, x)` by x alone.
+    alone = [_ask_together(eqn, [k], results) for k in moved]
+    pairs = zip(*(each.dependence for each in alone), strict=True)
+    return dataclasses.replace(
+        answer,
+        dependence=[union(bits) for bits in pairs],
+        masks=any(each.masks for each in alone),
+        refuses=union(each.refuses for each in alone),
+    )
+
+
+def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
+    """Ask a rule with all of these operands moving."""
+    is_vjp = eqn.primitive.name == "custom_vjp_call"
+    for ask in (_ask_reverse,) if is_vjp else (_ask_forward, _ask_reverse):
         try:
             answer = ask(eqn, moved, results)
+            if ask is _ask_forward and _may_lack_transpose(eqn):
+                _ask_reverse(eqn, moved, results)
         except Exception:  # a rule may raise whatever it likes
             continue
-        known = not _jax.is_opaque(eqn) or _has_reverse(eqn, moved, results)
-        return dataclasses.replace(answer, known=known)
+        return answer
     # No rule that works here: JAX will say so if it is ever needed.
-    everything = sum(1 << k for k in moved)
-    dependence = [everything if k in results else 0 for k in range(len(eqn.outvars))]
-    return Answer(dependence, known=False)
+    every = sum(1 << k for k in moved)
+    dependence = [every if k in results else 0 for k in range(len(eqn.outvars))]
+    return Answer(dependence, refuses=every)
 
 
-def _has_reverse(eqn: Any, moved: list[int], results: list[int]) -> bool:
-    """Tell whether what has a forward rule can be transposed: some kernels cannot."""
+def is_linear(eqn: Any, moved: list[int]) -> bool:
+    """Tell whether an equation is linear in some operands, whatever the others are."""
+    results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
+
+    def tangents(operands: Any, moves: Any) -> Any:
+        primals = tuple(operands[k] for k in moved)
+        return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
+
+    avals = [atom.aval for atom in eqn.invars]
     try:
-        _ask_reverse(eqn, moved, results)
-    except Exception:
+        moves = tuple(avals[k] for k in moved)
+        jaxpr = _jax.traced_at(eqn, tangents, avals, moves)
+        bits = union(all_that_flows(jaxpr))
+    except Exception:  # no forward rule
         return False
-    return True
+    return not any(bits >> k & 1 for k in moved)
+
+
+def _may_lack_transpose(eqn: Any) -> bool:
+    """Tell what may have a forward rule alone: some kernels, other packages' rules."""
+    return _jax.is_opaque(eqn) or _jax.sees_which_move(eqn)
 
 
 def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:
@@ -117,23 +233,6 @@ def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     for k, bits in zip(results, summary, strict=True):
         table[k] = sum(1 << i for j, i in enumerate(moved) if bits >> j & 1)
     return Answer(table, masks)
-
-
-def _ask_each(eqn: Any, moved: list[int], results: list[int]) -> Answer:
-    """Ask operand by operand: a rule may refuse some of them (with_backward)."""
-    out, masks, known = [0] * len(eqn.outvars), False, False
-    for k in moved:
-        try:
-            asked = _ask_forward(eqn, [k], results)
-        except Exception:
-            asked = Answer([1 << k if j in results else 0 for j in range(len(out))])
-        else:
-            known = True
-        masks |= asked.masks
-        out = [old | new for old, new in zip(out, asked.dependence, strict=True)]
-    if not known:
-        raise TypeError("no rule at all")
-    return Answer(out, masks)
 
 
 def _ask_reverse(eqn: Any, moved: list[int], results: list[int]) -> Answer:
@@ -173,7 +272,7 @@ def _flow(
     """For each result, the moves (as bits) it is computed from; is any masked?"""
     jaxpr = _jax.traced_at(eqn, function, operands, moves)
     skip = len(jaxpr.invars) - len(moves)
-    bits = [bits >> skip for bits in Reach(_everything).summary(jaxpr).results]
+    bits = [bits >> skip for bits in all_that_flows(jaxpr)]
     literal = [False] * skip
     for k, atom in enumerate(eqn.invars):
         literal[k] = isinstance(atom, _jax.Literal)
@@ -181,7 +280,12 @@ def _flow(
     return bits, _masks(jaxpr, flags)[1]
 
 
-def _everything(eqn: Any) -> list[Bits]:
+def all_that_flows(jaxpr: Any) -> Sequence[Bits]:
+    """For each result of a program that is linear, the inputs it depends on."""
+    return Reach(_everything).summary(jaxpr).results
+
+
+def _everything(eqn: Any, moved: Bits | None) -> list[Bits]:
     if eqn.primitive.name == "custom_lin":
         raise TypeError("a custom_vjp has no forward rule to read")
     return [(1 << len(eqn.invars)) - 1] * len(eqn.outvars)

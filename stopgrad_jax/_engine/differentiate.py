@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +12,17 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Address
+from stopgrad_jax._errors import beats, has_beats, shortened
 
 from .causes import Analysis
-from .connect import Reach, read
-from .dependence import Rules
+from .connect import Moves, Reach, read, union
+from .dependence import Rules, all_that_flows
+from .graph import Op
 from .labels import Labels
+from .nested import nested
 from .reduced import channel
 from .rewrite import Actions, Rewriter
-from .select import Program
+from .select import Program, look_up
 from .trace import Value
 from .unfold import unfold
 from .walk import Found, live
@@ -30,7 +34,9 @@ class Differentiation:
     Args:
       program: a traced function, looked up.
       xs: the places to differentiate by; those that carry no gradient are left out.
+      ys: the places that are differentiated.
       stops: addresses held constant.
+      called: for error messages.
       sums: the gradients of points are summed up where they are made (`reduced.py`).
     """
 
@@ -38,30 +44,47 @@ class Differentiation:
         self,
         program: Program,
         xs: set[Value],
+        ys: Iterable[Value],
         stops: Sequence[Address],
+        called: str,
         sums: bool = False,
     ) -> None:
-        self._program, self._sums = program, sums
+        self._program, self._called, self._sums = program, called, sums
         self._xs = sorted(x for x in xs if _jax.is_differentiable(program.types[x]))
         self._held = program.targets_of(stops)
-        self._reach = Reach(Rules(), self._is_held)
-        plan, jaxpr = program.plan, program.traced.jaxpr
-        env, found = self._reach.follow(jaxpr, plan, self._sources(self._xs))
+        rules, plan, jaxpr = Rules(), program.plan, program.traced.jaxpr
+        moves = Moves(rules.moving, self._is_held)
+        reach = Reach(rules, self._is_held, moves, rules.by_pattern)
+        sources = self._sources(self._xs)
+        needed = needed_for(program, ys)
+        env, found = reach.follow(jaxpr, plan, sources, sources, needed)
         outputs = [read(env, atom) for atom in jaxpr.outvars]
         inputs = [read(env, var) for var in jaxpr.invars]
         self._bits = {"argument": inputs, "output": outputs, "point": found}
+        self._all_ys = list(dict.fromkeys(ys))
 
-    def connected(self, ys: Sequence[Value]) -> list[Value]:
+    @functools.cached_property
+    def connected(self) -> list[Value]:
         """Those xs that any of the ys depends on."""
-        reached = functools.reduce(int.__or__, map(self._reached, ys), 0)
+        reached = union(map(self._reached, self._all_ys))
         return [x for k, x in enumerate(self._xs) if reached >> k & 1]
 
-    def why(self, x: Value, ys: Sequence[Value]) -> str:
+    def why(self, x: Value) -> str:
         """Say why no y is connected to x."""
-        plan, jaxpr = self._program.plan, self._program.traced.jaxpr
         if not _jax.is_differentiable(self._program.types[x]):
             return f"{self._program.types[x].dtype} carries no gradient"
-        graph = unfold(jaxpr, Labels(), plan, self._is_held)
+        bit = 1 << self._xs.index(x)
+        cuts = [cut for cut in self._analysis.cuts if cut.lost & bit]
+        found = [f"{c.words} ({c.places or 'no source'})" for c in cuts]
+        return ", ".join(dict.fromkeys(found)) or "no y is computed from it"
+
+    @functools.cached_property
+    def _analysis(self) -> Analysis:
+        """What reaches what, with the way between: once for all xs."""
+        plan, jaxpr = self._program.plan, self._program.traced.jaxpr
+        sources = self._sources(self._xs)
+        needed = needed_for(self._program, self._all_ys)
+        graph = unfold(jaxpr, Labels(), plan, self._is_held, sources, needed)
         values = {
             "argument": graph.inputs,
             "output": graph.outputs,
@@ -72,9 +95,8 @@ class Differentiation:
             value = values[place.kind][place.index]
             return [] if value is None else [value]
 
-        analysis = Analysis(graph, [at(x)], [v for y in ys for v in at(y)])
-        found = [f"{c.words} ({c.place or 'no source'})" for c in analysis.cuts]
-        return ", ".join(dict.fromkeys(found)) or "no y is computed from it"
+        ends = [v for y in self._all_ys for v in at(y)]
+        return Analysis(graph, [at(x) for x in self._xs], ends)
 
     def gradients(
         self, pairs: Sequence[tuple[Value, Any]], want_value: bool
@@ -85,18 +107,43 @@ class Differentiation:
         """
         pairs = [(y, ct) for y, ct in pairs if self._reached(y)]
         ys = [y for y, _ in pairs]
-        xs = self.connected(ys)
+        xs = self.connected
         evaluate = functools.partial(self._evaluate, ys, xs, want_value)
         if not xs:
             return (evaluate([], None)[1] if want_value else []), {}
         values = [self._start(x) for x in xs]
-        if self._held:
-            token = jnp.zeros((), jnp.float32)
-            _, pullback, out = jax.vjp(evaluate, values, token, has_aux=True)
-        else:
-            rest = functools.partial(evaluate, token=None)
-            _, pullback, out = jax.vjp(rest, values, has_aux=True)
-        return out, dict(zip(xs, pullback([ct for _, ct in pairs])[0], strict=True))
+        try:
+            if self._held:
+                token = jnp.zeros((), jnp.float32)
+                _, pullback, out = jax.vjp(evaluate, values, token, has_aux=True)
+            else:
+                rest = functools.partial(evaluate, token=None)
+                _, pullback, out = jax.vjp(rest, values, has_aux=True)
+            grads = pullback([ct for _, ct in pairs])[0]
+        except Exception as error:
+            self._explain(error)
+            raise
+        return out, dict(zip(xs, grads, strict=True))
+
+    def _explain(self, error: Exception) -> None:
+        """Say where a derivative failed that JAX raises at, with the user's line."""
+        ops = self._analysis.refusing((1 << len(self._xs)) - 1)
+        places = {f"{op.name} ({op.spot.place})" if op.spot else op.name for op in ops}
+        loops = [op for op in ops if op.join]
+        if isinstance(error, jax.errors.UnexpectedTracerError):
+            raise TypeError(_inside_a_closure(self._called)) from error
+        if loops and _jax.is_no_reverse(error):
+            raise ValueError(
+                beats(
+                    self._called,
+                    "a known number of steps: reverse mode has to store each",
+                    f"a loop whose number is known only when it runs: {_listed(loops)}",
+                    "jax.lax.scan, or jax.lax.fori_loop with Python integers",
+                )
+            ) from error
+        if places and not has_beats(error):
+            note = f"{self._called}: JAX raised this at {', '.join(sorted(places))}"
+            error.add_note(note)
 
     def _start(self, x: Value) -> Any:
         """Return what is differentiated by for a place."""
@@ -125,18 +172,32 @@ class Differentiation:
         captures = {
             t for y in ys if y.kind == "point" for t in plan.found[y.index].targets
         }
-        actions = Actions(
-            holds=self._held, captures=frozenset(captures), sums=self._sums
-        )
-        sinks = self._sinks(ys)
-        if want_value:
-            n = len(traced.jaxpr.outvars)
-            sinks[:n] = [True] * n
-        eqns, _ = live(traced.jaxpr, plan, sinks)
-        run = Rewriter(actions).run
-        out, captured = run(plan, leaves, perturbations, token, eqns)
+        if self._closes_over and plan.found:
+            raise TypeError(_inside_a_closure(self._called))
+        if self._closes_over:  # nothing is done to values inside: call it anew
+            out, captured = traced.run(*leaves), []
+        else:
+            actions = Actions(
+                holds=self._held, captures=frozenset(captures), sums=self._sums
+            )
+            sinks = _sinks(self._program, ys)
+            if want_value:
+                n = len(traced.jaxpr.outvars)
+                sinks[:n] = [True] * n
+            eqns, _ = live(traced.jaxpr, plan, sinks)
+            run = Rewriter(actions).run
+            out, captured = run(plan, leaves, perturbations, token, eqns)
         places = {"argument": leaves, "output": out, "point": captured}
         return [places[y.kind][y.index] for y in ys], out if want_value else []
+
+    @functools.cached_property
+    def _closes_over(self) -> bool:
+        """Whether a custom rule cannot be called once the function's trace has ended.
+
+        `jax.grad` differentiates while the function runs, and its rule may close over
+        what the function was given.
+        """
+        return _holds_closure(self._program.traced.jaxpr)
 
     def _is_held(self, found: Found) -> bool:
         return not self._held.isdisjoint(found.targets)
@@ -146,13 +207,81 @@ class Differentiation:
 
     def _sources(self, xs: Sequence[Value]) -> list[int]:
         number = {x: 1 << k for k, x in enumerate(xs)}
-        places = [Value("argument", k) for k in range(len(self._program.traced.leaves))]
-        places += [Value("point", k) for k in range(len(self._program.plan.found))]
-        return [number.get(place, 0) for place in places]
+        return [number.get(place, 0) for place in places(self._program)]
 
-    def _sinks(self, ys: Sequence[Value]) -> list[bool]:
-        asked = set(ys)
-        count = len(self._program.traced.jaxpr.outvars)
-        places = [Value("output", k) for k in range(count)]
-        places += [Value("point", k) for k in range(len(self._program.plan.found))]
-        return [place in asked for place in places]
+
+def _holds_closure(jaxpr: Any) -> bool:
+    """Tell whether a custom rule in a program closes over what was traced with it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _jax.CUSTOM and _jax.closes_over_tracers(eqn):
+            return True
+        inner = nested(eqn)
+        if inner is not None and any(_holds_closure(b.jaxpr) for b in inner.bodies):
+            return True
+    return False
+
+
+def _inside_a_closure(called: str) -> str:
+    return beats(
+        called,
+        "custom rules read the arguments of their own function, where values inside "
+        "or what a rule closes over are differentiated by",
+        "one that closes over a value of the function around it",
+        "sg.with_backward(fun, backward)(x, value): an argument there, for which "
+        "backward returns a cotangent or None",
+    )
+
+
+def _listed(ops: Sequence[Op]) -> str:
+    return ", ".join(dict.fromkeys(op.spot.place if op.spot else op.name for op in ops))
+
+
+def _sinks(program: Program, ys: Iterable[Value]) -> list[bool]:
+    """Flag the ys among the results and the found values of a program."""
+    asked = set(ys)
+    ends = [Value("output", k) for k in range(len(program.traced.jaxpr.outvars))]
+    ends += [Value("point", k) for k in range(len(program.plan.found))]
+    return [place in asked for place in ends]
+
+
+def needed_for(program: Program, ys: Iterable[Value]) -> list[int]:
+    """Return the numbers of the equations that the ys are computed by.
+
+    A rule that is not on a way to them is not asked: it may not be able to run.
+    """
+    jaxpr = program.traced.jaxpr
+    eqns, _ = live(jaxpr, program.plan, _sinks(program, ys))
+    needed = set(map(id, eqns))
+    return [k for k, eqn in enumerate(jaxpr.eqns) if id(eqn) in needed]
+
+
+def places(program: Program) -> list[Value]:
+    """All places that can be differentiated by: arguments, then found values."""
+    arguments = [Value("argument", k) for k in range(len(program.traced.leaves))]
+    return arguments + [Value("point", k) for k in range(len(program.plan.found))]
+
+
+def try_gradient(
+    program: Program, xs: Sequence[Value], ys: Sequence[Value], called: str
+) -> tuple[bool, str]:
+    """Differentiate some places by others, abstractly, as `jax.grad` would.
+
+    Returns whether any gradient depends on the cotangents, and what JAX raised.
+    """
+    traced = program.traced.again()
+    program = look_up(traced, program.matched, called)
+
+    def gradients(leaves: Any, cts: Any) -> Any:
+        filled = dataclasses.replace(traced, leaves=leaves)
+        here = dataclasses.replace(program, traced=filled)
+        pairs = list(zip(ys, cts, strict=True))
+        asked = Differentiation(here, {*xs}, ys, (), called)
+        return list(asked.gradients(pairs, False)[1].values())
+
+    cts = [_jax.shape_of(program.types[y]) for y in ys]
+    try:
+        jaxpr, _ = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
+    except Exception as error:  # whatever the rule on the way raises
+        return False, f"{type(error).__name__}: {shortened(error, 160)}"
+    first = len(jaxpr.invars) - len(cts)
+    return any(bits >> first for bits in all_that_flows(jaxpr)), ""

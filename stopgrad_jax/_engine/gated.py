@@ -56,12 +56,15 @@ def require_gradient(leaves: Sequence[Any], called: str) -> None:
         type_of(x) if hasattr(x, "dtype") and hasattr(x, "shape") else type(x).__name__
         for x in leaves
     ]
+    instead = "the call on the float value, before it is rounded, cast or compared"
+    if any(map(callable, leaves)):
+        instead = "the call on what the function returns, or on its argument"
     raise TypeError(
         beats(
             called,
             "at least one leaf that carries a gradient (float or complex)",
             ", ".join(dict.fromkeys(types)) or "a tree without leaves",
-            "the call on the float value, before it is rounded, cast or compared",
+            instead,
         )
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, Address, nodes
+from stopgrad_jax._checks import shown
 from stopgrad_jax._errors import beats, quoted, type_of
 
 from .select import Program
@@ -115,21 +116,26 @@ def _like(ct: Any, aval: Any, called: str) -> jax.Array:
     return jnp.asarray(ct)
 
 
-def perturbations_by_place(
-    program: Program, addresses: Sequence[Address], perturbations: Any, called: str
-) -> dict[Value, Any]:
-    """Perturbations by the place that they perturb, checked."""
+def require_keys(perturbations: Any, addresses: Sequence[Address], called: str) -> None:
+    """Refuse what is no dict of perturbations by these addresses."""
     fits = isinstance(perturbations, Mapping) and set(perturbations) == set(addresses)
     if not fits:
         raise TypeError(
             beats(
-                called,
-                f"the perturbations must be a dict with keys {quoted(addresses)}",
-                f"{perturbations!r:.80}",
+                f"{called}(perturbations, *args)",
+                f"the perturbations are a dict with keys {quoted(addresses)}, before "
+                "the function's arguments",
+                shown(perturbations),
                 "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
                 "sg.capture returns",
             )
         )
+
+
+def perturbations_by_place(
+    program: Program, addresses: Sequence[Address], perturbations: Any, called: str
+) -> dict[Value, Any]:
+    """Perturbations by the place that they perturb, checked."""
     given: dict[Value, Any] = {}
     for address in addresses:
         tree, mine = program.matched[address].tree, perturbations[address]

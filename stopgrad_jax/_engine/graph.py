@@ -8,6 +8,7 @@ initial value and of what the body hands on.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,21 +25,39 @@ class Op:
     """An equation at one place of the program, or the joint of a loop or branch."""
 
     __slots__ = (
+        "cotangents",
         "eqn",
         "held",
+        "inputs",
+        "is_told",
         "join",
-        "known",
         "masks",
+        "moving",
         "overwrites",
         "path",
+        "refuses",
+        "refusing",
         "values",
     )
 
     def __init__(self, eqn: Any, path: Path, join: bool = False) -> None:
         self.eqn, self.path, self.join = eqn, path, join
         self.values: list[Value] = []
+        self.inputs: Sequence[Value | None] = ()
         self.masks = self.overwrites = self.held = False
-        self.known = True
+        # Sources (as bits) and operands with which its rule raises.
+        self.refuses: Bits = 0
+        self.refusing: Sequence[Value | None] = ()
+        # What a rule was told that asks for it: with which sources each operand moves,
+        # and the results (as bits) that a gradient comes to.
+        self.is_told = False
+        self.moving: Sequence[Bits] | None = None
+        self.cotangents: Bits | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether its rule works whatever moves."""
+        return not self.refuses and not self.refusing
 
     @property
     def spot(self) -> Spot | None:
@@ -48,7 +67,8 @@ class Op:
     @property
     def name(self) -> str:
         """What the user called, as the source spells it, or JAX's name for it."""
-        called = (self.spot.callee if self.spot else "") or _jax.gate_name(self.eqn)
+        spot = self.path.innermost
+        called = (spot.callee if spot else "") or _jax.gate_name(self.eqn)
         return called or _jax.call_name(self.eqn) or self.eqn.primitive.name
 
 
@@ -72,6 +92,16 @@ class Graph:
         self.found: list[Value | None] = []
         # A value that is one of several, whichever the run decides (None: a constant).
         self.cases: dict[Value, Sequence[Value | None]] = {}
+
+    def copied(self, ops: Iterable[int]) -> Graph:
+        """Return a graph of the same values whose edges, and these ops, may change."""
+        new = Graph()
+        new.__dict__.update(self.__dict__)
+        new.__dict__.pop("followers", None)
+        new.ops, new.grads = list(self.ops), list(self.grads)
+        for k in ops:
+            new.ops[k] = copy.copy(self.ops[k])
+        return new
 
     # Passes ---------------------------------------------------------------------
 

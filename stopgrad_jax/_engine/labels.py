@@ -100,13 +100,23 @@ class Spot:
 class Path:
     """The user's calls that made an equation, outermost first; equal ones are one.
 
-    `library`: the innermost call is another library's. `sampler`: it is of
-    `jax.random`.
+    `inside`: the expression of another library that made it, if the innermost call is
+    not the user's. `sampler`: it is of `jax.random`.
     """
 
     spots: tuple[Spot, ...]
-    library: bool = False
+    inside: Spot | None = None
     sampler: bool = False
+
+    @property
+    def library(self) -> bool:
+        """Whether the innermost call is another library's."""
+        return self.inside is not None
+
+    @property
+    def innermost(self) -> Spot | None:
+        """The expression that made it, whoever wrote it; None without source."""
+        return self.inside or (self.spots[-1] if self.spots else None)
 
 
 class Labels:
@@ -132,16 +142,16 @@ class Labels:
 
     def _path(self, outer: Path, frames: Sequence[_jax.Frame], sampler: bool) -> Path:
         if not frames:
-            spots, library = outer.spots, outer.library
-            key = (spots, library, outer.sampler or sampler)
+            key = (outer.spots, outer.inside, outer.sampler or sampler)
         else:
-            spots = list(outer.spots)
-            library = False
+            spots, inside = list(outer.spots), None
             for frame in frames:
-                library = not self.is_users(frame.file)
-                if not library:
+                if self.is_users(frame.file):
                     self._push(spots, frame)
-            key = (tuple(spots), library, sampler)
+                    inside = None
+                else:
+                    inside = self._spot(frame, frame.function)
+            key = (tuple(spots), inside, sampler)
         return self._paths.setdefault(key, Path(*key))
 
     def _push(self, spots: list[Spot], frame: _jax.Frame) -> None:
@@ -151,10 +161,13 @@ class Labels:
             function = function.rpartition(".<locals>")[0] or function
             if spots and spots[-1].frame.file == frame.file:
                 spots.pop()
+        spots.append(self._spot(frame, function))
+
+    def _spot(self, frame: _jax.Frame, function: str) -> Spot:
         key = (frame, function)
         if key not in self._spots:
             self._spots[key] = Spot(frame, function)
-        spots.append(self._spots[key])
+        return self._spots[key]
 
     def is_users(self, file: str) -> bool:
         """Tell the user's files from those of installed libraries."""
@@ -198,7 +211,11 @@ def _home(fun: Any) -> str:
 
 
 def printed_file(file: str) -> str:
-    """Return a path as it is printed: relative, from the package, or `In[2]`."""
+    """Return a path as it is printed: relative, from its package or project, or a cell.
+
+    `train.py` and `src/loss.py` below the current folder, `optax/losses/_smoothing.py`
+    of what is installed, `acme/jax/losses/mpo.py` of a project elsewhere, `In[2]`.
+    """
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     named = getattr(getattr(shell, "compile", None), "format_code_name", None)
     cell = named(file) if named else None
@@ -210,7 +227,31 @@ def printed_file(file: str) -> str:
     if file.startswith("<") or not os.path.isabs(file):
         return file
     relative = os.path.relpath(file)
-    return file if relative.startswith(os.pardir) else relative
+    if not relative.startswith(os.pardir):
+        return relative
+    return os.path.relpath(file, _root_of(os.path.dirname(file)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _root_of(folder: str) -> str:
+    """Return the folder of the project, or above the package, that a folder is in.
+
+    Of a file in neither, the folder above: its own is then the first word of the path.
+    """
+    package = folder
+    while os.path.exists(os.path.join(package, "__init__.py")):
+        package = os.path.dirname(package)
+    if package != folder:
+        return package
+    above = folder
+    while above != os.path.dirname(above):
+        if any(os.path.exists(os.path.join(above, mark)) for mark in _MARKS):
+            return above
+        above = os.path.dirname(above)
+    return os.path.dirname(folder)
+
+
+_MARKS = ("pyproject.toml", "setup.py", "setup.cfg", ".git")
 
 
 def printed_place(place: str) -> str:

@@ -27,7 +27,8 @@ class Body:
 
     `operands[i]` is the operand of the equation that feeds its input i, `results[o]`
     the result that its output o feeds (None: it feeds no result). In a loop,
-    `feedback` holds (o, i) where output o is input i of the next round.
+    `feedback` holds (o, i) where output o is input i of the next round; `repeats`: it
+    is run again with what is left in references.
     """
 
     jaxpr: Any
@@ -35,6 +36,7 @@ class Body:
     operands: Sequence[int]
     results: Sequence[int | None]
     feedback: Sequence[tuple[int, int]] = ()
+    repeats: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,8 @@ def _scan(eqn: Any) -> Nested:
     num_consts, num_carry = _jax.scan_arity(eqn)
     jaxpr, consts = _jax.opened(eqn.params["jaxpr"])
     feedback = [(i, num_consts + i) for i in range(num_carry)]
-    body = Body(
-        jaxpr, consts, range(len(eqn.invars)), range(len(eqn.outvars)), feedback
-    )
+    operands, results = range(len(eqn.invars)), range(len(eqn.outvars))
+    body = Body(jaxpr, consts, operands, results, feedback, repeats=True)
     length = eqn.params["length"]
     return Nested([body], lift=lambda aval: _jax.stacked(length, aval))
 
@@ -108,6 +109,7 @@ def _while(eqn: Any) -> Nested:
                 [*range(n, n + m), *carry],
                 range(len(carry)),
                 feedback,
+                repeats=True,
             ),
         ],
         dynamic=True,

@@ -24,7 +24,9 @@ from stopgrad_jax._address import (
     matching,
     nearest,
     nodes,
+    require_one_meaning,
 )
+from stopgrad_jax._checks import shown
 from stopgrad_jax._errors import AddressError, beats, quoted
 
 from .edits import assembled
@@ -132,7 +134,7 @@ def listed(addresses: Any, called: str, what: str) -> list[Address]:
                     called,
                     f"{what} must be addresses: an argument's name or position, a "
                     "point's name, sg.point(...), sg.op(...) or sg.var(...)",
-                    f"{leaf!r:.60} ({type(leaf).__name__})",
+                    f"{shown(leaf)} ({type(leaf).__name__})",
                     f'{what}="name" for the argument or point of that name',
                 )
             )
@@ -145,8 +147,7 @@ def _target(address: Address) -> Target | None:
         return address
     if isinstance(address, int):
         return None
-    head = address.split("/")[0]
-    return None if head.isdigit() or head == RETURN else Point(address)
+    return Point(address)
 
 
 class _Finder:
@@ -176,16 +177,24 @@ class _Finder:
         return edge | inside
 
     def _at_edge(self, text: str) -> dict[str, Any]:
-        """Arguments and outputs under this path."""
+        """Arguments and outputs under this path; of a pattern, each value once."""
         if self._edge is None:
-            self._edge = dict(self._edges())
-        return {path: self._edge[path] for path in matching(text, self._edge)}
+            self._edge = dict(self._edges(self._traced.roots))
+        known = self._edge
+        if has_wildcard(text):
+            outputs = text.startswith(RETURN)
+            known = dict(self._edges(self._traced.named, outputs))
+        matched = matching(text, known)
+        require_one_meaning(text, matched, self._called)
+        return {path: known[path] for path in matched}
 
-    def _edges(self) -> Iterator[tuple[str, Any]]:
-        traced = self._traced
-        for name, tree in (dict(traced.arguments) | traced.roots).items():
+    def _edges(
+        self, roots: dict[str, Any], outputs: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        for name, tree in roots.items():
             yield from nodes(tree, name)
-        yield from nodes(traced.output, RETURN)
+        if outputs:
+            yield from nodes(self._traced.output, RETURN)
 
     def _inside(self, address: Address) -> dict[str, Any]:
         """Found values that the address selects: a tuple where there are several."""

@@ -141,6 +141,16 @@ class Source:
         name = self.callee(place)
         return name[:1].isupper() or name in ("dict", "list", "set", "tuple")
 
+    def key(self, place: Position) -> str:
+        """Return the key that the expression there has in a dict, or ""."""
+        for node in self._expressions.values():
+            if isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if key is not None and _place(value) == place:
+                        text = isinstance(key, ast.Constant) and str(key.value)
+                        return text or self.expression(_place(key))
+        return ""
+
     def name(self, place: Position) -> str:
         """Return the name of the variable that the expression there is, or ""."""
         node = self._expressions.get(place)

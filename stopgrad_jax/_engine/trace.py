@@ -13,7 +13,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import nodes
-from stopgrad_jax._errors import beats, function_name, type_of
+from stopgrad_jax._errors import beats, function_name, has_beats, type_of
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -37,7 +37,8 @@ class Traced:
 
     `arguments` maps each parameter's name to its argument with every leaf replaced
     by a `Value` or a `Static`; `positional` holds the positional ones in order, and
-    `output` is the result in the same way.
+    `output` is the result in the same way. `call` is what it was called with, and
+    `run(*leaves)` calls it anew with other leaves and returns the arrays of its result.
     """
 
     name: str
@@ -48,19 +49,35 @@ class Traced:
     positional: Sequence[Any]
     output: Any
     fun: Callable[..., Any]
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    run: Callable[..., list[Any]]
+
+    def again(self) -> Traced:
+        """Trace anew: what was asked of this trace's rules may have left its marks."""
+        return trace(self.fun, *self.call)
 
     @property
     def roots(self) -> dict[str, Any]:
-        """Trees of places of the arguments, by position and by name."""
-        return {str(k): tree for k, tree in enumerate(self.positional)} | {
-            **self.arguments
+        """Trees of places of the arguments, by name and by position."""
+        by_position = {str(k): tree for k, tree in enumerate(self.positional)}
+        return dict(self.arguments) | by_position
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The same with each once: by name where it has one."""
+        seen = {id(leaf) for leaf in jax.tree.leaves(dict(self.arguments))}
+        positions = enumerate(self.positional)
+        return dict(self.arguments) | {
+            str(k): tree
+            for k, tree in positions
+            if not all(id(leaf) in seen for leaf in jax.tree.leaves(tree))
         }
 
     def paths(self) -> dict[int, str]:
         """Address of each argument place, by number: by name where it has one."""
         return {
             place.index: path
-            for root, tree in self.roots.items()
+            for root, tree in self.named.items()
             for path, place in nodes(tree, root)
             if isinstance(place, Value)
         }
@@ -79,7 +96,8 @@ def _is_extension_float(dtype: np.dtype) -> bool:
 
 def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Traced:
     """Trace `fun` as `jax.jit` does, anew at every call."""
-    flat, tree = jax.tree.flatten((args, kwargs))
+    call = args, kwargs
+    flat, tree = jax.tree.flatten(call)
     dynamic = [is_traceable(leaf) for leaf in flat]
     leaves = [_as_array(x) for x, d in zip(flat, dynamic, strict=True) if d]
     result: list[Any] = []
@@ -90,7 +108,7 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         values = iter(traced)
         filled = [next(values) if d else x for x, d in zip(flat, dynamic, strict=True)]
         args, kwargs = jax.tree.unflatten(tree, filled)
-        out, out_tree = jax.tree.flatten(fun(*args, **kwargs))
+        out, out_tree = jax.tree.flatten(_called(fun, args, kwargs))
         arrays = [x for x in out if is_traceable(x)]
         index = iter(range(len(arrays)))
         places = [
@@ -115,7 +133,33 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         args,
         result[0],
         fun,
+        call,
+        run,
     )
+
+
+def _called(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any:
+    try:
+        return fun(*args, **kwargs)
+    except TypeError as error:
+        # Raised by the call itself, and by nothing in the function?
+        frames = error.__traceback__
+        if frames is None or frames.tb_next is not None or has_beats(error):
+            raise
+        name = function_name(fun)
+        got, signature = str(error), _signature(fun)
+        came = f"{len(args)} positional arguments"
+        came += f" and {', '.join(kwargs)} by keyword" if kwargs else ""
+        call = f"{name}({', '.join(signature.parameters) if signature else '...'})"
+        wrong = beats(call, "the arguments that it takes", f"{came}: {got}", call)
+    raise TypeError(wrong)
+
+
+def _signature(fun: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(fun)
+    except (TypeError, ValueError):  # a builtin that cannot be asked
+        return None
 
 
 def require_known(values: Iterable[Any], called: str, name: str) -> None:
@@ -139,9 +183,10 @@ def _as_array(leaf: Any) -> Any:
 
 def _bind(fun: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
     """Name the arguments as `fun` does; only keywords where it cannot be asked."""
+    signature = _signature(fun)
     try:
-        return dict(inspect.signature(fun).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):  # builtins; decorators with another signature
+        return dict(signature.bind(*args, **kwargs).arguments if signature else kwargs)
+    except TypeError:  # decorators with another signature
         return dict(kwargs)
 
 

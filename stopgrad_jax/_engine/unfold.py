@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
 
-from .dependence import Rules, chosen
+from .connect import Bits, Moves, Reach, may_run_no_round, read
+from .dependence import Answer, Rules, chosen
 from .graph import Graph, Op, Value
 from .labels import Labels, Path
-from .nested import Body, nested
+from .nested import Body, Nested, nested
 from .overwrite import Overwrites
+from .references import carries, is_about_refs, reads_and_writes, refs_of
 from .walk import Found, Plan
 
 
@@ -20,28 +23,57 @@ def unfold(
     labels: Labels,
     plan: Plan | None = None,
     held: Callable[[Found], bool] = lambda found: False,
+    moved: Sequence[Bits] | None = None,
+    needed: Iterable[int] | None = None,
 ) -> Graph:
     """Return the graph of a program, with the values that a plan found in it.
 
-    Nothing is connected to a found value that is `held` but what follows it.
+    Nothing is connected to a found value that is `held` but what follows it. `moved`
+    holds, for each input and each found value, the sources (as bits) that it moves
+    with; all move together, if it is None. Only rules of the `needed` equations, by
+    number, are asked, if given.
     """
-    unfolding = _Unfolding(labels, held)
+    unfolding = _Unfolding(labels, held, jaxpr, needed)
     graph = unfolding.graph
-    graph.inputs = [unfolding.value(v.aval, -1, (), ()) for v in jaxpr.invars]
-    graph.outputs = unfolding.inline(jaxpr, graph.inputs, labels.nowhere, plan)
+    moves = moved or [1] * len(jaxpr.invars)
+    graph.inputs = [
+        unfolding.value(v.aval, -1, (), (), bool(bits))
+        for v, bits in zip(jaxpr.invars, moves, strict=False)
+    ]
+    inputs = graph.inputs
+    graph.outputs, _ = unfolding.inline(jaxpr, inputs, labels.nowhere, plan, moved)
     return graph
 
 
 class _Unfolding:
-    def __init__(self, labels: Labels, held: Callable[[Found], bool]) -> None:
+    def __init__(
+        self,
+        labels: Labels,
+        held: Callable[[Found], bool],
+        jaxpr: Any,
+        needed: Iterable[int] | None,
+    ) -> None:
         self.graph = Graph()
+        self._idle: set[int] = set()
+        if needed is not None:
+            self._idle = set(map(id, jaxpr.eqns))
+            self._idle -= {id(jaxpr.eqns[k]) for k in needed}
+        self._moves = bytearray()  # for each value, whether a source may move it
         self._labels, self._held = labels, held
         self._rules, self._overwrites = Rules(), Overwrites()
+        moves = Moves(self._rules.moving, held)
+        self._reach = Reach(self._rules, held, moves, self._rules.by_pattern)
 
     def value(
-        self, aval: Any, maker: int, grads: Sequence[Value], feeds: Sequence[Value]
+        self,
+        aval: Any,
+        maker: int,
+        grads: Sequence[Value],
+        feeds: Sequence[Value],
+        moves: bool = False,
     ) -> Value:
         """Add a value."""
+        self._moves.append(moves or any(self._moves[v] for v in grads))
         self.graph.avals.append(aval)
         self.graph.maker.append(maker)
         self.graph.grads.append(grads)
@@ -56,19 +88,24 @@ class _Unfolding:
     def _result(
         self, op: Op, aval: Any, grads: Iterable[Any], feeds: Iterable[Any]
     ) -> Value:
-        carries = hasattr(aval, "dtype") and _jax.is_differentiable(aval)
-        by_tangent = _values(grads) if carries or _jax.is_ref(aval) else ()
+        by_tangent = _values(grads) if carries(aval) else ()
         value = self.value(aval, len(self.graph.ops) - 1, by_tangent, _values(feeds))
         op.values.append(value)
         return value
 
     def inline(
-        self, jaxpr: Any, operands: Sequence[Any], outer: Path, plan: Plan | None
-    ) -> list[Value | None]:
-        """Add a jaxpr's operations; return its results."""
+        self,
+        jaxpr: Any,
+        operands: Sequence[Any],
+        outer: Path,
+        plan: Plan | None,
+        moved: Sequence[Bits] | None,
+    ) -> tuple[list[Value | None], list[Value | None]]:
+        """Add a jaxpr's operations; return its results, and what its refs hold then."""
         env: dict[Any, Value | None] = dict(zip(jaxpr.invars, operands, strict=True))
         matches = {m.index: m for m in plan.matches} if plan else {}
         overwritten = self._overwrites(jaxpr, plan.consts if plan else ())
+        flags, start = self._reach.moving(jaxpr, plan, moved), len(jaxpr.invars)
 
         def value_of(atom: Any) -> Value | None:
             return None if isinstance(atom, _jax.Literal) else env.get(atom)
@@ -77,38 +114,62 @@ class _Unfolding:
             path = self._labels.path(eqn, outer)
             inputs = [value_of(atom) for atom in eqn.invars]
             match = matches.get(index)
-            inner = nested(eqn)
-            if any(_jax.is_ref(atom.aval) for atom in eqn.invars):
+            inner, split = nested(eqn), len(match.inside) if match else 0
+            moving = None if moved is None else [read(flags, a) for a in eqn.invars]
+            if inner is not None and not inner.rule:
+                plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
+                own = None if moved is None else moved[start : start + split]
+                results, refs = self._nested(
+                    eqn, path, inputs, inner, plans, (moving, own)
+                )
+                env.update((eqn.invars[k], value) for k, value in refs.items())
+            elif is_about_refs(eqn):
                 results = self._reference(eqn, path, inputs, env)
-                count = len(match.inside) + len(match.own) if match else 0
-                self.graph.found += [results[0] if results else None] * count
-            elif inner is None or inner.rule:
+                self.graph.found += [None] * split
+            else:
                 sources = None if match else overwritten.get(index)
                 kept = None if sources is None else [value_of(v) for v in sources]
-                results = self._equation(eqn, path, inputs, kept)
-                self.graph.found += [None] * (len(match.inside) if match else 0)
-            else:
-                plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
-                results = self._nested(eqn, path, inputs, inner, plans)
-            if match and match.own and not any(map(_jax.is_ref, _avals(eqn.invars))):
-                for k, own in enumerate(match.own):
-                    if self._held(own):
-                        results[k] = self._stop(eqn, path, results[k])
-                    self.graph.found.append(results[k])
+                results = self._equation(eqn, path, inputs, kept, moving)
+                self.graph.found += [None] * split
+            for k, own in enumerate(match.own if match else ()):
+                if self._held(own):
+                    results[k] = self._stop(eqn, path, results[k])
+                found = results[k]
+                if found is not None:
+                    own_bits = moved is None or moved[start + split + k]
+                    self._moves[found] = bool(self._moves[found] or own_bits)
+                self.graph.found.append(found)
+            start += split + (len(match.own) if match else 0)
             env.update(zip(eqn.outvars, results, strict=True))
-        return [value_of(atom) for atom in jaxpr.outvars]
+        left = [env[jaxpr.invars[k]] for k in refs_of(jaxpr)]
+        return [value_of(atom) for atom in jaxpr.outvars], left
 
     def _equation(
-        self, eqn: Any, path: Path, inputs: Sequence[Any], kept: Sequence[Any] | None
+        self,
+        eqn: Any,
+        path: Path,
+        inputs: Sequence[Any],
+        kept: Sequence[Any] | None,
+        moving: Sequence[Bits] | None,
     ) -> list[Value | None]:
         if (case := chosen(eqn)) is not None:
             inputs = [x if k == case else None for k, x in enumerate(inputs)]
         if not any(x is not None for x in inputs):
             return [None] * len(eqn.outvars)
         op = self._op(eqn, path)
-        answer = self._rules.answer(eqn)
+        op.inputs = inputs
+        moves = any(self._moves[x] for x in inputs if x is not None)
+        if id(eqn) in self._idle or not moves:
+            answer = Answer([0] * len(eqn.outvars))
+        elif self._rules.by_pattern(eqn):
+            answer, op.refuses = self._rules.by_source(eqn, moving)
+            op.is_told, op.moving = True, moving
+        else:
+            answer = self._rules.answer(eqn)
+            op.refusing = [x for k, x in enumerate(inputs) if answer.refuses >> k & 1]
         op.masks = answer.masks
-        op.known = answer.known and _jax.gate_name(eqn) != "prevent_gradient"
+        if _jax.gate_name(eqn) == "prevent_gradient":
+            op.refusing = inputs
         op.overwrites = kept is not None
         results: list[Value | None] = []
         for var, bits in zip(eqn.outvars, answer.dependence, strict=True):
@@ -134,40 +195,54 @@ class _Unfolding:
         self, eqn: Any, path: Path, inputs: Sequence[Any], env: dict[Any, Any]
     ) -> list[Value | None]:
         op = self._op(eqn, path)
-        value = self.value(eqn.invars[0].aval, len(self.graph.ops) - 1, *_twice(inputs))
-        op.values.append(value)
-        # What is written to a reference may be read from it anywhere later.
-        refs = [atom for atom in eqn.invars if _jax.is_ref(atom.aval)]
-        env.update((ref, value) for ref in refs)
-        return [value] * len(eqn.outvars)
+        reads, writes = reads_and_writes(eqn)
+        held, written = [inputs[k] for k in reads], [inputs[k] for k in writes]
+        results = [self._result(op, v.aval, held, inputs) for v in eqn.outvars]
+        for atom in eqn.invars:
+            if _jax.is_ref(atom.aval) and writes != [0]:
+                env[atom] = self._result(op, atom.aval, written, written)
+        return list(results)
 
     def _nested(
         self,
         eqn: Any,
         path: Path,
         inputs: Sequence[Any],
-        inner: Any,
+        inner: Nested,
         plans: Sequence[Plan | None],
-    ) -> list[Value | None]:
+        moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
+    ) -> tuple[list[Value | None], dict[int, Value | None]]:
+        """Add the bodies of an equation; return its results, and what refs hold."""
         sources: list[list[Value | None]] = [[] for _ in eqn.outvars]
+        left: dict[int, list[Value | None]] = {}
         steering: list[Value | None] = []
         if eqn.primitive.name == "cond":
             steering.append(inputs[0])
-        never = inner.dynamic or eqn.params.get("length") == 0  # may run no round
+        never = may_run_no_round(eqn, inner)
         carried: dict[int, Value] = {}
         outside, found = self.graph.found, list[list[Value | None]]()
+        own = _divided(moving[1], plans)
         # In reverse: what decides on another round reads what the body carries.
-        for body, plan in reversed(list(zip(inner.bodies, plans, strict=True))):
+        bodies = reversed(list(zip(inner.bodies, plans, own, strict=True)))
+        for body, plan, found_here in bodies:
             operands = [carried.get(k, inputs[k]) for k in body.operands]
             first, joints = len(self.graph.maker), dict[int, Value]()
-            if body.feedback:
-                joints = self._joints(eqn, path, body, operands)
+            feedback, refs = list(body.feedback), refs_of(body.jaxpr)
+            if body.repeats:
+                ends = len(body.jaxpr.outvars)
+                feedback += [(ends + k, back) for k, back in enumerate(refs)]
+            if feedback:
+                joints = self._joints(eqn, path, body, feedback, operands)
                 carried = {body.operands[k]: joint for k, joint in joints.items()}
             self.graph.found = []
-            results = self.inline(body.jaxpr, operands, path, plan)
+            moved = None
+            if moving[0] is not None and found_here is not None:
+                moved = [moving[0][k] for k in body.operands]
+                moved = self._reach.entering(body, plan, moved, found_here)
+            results, held = self.inline(body.jaxpr, operands, path, plan, moved)
             found.append(self.graph.found)
-            for out, back in body.feedback:
-                self._feed_back(joints[back], results[out])
+            for out, back in feedback:
+                self._feed_back(joints[back], [*results, *held][out])
             if joints:
                 self.graph.loops.append((first, len(self.graph.maker) - 1))
             elif inner.dynamic:
@@ -178,47 +253,98 @@ class _Unfolding:
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:
                     sources[k].append(joints[back])
+            for back, value in zip(refs, held, strict=True):
+                start = [joints[back]] if never else []
+                left.setdefault(body.operands[back], []).extend([value, *start])
         self.graph.found = outside + [
             value for part in reversed(found) for value in part
         ]
         if len(inner.bodies) == 1 and not never:
-            return [values[0] for values in sources]
+            return [values[0] for values in sources], {k: v[0] for k, v in left.items()}
         op = self._op(eqn, path, join=True)
-        op.known = not inner.dynamic  # a while loop has no reverse mode
+        if inner.dynamic:  # a while loop has no reverse mode
+            op.refusing = inputs
         results: list[Value | None] = [
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
         if eqn.primitive.name == "cond":
             self.graph.cases.update(zip(op.values, sources, strict=True))
-        return results
+        refs = {
+            k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])
+            for k, values in left.items()
+        }
+        return results, refs
 
     def _joints(
-        self, eqn: Any, path: Path, body: Body, operands: list[Any]
+        self,
+        eqn: Any,
+        path: Path,
+        body: Body,
+        feedback: Iterable[tuple[int, int]],
+        operands: list[Any],
     ) -> dict[int, Value]:
         """Put a joint in place of each carried operand."""
         op, joints = self._op(eqn, path, join=True), {}
-        for _, back in body.feedback:
+        moves = any(self._moves[x] for x in operands if x is not None)
+        for _, back in feedback:
             start = [operands[back]]
             aval = body.jaxpr.invars[back].aval
-            joints[back] = operands[back] = self._result(op, aval, start, start)
+            joint = self._result(op, aval, start, start)
+            self._moves[joint] = moves  # in some round, perhaps
+            joints[back] = operands[back] = joint
         return joints
 
     def _feed_back(self, joint: Value, source: Value | None) -> None:
         if source is None or source == joint:
             return
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)
-        if _jax.is_differentiable(self.graph.avals[joint]):
+        if carries(self.graph.avals[joint]):
             self.graph.grads[joint] = (*self.graph.grads[joint], source)
+
+
+def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
+    """Return the graph with rules asked about those results that a gradient comes to.
+
+    Custom rules with symbolic zeros are told which of their results that are.
+    """
+    asked = [k for k, op in enumerate(graph.ops) if op.is_told and _has_several(op)]
+    if not asked:
+        return graph
+    graph, rules, sinks = graph.copied(asked), Rules(), list(sinks)
+    for _ in range(_ROUNDS):
+        arrives, changed = graph.backward(sinks, graph.grads), False
+        for op in map(graph.ops.__getitem__, asked):
+            cotangents = sum(1 << k for k, v in enumerate(op.values) if arrives[v])
+            if cotangents in (0, op.cotangents):
+                continue
+            op.cotangents, changed = cotangents, True
+            answer, op.refuses = rules.by_source(op.eqn, op.moving, cotangents)
+            for value, bits in zip(op.values, answer.dependence, strict=False):
+                grads = [x for k, x in enumerate(op.inputs) if bits >> k & 1]
+                graph.grads[value] = _values(grads)
+        if not changed:
+            break
+    return graph
+
+
+_ROUNDS = 8  # what arrives at a rule depends on what the rules behind it hand on
+
+
+def _has_several(op: Op) -> bool:
+    floats = [v for v in op.eqn.outvars if _jax.is_differentiable(v.aval)]
+    return bool(op.eqn.params.get("symbolic_zeros")) and len(floats) > 1
+
+
+def _divided(
+    own: Sequence[Bits] | None, plans: Sequence[Plan | None]
+) -> list[Sequence[Bits] | None]:
+    """Divide what stands for found values among the bodies that they are in."""
+    if own is None:
+        return [None] * len(plans)
+    ends = list(itertools.accumulate(len(p.found) if p else 0 for p in plans))
+    return [own[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 def _values(values: Iterable[Any]) -> tuple[Value, ...]:
     return tuple(dict.fromkeys(v for v in values if v is not None))
-
-
-def _twice(inputs: Sequence[Any]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
-    return _values(inputs), _values(inputs)
-
-
-def _avals(atoms: Iterable[Any]) -> list[Any]:
-    return [atom.aval for atom in atoms]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, overload
 
+import stopgrad_jax._words as _words
 from stopgrad_jax._address import Address
+from stopgrad_jax._checks import require_function, shown
+from stopgrad_jax._edge import Check, public
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import trace
 from stopgrad_jax._errors import beats, function_name, quoted
 
-from .explain import cuts_of, explain, verdict
+from .explain import cuts_of, explain, said
 from .flow import looked_at
 from .fold import Folded
 from .look import Look, require_outputs
@@ -21,9 +23,31 @@ from .page import page
 P = ParamSpec("P")
 
 
+@overload
 def assert_gradient(
     fun: Callable[P, Any], xs: Any, ys: Any = None
-) -> Callable[P, None]:
+) -> Callable[P, None]: ...
+
+
+@overload
+def assert_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None: ...
+
+
+@public
+def assert_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Assert that a gradient can reach every float leaf of some inputs.
 
     For a test-suite: `sg.assert_gradient(loss, "params/codebook")(params, x)` fails in
@@ -37,9 +61,12 @@ def assert_gradient(
       fun: any function that JAX can trace.
       xs: an address or several.
       ys: addresses of what is differentiated; `fun`'s output if it is one array.
+      args: `fun`'s arguments, to check it at once; a tuple.
+      kwargs: its arguments by keyword, likewise.
 
     Returns:
-      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`).
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`), to be called:
+      it warns if it never is. None, if `args` or `kwargs` are given.
 
     Raises:
       AssertionError: a leaf gets no gradient; lists each, and explains.
@@ -52,18 +79,42 @@ def assert_gradient(
         >>> def loss(w, b):
         ...     return jnp.sum((jnp.round(w) + b) ** 2)
         >>> sg.assert_gradient(loss, "b")(2.0, 1.0)
+        >>> sg.assert_gradient(loss, "b", args=(2.0, 1.0))
         >>> sg.assert_gradient(loss, "w")(2.0, 1.0)
         Traceback (most recent call last):
             ...
         AssertionError: assert_gradient(loss, 'w')
         w: expected a gradient, structurally zero ...
     """
-    return _contract(fun, xs, ys, "assert_gradient", _without)
+    contract = _contract(fun, xs, ys, "assert_gradient", _without)
+    return _asked(contract, args, kwargs)
 
 
+@overload
 def assert_no_gradient(
     fun: Callable[P, Any], xs: Any, ys: Any = None
-) -> Callable[P, None]:
+) -> Callable[P, None]: ...
+
+
+@overload
+def assert_no_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None: ...
+
+
+@public
+def assert_no_gradient(
+    fun: Callable[..., Any],
+    xs: Any,
+    ys: Any = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Assert that no gradient can reach any leaf of some inputs.
 
     For targets, teachers and baselines: what must not learn from this loss.
@@ -75,9 +126,12 @@ def assert_no_gradient(
       fun: any function that JAX can trace.
       xs: an address or several.
       ys: addresses of what is differentiated; `fun`'s output if it is one array.
+      args: `fun`'s arguments, to check it at once; a tuple.
+      kwargs: its arguments by keyword, likewise.
 
     Returns:
-      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`).
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`), to be called:
+      it warns if it never is. None, if `args` or `kwargs` are given.
 
     Raises:
       AssertionError: a leaf gets a gradient; lists each, and the way it takes.
@@ -93,9 +147,10 @@ def assert_no_gradient(
         Traceback (most recent call last):
             ...
         AssertionError: assert_no_gradient(loss, 'w')
-        w: expected none, gets a gradient ...
+        w: expected none, can get a gradient ...
     """
-    return _contract(fun, xs, ys, "assert_no_gradient", _with)
+    contract = _contract(fun, xs, ys, "assert_no_gradient", _with)
+    return _asked(contract, args, kwargs)
 
 
 def _contract(
@@ -103,56 +158,72 @@ def _contract(
     xs: Any,
     ys: Any,
     name: str,
-    broken: Callable[[Look], tuple[list[Folded], str]],
-) -> Callable[P, None]:
-    named = "" if ys is None else f", ys={ys!r:.80}"
-    called = f"{name}({function_name(fun)}, {xs!r:.80}{named})"
+    broken: Callable[[Look], list[tuple[Folded, str]]],
+) -> Check[P]:
+    require_function(fun, name)
+    named = "" if ys is None else f", ys={shown(ys)}"
+    called = f"{name}({function_name(fun)}, {shown(xs)}{named})"
     wanted = listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
 
-    @functools.wraps(fun)
     def check(*args: P.args, **kwargs: P.kwargs) -> None:
         traced, labels = trace(fun, args, kwargs), Labels(fun)
         look = looked_at(traced, labels, wanted, asked, called)
         require_outputs(look)
         _require_one_output(look, called, asked)
         _require_leaves(look, called, wanted)
-        rows, expected = broken(look)
-        if rows:
+        if broken(look):
             whole = looked_at(traced, labels, None, asked, called)
             look = looked_at(traced, labels, wanted, asked, called, base=whole)
-            rows, expected = broken(look)
-            # Deep in the library: the test's author wants to see the message alone.
-            __tracebackhide__ = True
-            lines = [f"{row.path}: {expected}{_because(look, row)}" for row in rows]
-            text = page(explain(look, rows, cuts=broken is _without)).plain
+            rows = broken(look)
+            lines = [f"{r.path}: {expected}{_because(look, r)}" for r, expected in rows]
+            told = [row for row, _ in rows]
+            text = page(explain(look, told, cuts=broken is _without)).plain
             raise AssertionError("\n".join([called, *lines, "", text]))
 
-    return check
+    return Check(fun, called, public(check))
 
 
-def _without(look: Look) -> tuple[list[Folded], str]:
-    """The rows that get no gradient."""
+def _asked(contract: Check[Any], args: Any, kwargs: Any) -> Any:
+    """Call a contract whose arguments are there; else hand it out."""
+    if args is None and kwargs is None:
+        return contract
+    if not isinstance(args, tuple | list | None):
+        contract.drop()
+        called = f"{contract.__name__}: args={shown(args)}"
+        expected = "args is a tuple of the function's arguments"
+        raise TypeError(beats(called, expected, type(args).__name__, "args=(w, x)"))
+    contract(*(args or ()), **(kwargs or {}))
+    return None
+
+
+def _without(look: Look) -> list[tuple[Folded, str]]:
+    """The rows that get no gradient, and what was expected of them."""
     rows = [r for r in look.asked if r.bits and look.verdict(r.bits) != "flows"]
-    return rows, "expected a gradient, structurally zero"
+    raises = _words.EXPECTED_SOME_RAISES
+    words = {"unknown": raises}
+    return [(r, words.get(look.verdict(r.bits), _words.EXPECTED_SOME)) for r in rows]
 
 
-def _with(look: Look) -> tuple[list[Folded], str]:
-    """The rows that get a gradient."""
-    zero = ("cut", "unused")
-    rows = [r for r in look.asked if r.bits and look.verdict(r.bits) not in zero]
-    return rows, "expected none, gets a gradient"
+def _with(look: Look) -> list[tuple[Folded, str]]:
+    """The rows that get a gradient, and what was expected of them."""
+    words = {
+        "flows": _words.EXPECTED_NONE,
+        "unknown": _words.EXPECTED_NONE_RAISES,
+    }
+    pairs = [(r, words.get(look.verdict(r.bits), "")) for r in look.asked if r.bits]
+    return [(row, expected) for row, expected in pairs if expected]
 
 
 def _because(look: Look, row: Folded) -> str:
     word = look.verdict(row.bits)
     if word == "cut":
-        cuts = dict.fromkeys(f"{c.words}: {c.place}" for c in cuts_of(look, row))
+        cuts = dict.fromkeys(f"{c.words}: {c.places}" for c in cuts_of(look, row))
         return f" ({'; '.join(cuts)})" if cuts else ""
     if word == "unused":
-        return " (the output is not computed from it)"
+        return f" ({_words.NOT_COMPUTED})"
     if word == "unknown":
-        return f" ({verdict(look, row)})"
+        return f"; {said(look, row)}"
     return ""
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._words as _words
 from stopgrad_jax._engine.causes import Cut
 from stopgrad_jax._engine.graph import Op
+from stopgrad_jax._engine.labels import Spot
 
 from .fold import Folded
 from .look import Look
 from .page import Part, snippet
-
-_ZERO = "gradient is exactly zero."
 
 
 def explain(
@@ -30,31 +30,40 @@ def explain(
 
 def verdict(look: Look, row: Folded) -> str:
     """Return one sentence on an input's gradient."""
-    name = f"{row.path} ({row.size})"
+    return f"{row.path} ({row.size}): {said(look, row)}"
+
+
+def said(look: Look, row: Folded) -> str:
+    """Say what becomes of an input's gradient."""
     if not row.bits:
         kinds = ", ".join(sorted({str(leaf.aval.dtype) for leaf in row.leaves}))
-        return f"{name}: carries no gradient, since it is {kinds}."
+        return _words.NO_FLOAT.format(kinds=kinds)
     word = look.verdict(row.bits)
     if word == "unused":
-        return f"{name}: {_ZERO} {_output(look)} is not computed from it."
+        return _words.UNUSED.format(outputs=_output(look))
     if word == "cut":
-        return f"{name}: {_ZERO} Every path to {_output(look).lower()} is cut."
+        return _words.CUT.format(outputs=_output(look).lower())
     if word == "unknown":
-        ops = look.analysis.refusing(row.bits)
-        places = ", ".join(dict.fromkeys(map(_unknown, ops)))
-        if all(_jax.gate_name(op.eqn) == "prevent_gradient" for op in ops):
-            return f"{name}: a gradient arrives at {places}, which raises."
-        return f"{name}: unknown. jax.grad raises at what has no rule for it: {places}."
+        return _raises(look, row)
     through = _through(look, row)
     analysis = look.analysis
     masked = row.bits & ~analysis.reached(analysis.unmasked, analysis.sinks)
     if masked != row.bits:  # of the first layers of a relu network it is true, and idle
-        return f"{name}: gets a gradient{through}."
+        return _words.CAN_GET.format(through=through)
     ops = analysis.lost_on_the_way(masked, analysis.unmasked)
     names = list(dict.fromkeys(_mask(look, op) for op in ops))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    zero = f"may be zero at some inputs: {', '.join(names[:3])}{more}"
-    return f"{name}: connected{through}; {zero}."
+    operations = f"{', '.join(names[:3])}{more}"
+    return _words.MAY_BE_ZERO.format(through=through, operations=operations)
+
+
+def _raises(look: Look, row: Folded) -> str:
+    ops = look.analysis.refusing(row.bits)
+    places = ", ".join(dict.fromkeys(map(_placed, ops)))
+    if ops and all(_jax.gate_name(op.eqn) == "prevent_gradient" for op in ops):
+        return _words.PREVENTED.format(places=places)
+    at = f" at {places}" if places else ""
+    return _words.RAISES.format(at=at, error=look.tried(row.bits)[1])
 
 
 def _output(look: Look) -> str:
@@ -72,24 +81,18 @@ def _through(look: Look, row: Folded) -> str:
     ]
     if not names or not reached:
         return ""
-    if len(reached) == len(names):
-        return f", through {listed(reached)}"
-    return f", through {listed(reached)} only"
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    only = "" if len(reached) == len(names) else " only"
+    return f", through {_words.listed(reached)}{only}"
 
 
 def _mask(look: Look, op: Op) -> str:
     if op.spot is None:
         return op.name
     here = op.spot.file == look.file
-    return f"{op.name}, line {op.spot.frame.line}" if here else _unknown(op)
+    return f"{op.name}, line {op.spot.frame.line}" if here else _placed(op)
 
 
-def _unknown(op: Op) -> str:
+def _placed(op: Op) -> str:
     return f"{op.name} ({op.spot.place})" if op.spot else op.name
 
 
@@ -114,24 +117,22 @@ def _row(look: Look, row: Folded, with_cuts: bool) -> Iterator[list[Part]]:
         yield from map(list, rest)
     if word in ("cut", "unused"):
         yield []
-        zeros = f"jax.grad returns zeros of the right shape for {row.path}"
-        yield [(f"  {zeros}, not None and not an error.", "")]
+        yield [(f"  {_words.ZEROS.format(path=row.path)}", "")]
         for line in dict.fromkeys(map(_advice, _mistakes(cuts))):
             yield [(f"  {line}", "")]
     elif cuts:
         cells = zip(look.terms, look.cells(row.bits), strict=True)
         lost = [name for (name, _), cell in cells if cell == "cut"]
         if lost:
-            verb = "do" if lost[1:] else "does"
             yield []
-            yield [(f"  So {listed(lost)} {verb} not train {row.path}.", "")]
+            terms, do = _words.listed(lost), "do" if lost[1:] else "does"
+            words = _words.DOES_NOT_TRAIN.format(terms=terms, do=do, path=row.path)
+            yield [(f"  {words}", "")]
 
 
 def cuts_of(look: Look, row: Folded) -> list[Cut]:
-    """The cuts of an input's gradient; comparisons only if there are no others."""
-    cuts = [cut for cut in look.analysis.cuts if cut.lost & row.bits]
-    loud = [cut for cut in cuts if not cut.is_quiet]
-    return loud or (cuts if look.verdict(row.bits) == "cut" else [])
+    """The cuts of an input's gradient, of those that are shown."""
+    return [cut for cut in look.cuts if look.told(cut) & row.bits]
 
 
 def _flowing(look: Look, before: dict[int, Any]) -> Iterator[list[Part]]:
@@ -166,9 +167,16 @@ def _cut(
     if spot is None:
         yield [(f"     {way} ends here", "cut")]
         return
-    function = spot.function.split(".<locals>.")[-1]
-    yield [(f"     --> {spot.place} in {function}()", "dim")]
-    yield from snippet(spot, f"{way} ends here", 6)
+    inside = cut.path.inside
+    yield [(f"     --> {_where(spot)}", "dim")]
+    yield from snippet(spot, f"{way} {'goes in' if inside else 'ends'} here", 6)
+    if inside is not None:  # the line of the other library, below the user's
+        yield [(f"     --> {_where(inside)}", "dim")]
+        yield from snippet(inside, "and ends here", 6)
+
+
+def _where(spot: Spot) -> str:
+    return f"{spot.place} in {spot.function.split('.<locals>.')[-1]}()"
 
 
 def _labels(look: Look, cut: Cut, before: dict[int, Any]) -> list[str]:
@@ -200,12 +208,9 @@ def _mistakes(cuts: Sequence[Cut]) -> list[Cut]:
 
 def _advice(cut: Cut) -> str:
     """Say how to pass a gradient where one ends by mistake."""
-    spot, call = cut.spot, "sg.straight_through(forward, backward)(x)"
+    spot, call = cut.path.innermost, "sg.straight_through(forward, backward)(x)"
     if cut.reason == "zero_derivative" and spot and spot.is_current:
         function, argument = spot.source.call(spot.position)
         if function and argument:
             call = f"sg.straight_through({function})({argument})"
-    return (
-        "To keep the forward value and pass a gradient, use a straight-through rule: "
-        f"{call}."
-    )
+    return _words.STRAIGHT_THROUGH.format(call=call)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 from stopgrad_jax._address import Address, Var
+from stopgrad_jax._checks import require_function
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.labels import Labels, code_of, printed_file
 from stopgrad_jax._engine.select import listed
 from stopgrad_jax._engine.trace import Traced, trace
@@ -46,13 +48,15 @@ class CutSite:
     """A place at which gradients end: why, in words, where, and those of which inputs.
 
     `reason` is "stop_gradient", "zero_derivative", "integer", "comparison", "sampled",
-    "zero_rule" or "overwritten".
+    "zero_rule" or "overwritten". `site` is the user's own expression; where that calls
+    another library, `inside` is the library's own at which they end.
     """
 
     reason: str
     words: str
     site: Site | None
     inputs: tuple[str, ...]
+    inside: Site | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -163,6 +167,7 @@ class Flow(Drawing):
         return [self.text, self.source(), self.explain()]
 
 
+@public
 def flow(
     fun: Callable[P, Any],
     xs: Any = None,
@@ -204,10 +209,12 @@ def flow(
         >>> flow.cuts[0].words
         'the derivative of round is zero almost everywhere'
     """
+    require_function(fun, "flow")
     called = f"flow({function_name(fun)})"
     wanted = None if xs is None else listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
 
+    @public
     @functools.wraps(fun)
     def flow_of(*args: P.args, **kwargs: P.kwargs) -> Flow:
         traced = trace(fun, args, kwargs)
@@ -268,10 +275,10 @@ def _made(look: Look, fun: Any) -> Flow:
         inputs.append(Input(row.path, row.size, row.count, status, cells))
     cuts = []
     for cut in look.cuts:
-        origin = "library" if cut.path.library else "user"
-        site = site_of(cut.spot, origin) if cut.spot else None
-        lost = tuple(row.path for row in look.rows if row.bits & cut.lost)
-        cuts.append(CutSite(cut.reason, cut.words, site, lost))
+        inside = site_of(cut.path.inside, "library") if cut.path.inside else None
+        site = site_of(cut.spot, "library" if inside else "user") if cut.spot else None
+        lost = tuple(row.path for row in look.rows if row.bits & look.told(cut))
+        cuts.append(CutSite(cut.reason, cut.words, site, lost, inside))
     return Flow(
         function_name(fun),
         _place(look, fun),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from stopgrad_jax._engine.graph import Value
+from stopgrad_jax._engine.trace import Value as Place
 from stopgrad_jax._errors import type_of
 
 
@@ -21,6 +22,7 @@ class Leaf:
 
     path: str
     root: str
+    place: Place
     value: Value
     aval: Any
     bit: int

@@ -11,17 +11,19 @@ import jax
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._engine.causes import Analysis, Cut
+from stopgrad_jax._engine.differentiate import needed_for, places, try_gradient
 from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.labels import Labels
-from stopgrad_jax._engine.select import look_up
+from stopgrad_jax._engine.select import Program, look_up
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
-from stopgrad_jax._engine.unfold import unfold
+from stopgrad_jax._engine.unfold import towards, unfold
 from stopgrad_jax._errors import beats
 
 from .fold import Folded, Leaf, fold
 from .grouping import Grouping
-from .steps import Layout, Row, lay_out, terms
+from .steps import Layout, Row, lay_out
+from .terms import terms
 
 
 class Look:
@@ -51,10 +53,18 @@ class Look:
         self.traced, self.labels, self.called = traced, labels, called
         self.xs, self.ys, self.internals = xs, ys, internals
         program = look_up(traced, [*(xs or ()), *(ys or ())], called)
-        if base is not None and not program.plan.matches:
+        self._program = program
+        self._ends = list(self._outputs_asked(program))
+        asked = list(self._asked(program))
+        self._bits = {place: bit for _, _, place, bit, _ in asked}
+        if base is not None and base.serves(self):
             self.graph = base.graph
         else:
-            self.graph = unfold(traced.jaxpr, labels, program.plan)
+            moved = [self._bits.get(place, 0) for place in places(program)]
+            needed = needed_for(program, [place for _, place in self._ends])
+            self.graph = unfold(
+                traced.jaxpr, labels, program.plan, moved=moved, needed=needed
+            )
         self._terms = base.terms if base is not None and base.ys == ys else None
         values = {
             "argument": self.graph.inputs,
@@ -66,65 +76,93 @@ class Look:
             is_place = isinstance(place, Place)
             return values[place.kind][place.index] if is_place else None
 
-        self._value_at = value_at
-        self.leaves = list(self._leaves(program))
-        self.outputs = list(self._outputs(program))
+        self.leaves = [
+            Leaf(path, root, place, value, program.types[place], bit, is_asked)
+            for path, root, place, bit, is_asked in asked
+            if (value := value_at(place)) is not None
+        ]
+        one = len(self._ends) == 1 and self._ends[0][0] == RETURN
+        self.outputs: list[tuple[str, list[Value]]] = [
+            ("output" if one else path, [] if (v := value_at(place)) is None else [v])
+            for path, place in self._ends
+        ]
         sinks = [v for _, values in self.outputs for v in values]
-        trained = [leaf for leaf in self.leaves if leaf.bit]
-        self.analysis = Analysis(self.graph, [leaf.values for leaf in trained], sinks)
+        self.graph = towards(self.graph, sinks)
+        sources: list[list[Value]] = [[] for bit in self._bits.values() if bit]
+        for leaf in self.leaves:
+            if leaf.bit:
+                sources[leaf.bit.bit_length() - 1] = leaf.values
+        self.analysis = Analysis(self.graph, sources, sinks)
+        self._tried: dict[int, tuple[bool, str]] = {}
+
+    def serves(self, other: Look) -> bool:
+        """Tell whether the graph of this look serves for another one, too."""
+        told = any(op.is_told for op in self.graph.ops)
+        followed = {place for place, bit in self._bits.items() if bit}
+        asked = {place for place, bit in other._bits.items() if bit}
+        same_ends = {*self._ends} >= {*other._ends}
+        found = other._program.plan.matches
+        return same_ends and asked <= followed and not (found or told)
 
     # What was asked -------------------------------------------------------------
 
-    def _leaves(self, program: Any) -> Iterator[Leaf]:
-        """Every leaf that is looked at: those of xs, then the arguments beside them."""
-        seen, count = set[Value](), 0
-        if self.xs is None:
-            trees = self.traced.arguments.items()
-        else:
+    def _asked(self, program: Program) -> Iterator[tuple[str, str, Place, int, bool]]:
+        """Every place that is looked at: those of xs, then the arguments beside them.
+
+        Yields its path, the address it was found under, the place, what stands for it
+        among the sources, and whether it is one of the xs.
+        """
+        seen, count = set[Place](), 0
+        arguments = self.traced.arguments.items()
+        trees, rest = arguments, ()
+        if self.xs is not None:
             trees = [
                 pair for x in self.xs for pair in program.matched[x].places.items()
             ]
+            rest = arguments
         for root, tree in trees:
             for path, place in _ends(tree, root):
-                value = self._value_at(place)
-                aval = program.types[place]
-                carries = _jax.is_differentiable(aval)
-                if value is not None and value not in seen:
-                    seen.add(value)
-                    bit = 1 << count if carries else 0
-                    count += bool(bit)
-                    yield Leaf(path, root, value, aval, bit, True)
-        for root, tree in self.traced.arguments.items() if self.xs is not None else ():
+                if place not in seen:
+                    seen.add(place)
+                    carries = _jax.is_differentiable(program.types[place])
+                    yield path, root, place, 1 << count if carries else 0, True
+                    count += carries
+        for root, tree in rest:
             for path, place in _ends(tree, root):
-                value = self._value_at(place)
-                if value is not None and value not in seen:
-                    yield Leaf(path, root, value, program.types[place], 0, False)
+                if place not in seen:
+                    yield path, root, place, 0, False
 
-    def _outputs(self, program: Any) -> Iterator[tuple[str, list[Value]]]:
+    def _outputs_asked(self, program: Program) -> Iterator[tuple[str, Place]]:
+        """Path and place of each output that is differentiated."""
         if self.ys is None:
             trees = [(RETURN, self.traced.output)]
         else:
             trees = [
                 pair for y in self.ys for pair in program.matched[y].places.items()
             ]
-        ends = [pair for root, tree in trees for pair in _ends(tree, root)]
-        for path, place in ends:
-            value = self._value_at(place)
-            if _jax.is_differentiable(program.types[place]):
-                name = "output" if len(ends) == 1 and path == RETURN else path
-                yield name, [] if value is None else [value]
+        for root, tree in trees:
+            for path, place in _ends(tree, root):
+                if _jax.is_differentiable(program.types[place]):
+                    yield path, place
 
     # What was found -------------------------------------------------------------
 
     @functools.cached_property
     def cuts(self) -> list[Cut]:
         """The cuts that are shown: comparisons only where nothing else explains."""
+        return [cut for cut in self.analysis.cuts if self.told(cut)]
+
+    def told(self, cut: Cut) -> int:
+        """The inputs (as bits) whose gradient a cut is said to end."""
+        return cut.lost & self._unexplained if cut.is_quiet else cut.lost
+
+    @functools.cached_property
+    def _unexplained(self) -> int:
+        """The inputs that get no gradient, for no reason but a comparison."""
         analysis = self.analysis
         loud = [cut for cut in analysis.cuts if not cut.is_quiet]
         told = functools.reduce(int.__or__, (cut.lost for cut in loud), 0)
-        reached = analysis.reached(analysis.tangent, analysis.sinks)
-        rest = ~(told | reached)
-        return [cut for cut in analysis.cuts if not cut.is_quiet or cut.lost & rest]
+        return ~(told | analysis.reached(analysis.tangent, analysis.sinks))
 
     @functools.cached_property
     def grouping(self) -> Grouping:
@@ -146,47 +184,38 @@ class Look:
             return _folded(self.outputs)
         if not self.outputs[0][1]:
             return []
-        plain, out = self._plain, dict[str, list[Value]]()
-        at, numbers = terms(plain, len(plain.steps) - 1)
-        for number in numbers:
-            label = plain.steps[number].label
-            while label in out:
-                label += "'"
-            out[label] = self._leaving(number)
+        inputs = {leaf.value: leaf.path for leaf in self.leaves if leaf.bit}
         (sink,) = self.analysis.sinks
-        shapes = {self.graph.avals[v].shape for values in out.values() for v in values}
-        # Parts of a loss have its shape; what it is computed from has another.
-        if len(out) > _COLUMNS or shapes != {self.graph.avals[sink].shape}:
-            return []
-        flow = ("flow", "gate", "replace")
-        direct = {e.source for e in plain.edges if e.target == at and e.status in flow}
-        rows = [plain.step_of.index(k) for k in direct if k < plain.first]
-        return [*out.items(), *([(plain.steps[at].label, rows)] if rows else [])]
-
-    def _leaving(self, number: int) -> list[Value]:
-        """Values of a step that the gradient leaves it by, backwards: its results."""
-        plain, graph = self._plain, self.graph
-        group = plain.groups[number - plain.first]
-        return [
-            v
-            for k in group.ops
-            for v in graph.ops[k].values
-            if self.analysis.arrives[v]
-            and any(plain.step_of[f] not in (number, -1) for f in graph.followers[v])
-        ]
+        return terms(self.analysis, sink, inputs)
 
     def word(self, bits: int, values: Iterable[Value]) -> str:
         """Say how some values fare with some inputs.
 
         "flows"; "cut" where only the value gets there; "unused" where not even that;
-        "unknown" where an operation on a way has no rule, so that `jax.grad` raises.
+        "unknown" where `jax.grad` raises: it was tried.
         """
         analysis, values = self.analysis, list(values)
         if analysis.reached(analysis.refused, values) & bits:
-            return "unknown"
+            connected, error = self.tried(bits)
+            if error:
+                return "unknown"
+            if not connected:
+                used = analysis.reached(analysis.value, values) & bits
+                return "cut" if used else "unused"
         if analysis.reached(analysis.tangent, values) & bits:
             return "flows"
         return "cut" if analysis.reached(analysis.value, values) & bits else "unused"
+
+    def tried(self, bits: int) -> tuple[bool, str]:
+        """Differentiate the outputs by these inputs, abstractly.
+
+        Returns whether the gradient depends on what comes in, and what JAX raised.
+        """
+        if bits not in self._tried:
+            xs = [leaf.place for leaf in self.leaves if leaf.bit & bits]
+            ys = [place for _, place in self._ends]
+            self._tried[bits] = try_gradient(self._program, xs, ys, self.called)
+        return self._tried[bits]
 
     def verdict(self, bits: int) -> str:
         """Say how the outputs fare, together."""

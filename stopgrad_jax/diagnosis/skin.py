@@ -140,7 +140,7 @@ def lines_of(step: Step) -> list[str]:
         lines.append(shortened(step.site.place, 40, keep_end=True))
     elif step.kind == "input":
         still = "data" if step.data else "no gradient"
-        lines.append("gets a gradient" if step.flows else still)
+        lines.append("can get a gradient" if step.flows else still)
     return [line for line in lines if line]
 
 

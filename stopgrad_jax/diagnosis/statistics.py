@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Address, nodes
+from stopgrad_jax._checks import require_function, shown
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.given import cotangents, default_ys
 from stopgrad_jax._engine.reduced import SUMMED, channel, summary
@@ -45,6 +47,7 @@ class Stats:
     cause: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
+@public
 def gradient_stats(
     fun: Callable[P, Any], xs: Any, *, ys: Any = None
 ) -> Callable[P, dict[str, Stats]]:
@@ -87,8 +90,9 @@ def gradient_stats(
         >>> print(found["frozen"].cause)
         stop_gradient, on purpose ...
     """
-    over = "" if ys is None else f", ys={ys!r:.80}"
-    called = f"gradient_stats({function_name(fun)}, {xs!r:.80}{over})"
+    require_function(fun, "gradient_stats")
+    over = "" if ys is None else f", ys={shown(ys)}"
+    called = f"gradient_stats({function_name(fun)}, {shown(xs)}{over})"
     wanted = listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
     if not wanted:
@@ -96,6 +100,7 @@ def gradient_stats(
             beats(called, "xs must hold at least one address", f"{xs!r}", 'xs="params"')
         )
 
+    @public
     @functools.wraps(fun)
     def stats_of(*args: P.args, **kwargs: P.kwargs) -> dict[str, Stats]:
         traced = trace(fun, args, kwargs)
@@ -119,7 +124,7 @@ def measured(
     connected, and the statistics at the addresses in `stats`.
     """
     addresses = list(stats)
-    asked = [] if ys is None else jax.tree.leaves(ys)
+    asked, xs = [] if ys is None else jax.tree.leaves(ys), set(xs)
     program = look_up(traced, [*addresses, *asked], called)
     refuse_outputs(program, addresses, called)
     refuse_loops(program, [*addresses, *asked], called)
@@ -131,18 +136,17 @@ def measured(
     pairs = cotangents(program, y_tree, None, called)
     places = dict(_places(program, addresses, called))
 
-    xs = set(xs)
     everything = xs | set(places.values())
-    differentiation = Differentiation(program, everything, (), sums=True)
-    out, found = differentiation.gradients(pairs, want_value=bool(xs))
     ends = [y for y, _ in pairs]
+    differentiation = Differentiation(program, everything, ends, (), called, sums=True)
+    out, found = differentiation.gradients(pairs, want_value=bool(xs))
     result = {}
     for path, place in places.items():
         aval, steps = program.types[place], _steps(program, place)
         cause, totals = None, found.get(place)
         if totals is None:
             totals = channel(aval, steps)
-            cause = differentiation.why(place, ends)
+            cause = differentiation.why(place)
         elif place.kind == "argument":
             totals = summary(totals)
         size = math.prod(aval.shape) // max(1, math.prod(steps))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis, Cut
-from stopgrad_jax._engine.graph import Value
+from stopgrad_jax._engine.graph import Op, Value
 from stopgrad_jax._engine.labels import Path, Spot
+from stopgrad_jax._engine.repeats import is_again
 from stopgrad_jax._errors import type_of
 
 from .grouping import Group, Grouping, Prefix
@@ -149,10 +151,7 @@ def _step(
     elif all(graph.ops[k].join for k in group.ops):
         cond = last.eqn.primitive.name == "cond"
         detail = "one of the branches" if cond else "carried by the loop"
-    same = (last.path, last.eqn.primitive)
-    repeat = sum(
-        (graph.ops[k].path, graph.ops[k].eqn.primitive) == same for k in group.ops
-    )
+    repeat = _repeats([graph.ops[k] for k in group.ops], group)
     return Step(
         number,
         kind,
@@ -166,6 +165,30 @@ def _step(
         special.cut.reason if special and special.cut else "",
         any(analysis.arrives[v] and analysis.tangent[v] for v in values),
     )
+
+
+def _repeats(ops: Sequence[Op], group: Group) -> int:
+    """Count how often a statement ran.
+
+    As often as its last operation, if the user wrote that; another library may have
+    loops of its own inside the one call.
+    """
+    last, spot = ops[-1], group.spot
+    same = (last.path, last.eqn.primitive)
+    times = [op for op in ops if (op.path, op.eqn.primitive) == same]
+    if len(times) == 1 or not last.path.library or spot is None:
+        return len(times)
+    statement = group.statement
+    value = (statement.value if statement else None) or spot.position
+    count, first, before = 1, None, None
+    for stack in (_jax.stack_of(op.eqn) for op in ops if not op.join):
+        levels = [k for k, (code, _) in enumerate(stack) if code is spot.frame.code]
+        if first is None or before is None or not levels:
+            first = before = stack
+        elif is_again(first, before, stack, levels[-1], value):
+            count, first = count + 1, stack
+        before = stack
+    return count
 
 
 def _of_cut(cut: Cut, name: str, label: str) -> str:
@@ -294,41 +317,3 @@ def _status(
     if analysis.arrives[value]:
         return kind if kind in ("replace", "gate") else "flow"
     return "cut" if kind == "cut" else "shadow"
-
-
-def terms(layout: Layout, output: int) -> tuple[int, list[int]]:
-    """Return where the gradient splits above an output, and the steps it goes to."""
-    before: dict[int, list[int]] = {}
-    for edge in layout.edges:
-        if edge.status in ("flow", "gate", "replace"):
-            before.setdefault(edge.target, []).append(edge.source)
-    at, seen = output, {output}
-    while True:
-        above = before.get(at, [])
-        named = [s for s in above if layout.steps[s].kind != "input"]
-        if len(named) >= 2:
-            return at, sorted(named) if _independent(named, before) else []
-        if len(above) != 1 or not named or named[0] in seen:
-            return at, []
-        at = named[0]
-        seen.add(at)
-
-
-def _independent(steps: Sequence[int], before: dict[int, list[int]]) -> bool:
-    """Tell whether none of the steps is computed from another one."""
-    wanted = set(steps)
-    for step in steps:
-        waiting, seen = list(before.get(step, ())), set[int]()
-        while waiting:
-            at = waiting.pop()
-            if at in wanted:
-                return False
-            if at not in seen:
-                seen.add(at)
-                waiting += before.get(at, ())
-    return True
-
-
-def leaves_of(rows: Iterable[Row]) -> list[Value]:
-    """All values of these rows."""
-    return [value for row in rows for value in row.values]

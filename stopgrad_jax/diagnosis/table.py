@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stopgrad_jax._engine.causes import Cut
+
 from .fold import Folded
 from .look import Look
 from .page import Part
@@ -73,7 +75,7 @@ def _cuts(look: Look) -> Iterator[list[Part]]:
         expression = cut.spot.expression if cut.spot else ""
         if len(expression) > _WIDEST:
             expression = expression[: _WIDEST - 3] + "..."
-        lines.append((cut.place or "(no source)", label, expression, cut.brief))
+        lines.append((cut.place or "(no source)", label, expression, _brief(cut)))
     lines = list(dict.fromkeys(lines))
     widths = [max([0, *(len(line[k]) for line in lines)]) for k in range(3)]
     for number, line in enumerate(lines):
@@ -83,13 +85,23 @@ def _cuts(look: Look) -> Iterator[list[Part]]:
         yield [(head, "cut"), (text, "")]
 
 
+def _brief(cut: Cut) -> str:
+    """Say in a few words what a cut is; of one in another library, what and where."""
+    inside = cut.path.inside
+    if inside is None:
+        return cut.brief
+    called = inside.callee or inside.expression[:_WIDEST]
+    words = " ".join(filter(None, [called, cut.brief]))
+    return f"{words} ({inside.place})"
+
+
 def _interesting(look: Look) -> str:
     """The input that it is most worth to ask about: one with a cut."""
     rows = [row for row in look.rows if not row.data]
 
     def interest(row: Folded) -> tuple[bool, bool]:
         words = [look.verdict(row.bits), *look.cells(row.bits)]
-        is_cut = any(cut.lost & row.bits for cut in look.cuts)
+        is_cut = any(look.told(cut) & row.bits for cut in look.cuts)
         return is_cut and any(word != "flows" for word in words), is_cut
 
     return max(rows, key=interest).path if rows else ""  # the first of the best

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._words as words
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.graph import Graph
 from stopgrad_jax._engine.labels import Labels
@@ -60,12 +61,13 @@ class Examined:
         """Say of those of these leaves that the loss cannot train why it cannot."""
         program = look_up(self._traced, (), self._called)
         xs = {self.places[k] for k in leaves}
-        differentiation = Differentiation(program, xs, ())
-        connected = set(differentiation.connected(self._ys))
+        asked = Differentiation(program, xs, self._ys, (), self._called)
+        connected = set(asked.connected)
+        lost = [k for k in leaves if self.places[k] not in connected]
+        ends = [y.index for y in self._ys]
         return {
-            k: differentiation.why(self.places[k], self._ys)
-            for k in leaves
-            if self.places[k] not in connected
+            k: asked.why(self.places[k]) if self._depends(ends, k) else words.NOT_USED
+            for k in lost
         }
 
     def divides_by_batch(self) -> str | None:
@@ -110,8 +112,7 @@ class Examined:
 
     @functools.cached_property
     def _graph(self) -> Graph:
-        program = look_up(self._traced, (), self._called)
-        return unfold(self._traced.jaxpr, Labels(), program.plan, lambda found: False)
+        return unfold(self._traced.jaxpr, Labels(), needed=())  # no rule is asked
 
 
 def _divisions(

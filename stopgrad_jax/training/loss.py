@@ -1,4 +1,4 @@
-"""What a loss returns: checked, and added up over devices where it is a weighted sum."""
+"""What a loss returns: checked, and added up over devices where it is a sum."""
 
 from __future__ import annotations
 

@@ -1,0 +1,71 @@
+"""What an argument of a public function must be, and how one is printed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ._errors import beats, function_name, type_of
+
+
+def require_function(fun: Any, verb: str, what: str = "fun") -> None:
+    """Refuse what is no function that JAX can trace: most often a value of one."""
+    called = f"{verb}({shown(fun)}, ...)"
+    if not callable(fun):
+        name = {"forward": "jnp.round", "fun": "loss"}.get(what, what)
+        write = f"sg.{verb}({name}, ...)(w, x): the function, and its arguments after"
+        came = "nothing" if fun is None else f"{shown(fun)}, a value"
+        raise TypeError(beats(called, f"{what} is a function", came, write))
+    kinds = {
+        "an async function": inspect.iscoroutinefunction,
+        "an async generator": inspect.isasyncgenfunction,
+        "a generator": inspect.isgeneratorfunction,
+    }
+    for kind, is_kind in kinds.items():
+        if is_kind(fun):
+            raise TypeError(
+                beats(
+                    called,
+                    f"{what} is a function that returns arrays",
+                    f"{function_name(fun)}, {kind}",
+                    "a plain def that returns them",
+                )
+            )
+
+
+def shown(x: Any, most: int = 60) -> str:
+    """Print what was handed in on one line; of an array, its type."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return type_of(x)
+    if callable(x) and not isinstance(x, type):
+        return function_name(x)
+    if type(x) in (list, tuple, dict) and x:
+        items = x.items() if isinstance(x, dict) else enumerate(x)
+        keys = (f"{k!r}: " if isinstance(x, dict) else "" for k, _ in items)
+        values = x.values() if isinstance(x, dict) else x
+        inner = ", ".join(k + shown(v, most) for k, v in zip(keys, values, strict=True))
+        left, right = {list: "[]", tuple: "()", dict: "{}"}[type(x)]
+        text = f"{left}{inner}{right}"
+    else:
+        text = " ".join(repr(x).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def require_call(fun: Callable[..., Any], args: tuple[Any, ...], called: str) -> None:
+    """Refuse a function of another number of arguments than it will be given."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):  # a builtin that cannot be asked
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise TypeError(
+            beats(
+                called,
+                f"a function of {len(args)} arguments",
+                f"{function_name(fun)}{signature}: {error}",
+                f"lambda {', '.join(map(str, args))}: ...",
+            )
+        ) from None

@@ -1,0 +1,188 @@
+"""What a loss is a sum of: the columns of the table, each with the name it has.
+
+From the output backwards, as long as an operation is linear in what is differentiated:
+sums part, and means, weights and casts are passed. A part that was given to a variable
+is named by it, any other one by its expression in the source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stopgrad_jax._engine.causes import Analysis
+from stopgrad_jax._engine.dependence import is_linear
+from stopgrad_jax._engine.graph import Op, Value
+from stopgrad_jax._engine.labels import Spot
+from stopgrad_jax._engine.syntax import is_within
+
+_COLUMNS = 8  # at most
+_LONGEST = 32  # characters of an expression
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a sum: its value, its name, and whether a variable gave it."""
+
+    value: Value
+    label: str
+    named: bool
+    site: Any
+
+
+def terms(
+    analysis: Analysis, sink: Value, inputs: dict[Value, str]
+) -> list[tuple[str, list[Value]]]:
+    """Return the parts of an output, by name; none if it is no sum of several.
+
+    `inputs` holds the paths of what is differentiated by.
+    """
+    parts = list(_Sum(analysis, inputs).parts(sink))
+    graph = analysis.graph
+    shape = graph.avals[sink].shape
+    alike = all(p.named and graph.avals[p.value].shape == shape for p in parts)
+    if not parts[1:] or (shape and not alike) or not _independent(analysis, parts):
+        return []
+    out: dict[str, list[Value]] = {}
+    sites: dict[str, Any] = {}
+    for part in parts:
+        label = part.label
+        while label in out and sites[label] != part.site:
+            label += "'"
+        sites[label] = part.site
+        out.setdefault(label, []).append(part.value)
+    return list(out.items()) if 1 < len(out) <= _COLUMNS else []
+
+
+class _Sum:
+    def __init__(self, analysis: Analysis, inputs: dict[Value, str]) -> None:
+        self._analysis, self._graph = analysis, analysis.graph
+        self._inputs = inputs
+
+    def parts(self, sink: Value) -> Iterator[Part]:
+        """Yield the parts of the output; itself, if it is no sum."""
+        yield from self._parts(sink, None, frozenset())
+
+    def _parts(
+        self, value: Value, reader: Op | None, sums: frozenset[str]
+    ) -> Iterator[Part]:
+        """Yield the parts of a value that `reader` adds up.
+
+        `sums` holds the names of the sum itself, as in `loss += ...`.
+        """
+        end, after, names = value, reader, set(sums)
+        while True:
+            name = self._name(end, after)
+            if reader is not None and name and name[0] not in sums:
+                yield Part(end, name[0], True, name[1])
+                return
+            names |= {name[0]} if name else set()
+            operands = self._summands(end)
+            if not operands:
+                yield self._whole(value, reader)
+                return
+            after = self._maker(end)
+            if end == value and after is not None and after.eqn.primitive.name == "add":
+                value = operands[0]  # `loss = 0.0; loss = loss + ...`: nothing is added
+            if operands[1:]:
+                break
+            (end,) = operands
+        for operand in operands:
+            yield from self._parts(operand, after, frozenset(names))
+
+    def _maker(self, value: Value) -> Op | None:
+        number = self._graph.maker[value]
+        return None if number < 0 else self._graph.ops[number]
+
+    def _summands(self, value: Value) -> list[Value]:
+        """Return what a value is a sum of: none where it is not linear in it."""
+        op = self._maker(value)
+        if op is None or op.join or op.held:
+            return []
+        moving = self._analysis.tangent
+        moved = [k for k, v in enumerate(op.inputs) if v is not None and moving[v]]
+        moved = [k for k in moved if op.inputs[k] in self._graph.grads[value]]
+        operands = list(dict.fromkeys(op.inputs[k] for k in moved))
+        shapes = [self._graph.avals[v].shape for v in operands if v is not None]
+        # A bias is no part of a loss, nor is what is broadcast to the others.
+        bias = any(
+            v in self._inputs and s for v, s in zip(operands, shapes, strict=True)
+        )
+        if operands[1:] and (bias or len({len(s) for s in shapes}) > 1):
+            return []
+        return (
+            [v for v in operands if v is not None] if is_linear(op.eqn, moved) else []
+        )
+
+    def _whole(self, value: Value, reader: Op | None) -> Part:
+        """A part that no variable has: named by its expression."""
+        op = self._maker(value)
+        if op is None:
+            path = self._inputs.get(value, "")
+            return Part(value, path, True, path)
+        spot = _apart(op, reader) or op.spot
+        text = spot.expression if spot else op.name
+        short = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+        return Part(value, short or op.name, False, spot or op.name)
+
+    def _name(self, value: Value, reader: Op | None) -> tuple[str, Any] | None:
+        """Return the variable or the point that a value is, and where that is."""
+        op = self._maker(value)
+        if op is None or op.join:
+            return None
+        if op.eqn.primitive.name == "name":
+            return op.eqn.params["name"], op.eqn.params["name"]
+        spot, other = _apart(op, reader), _apart(reader, op) if reader else None
+        statement = spot.statement if spot else None
+        if spot is None or statement is None or statement.kind != "assignment":
+            return None
+        if other is not None and other.statement == statement:
+            return None
+        key = spot.source.key(spot.position)
+        if key:
+            return key, spot.position
+        if statement.parts:
+            pairs = zip(statement.targets, statement.parts, strict=True)
+            held = [t for t, place in pairs if is_within(spot.position, place)]
+            return (held[0], spot.position) if len(held) == 1 else None
+        if len(statement.targets) > 1:
+            return _returned_name(op, spot)
+        return statement.label, (statement.line, statement.label)
+
+
+def _apart(op: Op | None, other: Op | None) -> Spot | None:
+    """Return the expression of `op` in the function where the two paths part."""
+    if op is None or not op.path.spots:
+        return None
+    mine, its = op.path.spots, other.path.spots if other else ()
+    depth = 0
+    while depth < min(len(mine), len(its)) - 1 and mine[depth] is its[depth]:
+        depth += 1
+    same = depth < len(its) and mine[depth].frame.code is its[depth].frame.code
+    return mine[depth] if same or other is None else mine[0]
+
+
+def _returned_name(op: Op, spot: Spot) -> tuple[str, Any] | None:
+    """Of `a, b = f(x)`: the name that f itself has for the part."""
+    depth = op.path.spots.index(spot) + 1
+    for inner in op.path.spots[depth : depth + 1]:
+        statement = inner.statement
+        if statement is not None and statement.kind == "assignment":
+            return statement.label, (statement.line, statement.label)
+        if inner.expression:
+            return inner.expression[:_LONGEST], inner.position
+    return None
+
+
+def _independent(analysis: Analysis, parts: Sequence[Part]) -> bool:
+    """Tell whether none of the parts is computed from another one."""
+    graph, values = analysis.graph, {part.value for part in parts}
+    if len(values) < 2:
+        return False
+    first = min(values)
+    for value in values:
+        before = graph.backward([value], graph.grads)
+        if any(before[other] for other in values if first <= other != value):
+            return False
+    return True

@@ -1,0 +1,234 @@
+"""Columns of the table: what a loss is a sum of, however the sum is written."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import stopgrad_jax as sg
+
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
+BETA = 0.1
+
+
+def of(p, x):
+    return x @ p["enc"]
+
+
+def reconstruction(p, x):
+    return jnp.mean((of(p, x) @ p["dec"] - x) ** 2)
+
+
+def divergence(p, x):
+    return jnp.mean(of(p, x) ** 2)
+
+
+def variables(p, x):
+    recon = reconstruction(p, x)
+    kl = divergence(p, x)
+    return recon + BETA * kl
+
+
+def total_in_a_variable(p, x):
+    recon = reconstruction(p, x)
+    kl = divergence(p, x)
+    total = recon + BETA * kl
+    return total
+
+
+def augmented(p, x):
+    loss = reconstruction(p, x)
+    loss += BETA * divergence(p, x)
+    return loss
+
+
+def reassigned(p, x):
+    loss = 0.0
+    loss = loss + reconstruction(p, x)
+    loss = loss + BETA * divergence(p, x)
+    return loss
+
+
+def inline(p, x):
+    return reconstruction(p, x) + BETA * divergence(p, x)
+
+
+def inline_expressions(p, x):
+    return jnp.mean((of(p, x) @ p["dec"] - x) ** 2) + BETA * jnp.mean(of(p, x) ** 2)
+
+
+def dict_of_losses(p, x):
+    losses = {"recon": reconstruction(p, x), "kl": BETA * divergence(p, x)}
+    return sum(losses.values())
+
+
+def dict_filled(p, x):
+    losses = {}
+    losses["recon"] = reconstruction(p, x)
+    losses["kl"] = divergence(p, x)
+    weights = {"recon": 1.0, "kl": BETA}
+    return sum(weights[k] * losses[k] for k in losses)
+
+
+def python_sum(p, x):
+    recon = reconstruction(p, x)
+    kl = BETA * divergence(p, x)
+    return sum([recon, kl])
+
+
+def stacked(p, x):
+    recon = reconstruction(p, x)
+    kl = divergence(p, x)
+    return jnp.stack([recon, kl]) @ jnp.array([1.0, BETA])
+
+
+def outer_mean(p, x):
+    recon = jnp.mean((of(p, x) @ p["dec"] - x) ** 2, axis=-1)
+    kl = jnp.mean(of(p, x) ** 2, axis=-1)
+    return jnp.mean(recon + BETA * kl)
+
+
+def vmapped(p, x):
+    def one(x):
+        recon = jnp.mean((x @ p["enc"] @ p["dec"] - x) ** 2)
+        kl = jnp.mean((x @ p["enc"]) ** 2)
+        return recon + BETA * kl
+
+    return jnp.mean(jax.vmap(one)(x))
+
+
+def jitted(p, x):
+    @jax.jit
+    def both(p, x):
+        recon = reconstruction(p, x)
+        kl = divergence(p, x)
+        return recon + BETA * kl
+
+    return both(p, x)
+
+
+def pair(p, x):
+    a = reconstruction(p, x)
+    b = divergence(p, x)
+    return a, b
+
+
+def tuple_of_a_call(p, x):
+    recon, kl = pair(p, x)
+    return recon + BETA * kl
+
+
+def tuple_written_out(p, x):
+    recon, kl = reconstruction(p, x), divergence(p, x)
+    return recon + BETA * kl
+
+
+def optax_losses(p, x):
+    recon = optax.l2_loss(of(p, x) @ p["dec"], x).mean()
+    kl = optax.huber_loss(of(p, x)).mean()
+    return recon + BETA * kl
+
+
+def named_points(p, x):
+    return sg.name(reconstruction(p, x), "recon") + BETA * sg.name(
+        divergence(p, x), "kl"
+    )
+
+
+WAYS = {
+    variables: ("recon", "kl"),
+    total_in_a_variable: ("recon", "kl"),
+    augmented: ("reconstruction(p, x)", "BETA * divergence(p, x)"),
+    reassigned: ("reconstruction(p, x)", "BETA * divergence(p, x)"),
+    inline: ("reconstruction(p, x)", "BETA * divergence(p, x)"),
+    inline_expressions: (
+        'jnp.mean((of(p, x) @ p["dec"]...',
+        "BETA * jnp.mean(of(p, x) ** 2)",
+    ),
+    dict_of_losses: ("recon", "kl"),
+    dict_filled: ('losses["recon"]', 'losses["kl"]'),
+    python_sum: ("recon", "kl"),
+    stacked: ("recon", "kl"),
+    outer_mean: ("recon", "kl"),
+    vmapped: ("recon", "kl"),
+    jitted: ("recon", "kl"),
+    tuple_of_a_call: ("a", "b"),
+    tuple_written_out: ("recon", "kl"),
+    optax_losses: ("recon", "kl"),
+    named_points: ("recon", "kl"),
+}
+PARAMS = {"enc": jnp.ones((4, 2)), "dec": jnp.ones((2, 4))}
+BATCH = jnp.ones((3, 4))
+
+
+@pytest.mark.parametrize("loss", WAYS, ids=lambda f: f.__name__)
+def test_each_part_has_a_column(loss):
+    flow = sg.flow(loss, xs="p")(PARAMS, BATCH)
+    cells = {row.path: tuple(row.terms.values()) for row in flow.inputs}
+    assert cells["p/enc"] == ("flows", "flows")
+    assert cells["p/dec"] == ("flows", "unused")
+    assert flow.terms == WAYS[loss]
+
+
+def test_a_loop_over_layers_is_one_column():
+    def loss(p, x):
+        data = jnp.mean((x @ p["w"]) ** 2)
+        penalty = 0.0
+        for w in p.values():
+            penalty += jnp.sum(w**2)
+        return data + 1e-3 * penalty
+
+    flow = sg.flow(loss, xs="p")({"w": jnp.ones((4, 2)), "v": jnp.ones(3)}, BATCH)
+    assert flow.terms == ("data", "penalty")
+    cells = {row.path: tuple(row.terms.values()) for row in flow.inputs}
+    assert cells == {"p/v": ("unused", "flows"), "p/w": ("flows", "flows"), "x": ()}
+
+
+def test_parts_of_one_expression_in_a_loop_are_one_column():
+    def loss(p, x):
+        total = jnp.mean((x @ p["w"]) ** 2)
+        for w in p.values():
+            total += 1e-3 * jnp.sum(w**2)
+        return total
+
+    flow = sg.flow(loss, xs="p")({"w": jnp.ones((4, 2)), "v": jnp.ones(3)}, BATCH)
+    assert flow.terms == ('jnp.mean((x @ p["w"]) ** 2)', "1e-3 * jnp.sum(w**2)")
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w, x: x @ w,
+        lambda w, x: jnp.sum((x @ w) ** 2),
+        lambda w, x: jnp.exp(jnp.sum(x @ w) + jnp.sum(w)),
+        lambda w, x: jnp.sum(x @ w) * jnp.sum(w),
+        lambda w, x: jnp.maximum(jnp.sum(x @ w), jnp.sum(w)),
+        lambda w, x: jnp.sum(jax.nn.relu(x @ w)),
+    ],
+    ids=["product", "square", "exp", "times", "max", "relu"],
+)
+def test_what_is_no_sum_has_no_columns(f):
+    assert sg.flow(f, xs="w")(jnp.ones((4, 2)), BATCH).terms == ()
+
+
+def test_a_part_that_is_computed_from_another_is_no_column():
+    def loss(w, x):
+        h = jnp.mean(x @ w)
+        return h + jnp.sin(h)
+
+    assert sg.flow(loss, xs="w")(jnp.ones((4, 2)), BATCH).terms == ()
+
+
+def test_a_stopped_part_has_a_column_only_for_what_it_trains():
+    def loss(p, x):
+        recon = reconstruction(p, x)
+        commit = jnp.mean((jax.lax.stop_gradient(of(p, x)) - p["code"]) ** 2)
+        return recon + commit
+
+    params = {**PARAMS, "code": jnp.ones(2)}
+    flow = sg.flow(loss, xs="p")(params, BATCH)
+    assert flow.terms == ("recon", "commit")
+    cells = {row.path: tuple(row.terms.values()) for row in flow.inputs}
+    assert cells["p/code"] == ("unused", "flows")
+    assert cells["p/enc"] == ("flows", "cut")

@@ -1,0 +1,92 @@
+"""Gradients through mutable references: `jax.new_ref`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stopgrad_jax as sg
+
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
+X = jnp.array([0.4, -0.7, 1.2])
+
+
+def through_a_reference(x):
+    ref = jax.new_ref(x * 2.0)
+    ref[0] += 1.0
+    return jnp.sum(ref[...] ** 2)
+
+
+def in_a_loop(x):
+    ref = jax.new_ref(jnp.zeros(3))
+
+    def body(i, c):
+        ref[i] = c
+        return c * 2.0
+
+    jax.lax.fori_loop(0, 3, body, x[0])
+    return jnp.sum(ref[...])
+
+
+def in_a_branch(x):
+    ref = jax.new_ref(jnp.zeros(()))
+
+    def yes(x):
+        ref[...] = x
+
+    jax.lax.cond(True, yes, lambda x: None, x[1])
+    return ref[...]
+
+
+def written_stopped(x):
+    ref = jax.new_ref(jnp.zeros(3))
+    ref[...] = jax.lax.stop_gradient(x)
+    return jnp.sum(ref[...] * 3.0)
+
+
+def all_of_it_replaced(x):
+    ref = jax.new_ref(x)
+    ref[...] = jnp.ones(3)
+    return jnp.sum(ref[...])
+
+
+def stopped_in_a_loop(x):
+    ref = jax.new_ref(jnp.zeros(3))
+
+    def body(i, c):
+        ref[i] = jax.lax.stop_gradient(c)
+        return c * 2.0
+
+    jax.lax.fori_loop(0, 3, body, x[0])
+    return jnp.sum(ref[...])
+
+
+def of_integers(x):
+    ref = jax.new_ref(jnp.zeros(3, int))
+    ref[...] = x.astype(int)
+    return jnp.sum(ref[...].astype(float))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        through_a_reference,
+        in_a_loop,
+        in_a_branch,
+        written_stopped,
+        all_of_it_replaced,
+        stopped_in_a_loop,
+        of_integers,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_references(f):
+    gradient = jax.grad(f)(X)
+    (row,) = sg.flow(f)(X).inputs
+    assert (row.status == "flows") == bool(jnp.any(gradient != 0))
+    assert row.status != "unknown"
+    check = sg.assert_gradient if jnp.any(gradient != 0) else sg.assert_no_gradient
+    check(f, "x")(X)
+    found = sg.gradients(f, "x", unconnected_gradients="zero")(X)
+    np.testing.assert_array_equal(found, gradient)
