@@ -170,13 +170,17 @@ def unclear_devices(
     total: Sequence[str], weight: Sequence[str], parameters: Sequence[str]
 ) -> Beats:
     """Say that it cannot be told whether parts are of a device or of all."""
-    differ = f"a sum that differs over {total}, a weight that differs over {weight}"
+    axes = sorted({*total, *weight})
+    names = _quoted(axes) if len(axes) == 1 else f"({_quoted(axes)})"
     if parameters:
-        differ = f"parts of {parameters}, over which parameters differ too"
+        came = f"parts that differ over {_quoted(parameters)}, as parameters do"
+    else:
+        each = (f"differs over {_quoted(a)}" if a else "is one" for a in (total, weight))
+        came = "a sum that {}, and a weight that {}".format(*each)
     return (
-        "sum and weight of each device alone, or both of all devices",
-        differ,
-        "return jax.lax.psum((sum, weight), axes)",
+        "sum and weight of each device's examples, or both of all of them",
+        came,
+        f"return jax.lax.psum(sum, {names}), jax.lax.psum(weight, {names})",
     )
 
 

@@ -16,7 +16,7 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as words
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.graph import Graph
-from stopgrad_jax._engine.labels import Labels
+from stopgrad_jax._engine.labels import Labels, printed_place
 from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Value, trace
@@ -79,7 +79,7 @@ class Examined:
         places = jax.tree.leaves(self._traced.positional[1])
         varies = {jaxpr.invars[x.index] for x in places if isinstance(x, Value)}
         lines, _ = _divisions(jaxpr, jaxpr.outvars[y.index], varies, "no source")
-        return lines[0] if lines else None
+        return printed_place(lines[0]) if lines else None
 
     def is_thrown_away(self, leaf: int) -> bool:
         """Tell a leaf that is read, and of which nothing that is returned depends."""

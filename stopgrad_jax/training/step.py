@@ -10,6 +10,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as words
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, function_name
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import migrate_state
@@ -53,6 +54,7 @@ class Step:
         """Name the loss."""
         return f"<step of {self.__name__}>"
 
+    @public
     def init(self, params: Any, batch: Any = _NO_BATCH, key: Any = None) -> State:
         """Begin: a state of fresh moments at step 0.
 
@@ -82,6 +84,7 @@ class Step:
         _jax.mark(count)
         return State(params, structure.unflatten(leaves), count)
 
+    @public
     def __call__(self, state: State, batch: Any, key: Any = None) -> tuple[State, Any]:
         """Take one step.
 
@@ -111,12 +114,14 @@ class Step:
             made(jax.tree.leaves((trained, opt_state, count)), jax.tree.leaves(args))
         return State(layout.join(trained, args[1]), opt_state, count), metrics
 
+    @public
     def lower(self, state: State, batch: Any, key: Any = None) -> jax.stages.Lowered:
         """Return the step's program for these arguments, as `jax.jit(f).lower` does."""
         layout, args = self._arguments(state, batch, key)
         args, program = self._placed(layout, args)
         return program.lower(*args)
 
+    @public
     def migrate(
         self, state: State, old: Step, batch: Any = _NO_BATCH, key: Any = None
     ) -> State:
