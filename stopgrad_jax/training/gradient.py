@@ -69,29 +69,35 @@ class Objective:
         if self.accumulate == 1:
             return self._at(split, batch, key, None)
         parts = micro.split(batch, self.accumulate, self.called)
-        # What a share is divided by comes first: it is the same for all of them.
-        whole = Whole.of(self._total(split, parts, key)) if self.loss.weighted else None
+        rounds, total, whole = jnp.arange(self.accumulate), None, None
+        if self.loss.weighted:  # what a share is divided by is the same for all of them
+            total = self._total(split, parts, key, rounds)
+            whole = Whole.of(total)
 
         def add(sums: list[Any], i: Any) -> tuple[list[Any], Found]:
             found = self._at(split, *micro.picked(parts, key, i), whole)
             pairs = zip(sums, found.gradients, strict=True)
             sums = [s + g.astype(s.dtype) for s, g in pairs]
-            return sums, found._replace(gradients=[])
+            value = Value(found.value.total, None)
+            return sums, found._replace(value=value, gradients=[])
 
         zeros = [micro.zeros(x) for x in split.trained]
-        sums, found = jax.lax.scan(add, zeros, jnp.arange(self.accumulate))
-        if not self.loss.weighted:  # a share is a whole mean: they are averaged
+        sums, found = jax.lax.scan(add, zeros, rounds)
+        if total is None:  # a share is a whole mean: they are averaged
             sums = [s / self.accumulate for s in sums]
+            value = found.value.summed
+        else:
+            value = Value(jnp.sum(found.value.total), total.weight)
         pairs = zip(sums, split.trained, strict=True)
         gradients = [s.astype(x.dtype) for s, x in pairs]
-        return found._replace(value=found.value.summed, gradients=gradients)
+        return found._replace(value=value, gradients=gradients)
 
     def value(self, split: Split, batch: Any, key: Any) -> jax.Array:
         """Return the loss alone, for optimizers that search along a line."""
         if self.accumulate == 1:
             return self.evaluate(split, batch, key)[0].mean
         parts = micro.split(batch, self.accumulate, self.called)
-        return self._total(split, parts, key).mean
+        return self._total(split, parts, key, jnp.arange(self.accumulate)).mean
 
     def evaluate(self, split: Split, batch: Any, key: Any) -> tuple[Value, Any]:
         """Return what the loss comes to at one batch or micro-batch, and aux."""
@@ -104,11 +110,11 @@ class Objective:
         value, aux = self.loss(params, batch, key)
         return over_devices(value, split.trained, self.called), aux
 
-    def _total(self, split: Split, parts: Any, key: Any) -> Value:
+    def _total(self, split: Split, parts: Any, key: Any, rounds: jax.Array) -> Value:
         def at(i: Any) -> Value:
             return self.evaluate(split, *micro.picked(parts, key, i))[0]
 
-        return jax.lax.map(at, jnp.arange(self.accumulate)).summed
+        return jax.lax.map(at, rounds).summed
 
     def _at(self, split: Split, batch: Any, key: Any, whole: Whole | None) -> Found:
         if self.stats:
