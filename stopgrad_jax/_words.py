@@ -186,16 +186,21 @@ def unclear_devices(
 
 # Said of arrays that a library's own type or name tells to be no parameters, and that
 # are not frozen.
-def state_trains(library: str, paths: Sequence[str], every: Sequence[str]) -> Beats:
-    """Refuse running statistics among the leaves that train."""
+def state_trains(library: str, paths: Sequence[str], also: str) -> Beats:
+    """Refuse running statistics among the leaves that train; `also` freezes them."""
     kind, new = _STATES[library]
-    by_type = "frozen=lambda path, leaf: isinstance(leaf, nnx.BatchStat)"
     return (
         "parameters alone among what trains",
         f"{kind} at {_quoted(paths)}, which no gradient and no decay should move",
-        f"{by_type if library == 'nnx' else frozen(every)}, has_aux=True with {new} in "
-        f"aux, and {_PUT_BACK}",
+        f"{also}; where the loss makes new ones, has_aux=True with {new} in aux, and "
+        f"{_PUT_BACK}",
     )
+
+
+# Freezes the statistics of any module of nnx, where `frozen` says nothing else.
+FROZEN_STATISTICS = "frozen=lambda path, leaf: isinstance(leaf, nnx.BatchStat)"
+# Where `frozen` is a function or a tree of booleans, to which no path can be added.
+FROZEN_TOO = "a `frozen` that selects these too"
 
 
 # Said of such arrays where the program reads them and nothing that it returns depends
@@ -226,7 +231,7 @@ def same_numbers(paths: Sequence[str], streams: Sequence[str]) -> Beats:
 
 
 _PUT_BACK = (
-    'state.replace(params=...) with it after each step: "Models with state" in '
+    'state.replace(params=...) with them after each step: "Models with state" in '
     "docs/api/train.md"
 )
 _STATES = {

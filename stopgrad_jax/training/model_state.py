@@ -14,10 +14,14 @@ from typing import Any
 import jax
 
 import stopgrad_jax._words as words
-from stopgrad_jax._address import printed
+from stopgrad_jax._address import is_address, printed
 from stopgrad_jax._errors import beats
+from stopgrad_jax._where import Where
 
 from .examine import Examined
+
+
+_KEYS = tuple(map(jax.tree_util.DictKey, ("params", "batch_stats")))  # as linen says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +49,22 @@ def stateful(params: Any) -> list[Stateful]:
 
 
 def refuse_trained(
-    states: Sequence[Stateful], trained: Sequence[int], called: str
+    states: Sequence[Stateful], trained: Sequence[int], frozen: Where, called: str
 ) -> None:
     """Raise where an optimizer would move statistics."""
-    found = [
-        s for s in states if not set(s.leaves).isdisjoint(trained) and not s.counts
-    ]
+    every = [s for s in states if not s.counts]
+    found = [s for s in every if not set(s.leaves).isdisjoint(trained)]
     if found:
-        kind, paths = found[0].library, [s.path for s in found]
-        told = words.state_trains(kind, paths, [s.path for s in states if not s.counts])
-        raise ValueError(beats(called, *told))
+        library = found[0].library
+        paths = [s.path for s in found if s.library == library]
+        before = frozen if isinstance(frozen, list | tuple) else [frozen]
+        also = words.frozen([*before, *paths])
+        if frozen is None:
+            also = words.frozen([s.path for s in every])
+            also = words.FROZEN_STATISTICS if library == "nnx" else also
+        elif not all(map(is_address, before)):
+            also = words.FROZEN_TOO
+        raise ValueError(beats(called, *words.state_trains(library, paths, also)))
 
 
 def refuse_lost(states: Sequence[Stateful], examined: Examined, called: str) -> None:
@@ -66,7 +76,9 @@ def refuse_lost(states: Sequence[Stateful], examined: Examined, called: str) -> 
     rest = (s for s in states if not s.counts)
     lost = [s for s in rest if any(map(examined.is_thrown_away, s.leaves))]
     if lost:
-        told = words.state_is_lost(lost[0].library, [s.path for s in lost])
+        library = lost[0].library
+        paths = [s.path for s in lost if s.library == library]
+        told = words.state_is_lost(library, paths)
         raise ValueError(beats(called, *told))
 
 
@@ -99,9 +111,7 @@ def _by_name(params: Any) -> Iterator[Stateful]:
     groups: dict[Any, list[int]] = {}
     for number, path in enumerate(paths):
         for k, key in enumerate(path):
-            if getattr(key, "key", None) == "batch_stats":
-                sibling = (*path[:k], type(key)("params"))
-                if sibling in above:
-                    groups.setdefault(path[: k + 1], []).append(number)
+            if key == _KEYS[1] and (*path[:k], _KEYS[0]) in above:
+                groups.setdefault(path[: k + 1], []).append(number)
     for path, numbers in groups.items():
         yield Stateful(printed(path), range(numbers[0], numbers[-1] + 1), "linen")

@@ -50,7 +50,8 @@ class Watch:
     def begin(self, layout: Layout, params: Any) -> None:
         """Look at a tree that has not been trained yet."""
         states = self._states[layout] = stateful(params)
-        refuse_trained(states, layout.numbers("trained"), self._objective.called)
+        trained, called = layout.numbers("trained"), self._objective.called
+        refuse_trained(states, trained, self._frozen, called)
 
     def frozen(
         self, layout: Layout, trained: Any, rest: Any, batch: Any, key: Any
