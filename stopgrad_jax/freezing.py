@@ -7,6 +7,7 @@ the optimizer instead: no state, no decay, no momentum, no part in any norm.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ import optax
 import stopgrad_jax._jax as _jax
 
 from ._address import printed
+from ._edge import public
 from ._errors import beats, shortened, type_of
 from ._where import Where, is_predicate, leaves_like, selected
 
 __all__ = ["freeze", "migrate_state"]
 
 
+@public
 def freeze(
     optimizer: optax.GradientTransformation, where: Where
 ) -> optax.GradientTransformationExtraArgs:
@@ -35,9 +38,7 @@ def freeze(
     by one part of `sg.partition`.
 
     Args:
-      optimizer: any optax transformation, or whatever has `init` and `update`. (What
-        is given to `update` by keyword reaches it as it is: `optax.lbfgs` wants a
-        `value_fn` of the trained leaves alone.)
+      optimizer: any optax transformation, or whatever has `init` and `update`.
       where: what to freeze: a path from the parameters' root, a list of paths, a
         boolean pytree, or a predicate (path, leaf). Leaves that carry no gradient are
         always frozen.
@@ -45,8 +46,11 @@ def freeze(
     Returns:
       An optax transformation. Its state is the optimizer's own, with
       `optax.MaskedNode()` at frozen leaves. `update(updates, state, params)` takes all
-      gradients, or None at leaves that do not train. At strings, functions and keys its
-      updates are None, which `equinox.apply_updates` passes over.
+      gradients, or None at leaves that do not train. What is given to it by keyword is
+      of all parameters too: a tree like them (`grad`) is hidden as the gradients are,
+      a function of them (`value_fn` of `optax.lbfgs`) is called with the frozen leaves
+      put in. At strings, functions and keys its updates are None, which
+      `equinox.apply_updates` passes over.
 
     Raises:
       AddressError: `where` selects no leaf that carries a gradient.
@@ -96,12 +100,14 @@ def freeze(
             before = selections[_places(params)]
             raise ValueError(_changed(params, before, trains, called))
         wanted = _wanted(updates, params, trains, called)
+        extra = {k: _given(x, params, trains) for k, x in extra.items()}
         new, state = inner.update(wanted, state, _hidden(params, trains), **extra)
         return _filled(new, params, trains), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@public
 def migrate_state(
     state: Any,
     old: optax.GradientTransformation,
@@ -127,7 +133,8 @@ def migrate_state(
       A state of `new`.
 
     Raises:
-      ValueError: `state` is no state of `old`, or the two are not the same optimizer.
+      ValueError: `state` is no state of `old`, the two are not the same optimizer, or
+        it keeps something of several parameters in one array (`optax.flatten`).
 
     Example:
         >>> import jax.numpy as jnp, optax, stopgrad_jax as sg
@@ -154,6 +161,18 @@ def migrate_state(
     _require_same_optimizer(expected, fresh, called)
     known = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     flat, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    for path, leaf in flat:
+        old = known.get(path, leaf)
+        if jnp.shape(old) != jnp.shape(leaf):  # as of `optax.flatten`
+            raise ValueError(
+                beats(
+                    called,
+                    "an optimizer whose state has an array for each parameter",
+                    f'"{printed(path)}" of shape {list(jnp.shape(old))}, where new has '
+                    f"{list(jnp.shape(leaf))}",
+                    "new.init(params), to begin with a fresh state",
+                )
+            )
     return structure.unflatten([known.get(path, leaf) for path, leaf in flat])
 
 
@@ -253,6 +272,43 @@ def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
                 )
             )
     return _masked(structure, leaves, trains)
+
+
+def _given(x: Any, params: Any, trains: list[bool]) -> Any:
+    """Turn what is given by keyword, of all parameters, into the optimizer's own."""
+    structure, leaves = jax.tree.structure(params), jax.tree.leaves(params)
+    hidden = jax.tree.structure(_hidden(params, trains))
+
+    def whole(tree: Any) -> Any:
+        if jax.tree.structure(tree) != hidden:
+            return tree
+        mine, pairs = iter(jax.tree.leaves(tree)), zip(leaves, trains, strict=True)
+        return structure.unflatten(next(mine) if t else leaf for leaf, t in pairs)
+
+    if is_predicate(x):
+
+        @functools.wraps(x)  # a line search asks which arguments it takes
+        def of_whole(*args: Any, **kwargs: Any) -> Any:
+            return x(*map(whole, args), **kwargs)
+
+        return of_whole
+    if jax.tree_util.treedef_is_leaf(structure) or not _is_like(x, params):
+        return x
+    return _masked(structure, leaves_like(x, params), trains)
+
+
+def _is_like(tree: Any, params: Any) -> bool:
+    """Tell a gradient, or what else has an array like it for each parameter."""
+    try:
+        pairs = zip(leaves_like(tree, params), jax.tree.leaves(params), strict=True)
+    except (ValueError, TypeError):
+        return False
+    same = (
+        x is None or (hasattr(x, "shape") and x.shape == jnp.shape(p))
+        for x, p in pairs
+        if _jax.carries_gradient(p)
+    )
+    return tree is not None and all(same)
 
 
 def _filled(updates: Any, tree: Any, trains: list[bool]) -> Any:

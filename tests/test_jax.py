@@ -266,3 +266,28 @@ def test_the_function_that_a_jaxpr_was_traced_from():
     derived = [e for e in eqns(jax.grad(loss), x) if e.primitive.name == "scan"]
     jaxprs = [_jax.opened(e.params["jaxpr"])[0] for e in derived]
     assert [_jax.origin_of(j) for j in jaxprs] == [None] * len(jaxprs)
+
+
+def test_marks_are_on_one_array_and_on_no_copy_of_it():
+    x, key = jnp.ones(3), jax.random.key(0)
+    assert not _jax.is_marked(x)
+    for array in (x, key):
+        _jax.mark(array)
+        assert _jax.is_marked(array)
+    alias = jax.device_put(x, jax.devices()[0])
+    assert alias.unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
+    others = [alias, jnp.copy(x), x + 0, jax.jit(lambda x: x)(x), np.asarray(x), 1.0]
+    assert not any(map(_jax.is_marked, others))
+    jax.jit(lambda x: [_jax.mark(x), x][1])(x)  # nothing happens to a traced value
+
+
+def test_results_of_a_donating_program_share_no_memory():
+    """So what a step returns is its own, though a constant or argument is in it."""
+    constant, given, own = jnp.arange(3.0), jnp.ones(3), jnp.zeros(3)
+    f = jax.jit(
+        lambda own, given: (own + 1, given, constant, own + 1), donate_argnums=0
+    )
+    for _ in range(2):  # compiled, and by the fast path
+        results = f(own + 0, given)
+        places = [x.unsafe_buffer_pointer() for x in (*results, constant, given)]
+        assert len(set(places)) == len(places)

@@ -279,11 +279,11 @@ def test_all_shards_skip_the_same_steps():
     w, x = np.ones(8, np.float32), np.arange(8, dtype=np.float32)
     after, _, found = sharded(w, x)
     np.testing.assert_allclose(after, 1 - 0.1 * x, rtol=1e-6)
-    assert found == {"": False}
+    assert found == {"w": False}
     x[3] = np.nan
     after, count, found = sharded(w, x)
     np.testing.assert_array_equal(after, w)
-    assert found == {"": True}
+    assert found == {"w": True}
     assert count == 1
 
 

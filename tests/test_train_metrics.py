@@ -1,5 +1,7 @@
 """What a step tells beside its loss: nonfinite gradients, and sizes of gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,50 @@ def test_nonfinite_gradients_are_named():
     step = make_step(loss, bad, frozen="encoder", nonfinite="report")
     _, metrics = step(step.init(params()), BATCH)
     assert metrics["nonfinite"] == {"head": True}
+
+
+def test_one_array_is_called_as_the_loss_calls_it():
+    shift = lambda w, x: jnp.sum((w - x) ** 2)
+    partial = functools.partial(lambda scale, w, x: scale * shift(w, x), 2.0)
+    method = Model().loss
+    for fun, name in ((shift, "w"), (partial, "w"), (method, "weights")):
+        step = make_step(fun, optax.sgd(0.1), nonfinite="report", stats=name)
+        _, metrics = step(step.init(f32(1.0, 2.0)), f32(1.0, np.inf))
+        assert metrics["nonfinite"] == {name: True}
+        assert list(metrics["stats"]) == list(metrics["zero"]) == [name]
+    nameless = make_step(lambda *args: shift(*args), optax.sgd(0.1), nonfinite="skip")
+    _, metrics = nameless(nameless.init(1.0), f32(1.0))
+    assert metrics["nonfinite"] == {"params": False}
+
+
+class Model:
+    def loss(self, weights, x):
+        return jnp.sum((weights - x) ** 2)
+
+
+def test_gradients_that_underflow_are_finite_and_told():
+    """float16 has nothing between 0 and 6e-8: 1e-3 of the head's 1e-5 is gone."""
+
+    def fun(p, x):
+        y = (p["w"] * x).astype(jnp.float16) * jnp.float16(1e-4)
+        return jnp.mean(y * jnp.float16(1e-4) * p["small"].astype(jnp.float16))
+
+    half = {"w": jnp.float16(1.0), "small": jnp.float16(1.0)}
+    mixed = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    for p in (half, mixed):
+        step = make_step(fun, optax.sgd(0.1), nonfinite="report", stats="p/w")
+        _, metrics = step(step.init(p), jnp.ones(4, jnp.float16))
+        assert metrics["nonfinite"] == {"small": False, "w": False}
+        assert metrics["zero"] == {"small": True, "w": True}
+        assert metrics["stats"]["p/w"].zero_fraction == 1
+    # In bfloat16, which has the range of float32, it is there; nan is not zero.
+    wide = lambda p, x: jnp.mean(p["w"] * x * 1e-4) * 1e-4 * p["small"]
+    step = make_step(wide, optax.sgd(0.1), nonfinite="report")
+    for scale, nan in ((1.0, False), (np.nan, True)):
+        p = jax.tree.map(jnp.bfloat16, half)
+        _, metrics = step(step.init(p), jnp.full(4, scale, jnp.bfloat16))
+        assert metrics["zero"] == {"small": False, "w": False}
+        assert metrics["nonfinite"] == {"small": nan, "w": nan}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -86,7 +132,9 @@ def test_sizes_of_gradients_are_metrics():
     np.testing.assert_allclose(metrics["stats"]["h"].norm, each, rtol=1e-5)
     # In a loop of steps, and with a cause where nothing comes
     stopped = lambda p, batch: fun(jax.lax.stop_gradient(p), batch) + p["head"][0]
-    step = make_step(stopped, optax.sgd(0.1), stats=["p/encoder", "p/head"])
+    step = make_step(
+        stopped, optax.sgd(0.1), stats=["p/encoder", "p/head"], untrained="ignore"
+    )
     _, history = fit(
         step, step.init(p), lambda n: BATCH, steps=4, log_every=2, progress=False
     )

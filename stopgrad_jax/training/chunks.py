@@ -20,8 +20,9 @@ from stopgrad_jax._address import printed
 from stopgrad_jax._engine.trace import is_traceable
 from stopgrad_jax._errors import beats, function_name, type_of
 
+from .owned import copied, made
 from .spread import constrained, is_spread, replicated, settled, shardings
-from .state import Held, copied
+from .state import Held
 
 
 def given(batch: Any) -> Any:
@@ -76,6 +77,12 @@ class Runner:
     def state(self) -> Any:
         """Put the state together."""
         return self._joined(self._leaves)
+
+    def given_up(self) -> Any:
+        """Return the newest state for good: its next owner may donate what is new."""
+        pairs = zip(self._leaves, self._owned, strict=True)
+        made([x for x, owns in pairs if owns], ())
+        return self.state
 
     def one(self, batch: Any) -> Any:
         """Take one step; return its metrics."""

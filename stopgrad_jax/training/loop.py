@@ -11,6 +11,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import printed
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 
 from .chunks import Runner, given
@@ -19,6 +20,7 @@ from .progress import Progress, interruptible
 CALLED = "fit(step, state, batches)"
 
 
+@public
 def fit(
     step: Callable[..., Any],
     state: Any,
@@ -34,7 +36,8 @@ def fit(
 
     Where batches are arrays or a function, whole chunks of steps run as one `lax.scan`
     in one compiled program. Ctrl-C ends the loop after the running chunk, and returns
-    what there is.
+    what there is. It is left as it is in a thread, and where Python was started with it
+    ignored, as a background job of a shell script is: there, `callback` may end a run.
 
     Forward: `state, metrics = step(state, batch)`, as often as `steps` says.
     Backward: that of the step; `fit` itself is not differentiated.
@@ -108,7 +111,7 @@ def fit(
     except BaseException as error:
         _attach(error, state, runner, log)
         raise
-    return runner.state, log.history()
+    return runner.given_up(), log.history()
 
 
 class _Log:

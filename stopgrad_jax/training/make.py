@@ -8,16 +8,21 @@ from typing import Any
 import optax
 
 from stopgrad_jax._address import Address
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.select import listed
-from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._errors import beats, function_name, quoted
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import freeze
 
 from .gradient import Objective
+from .loss import Loss
 from .step import Step
+from .untrained import OPTIONS
 from .update import Update
+from .watch import Watch
 
 
+@public
 def make_step(
     loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
@@ -25,8 +30,10 @@ def make_step(
     frozen: Where = None,
     has_aux: bool = False,
     accumulate: int = 1,
+    weighted: bool | None = None,
     stats: Sequence[Address] | Address = (),
     nonfinite: str | None = None,
+    untrained: str = "warn",
     donate: bool = True,
 ) -> Step:
     """Turn a loss and an optimizer into a jitted training step.
@@ -39,8 +46,8 @@ def make_step(
 
     Args:
       loss: a function of (params, batch), or (params, batch, key) where the step is
-        called with a key, that returns a real scalar: for `accumulate`, a mean over the
-        batch. Traced once.
+        called with a key, that returns a real scalar, or what `has_aux` and `weighted`
+        say. Traced where a step first meets a tree and a batch of their shapes.
       optimizer: any optax transformation. One that takes more than gradients
         (`optax.lbfgs`, `optax.contrib.reduce_on_plateau`) gets `value`, `grad` and
         `value_fn`. Gradients of complex leaves are conjugated, so that they descend.
@@ -49,17 +56,32 @@ def make_step(
         carry no gradient never train.
       has_aux: the loss returns (scalar, anything); the step's metrics have it as "aux".
       accumulate: split each batch into this many micro-batches, one after the other,
-        and average their gradients: the memory of one of them, and (for a mean and
-        linear gates) the result of the whole. Each micro-batch is every k-th example;
-        its key is `jax.random.fold_in(key, i)`; "aux" has a leading axis of them. A
-        nonlinear gate sees the cotangent of its micro-batch.
+        and average their losses and gradients: the memory of one of them. That is the
+        result of the whole for a mean over examples that count the same, linear gates
+        and no statistics of the batch (BatchNorm); a nonlinear gate sees the cotangent
+        of its micro-batch. Each micro-batch is every k-th example; its key is
+        `jax.random.fold_in(key, i)`; "aux" has a leading axis of them.
+      weighted: True: the loss returns (sum, weight), with `has_aux` ((sum, weight),
+        aux), and the step trains sum / weight: of micro-batches, and in a `shard_map`
+        of devices, both are added up and divided once, so a masked mean is that of the
+        whole batch. Weights come first, so the loss is evaluated twice where they take
+        that; they may depend on the parameters. Without any weight the loss is nan and
+        the gradient zero. False: micro-batches count the same, on purpose. None: the
+        same, with a warning where the loss divides by what depends on the batch.
       stats: addresses in the loss whose gradients' sizes are wanted as the metric
         "stats", {address: `Stats`}, see `sg.gradient_stats`. With `accumulate` they
-        have a leading axis of micro-batches.
+        have a leading axis of micro-batches; if `weighted`, of their shares of the
+        whole. What underflows to zero in float16 is finite: see `zero_fraction`.
       nonfinite: "report" tells in the metric "nonfinite", {path: bool}, which leaves
         have a nan or inf in their gradient (or, where all gradients are finite, in
-        their update). "skip" also leaves parameters and optimizer as they were in such
-        a step; the step is counted.
+        their update), and in the metric "zero" which have a gradient that is zero at
+        every entry (as one that underflows). "skip" also leaves parameters and
+        optimizer as they were in a step with a nan or inf; the step is counted.
+      untrained: what happens to leaves that the loss cannot train (stopped, rounded,
+        unused), which an optimizer may still decay. "warn" names them and the cause,
+        once; "error" raises; "freeze" treats them as `frozen` does, and
+        `step.init(params, batch)` wants a batch to look at; "ignore" does not look. A
+        loss that trains nothing raises, unless they are ignored.
       donate: reuse the memory of the old state for the new one.
 
     Returns:
@@ -72,7 +94,9 @@ def make_step(
       TypeError: the loss is no real scalar (or no pair, with `has_aux`), or the
         optimizer no optax transformation.
       ValueError: a batch that `accumulate` does not divide, a state of another
-        optimizer or tree, parameters of which none trains, or an option out of range.
+        optimizer or tree, parameters of which none trains, an option out of range, or
+        a model whose own state (running statistics, counts of random numbers) would be
+        trained or would never move.
       AddressError: `frozen` matches nothing.
 
     Example:
@@ -104,13 +128,22 @@ def make_step(
         expected = 'nonfinite is None, "report" or "skip"'
         instead = 'nonfinite="skip" to leave out such steps'
         raise ValueError(beats(called, expected, f"{nonfinite!r}", instead))
+    if untrained not in OPTIONS:
+        expected = "untrained is one of " + quoted(OPTIONS)
+        instead = 'untrained="freeze" for no state and no decay'
+        raise ValueError(beats(called, expected, f"{untrained!r}", instead))
+    if weighted not in (None, False, True):
+        expected = "weighted is True for a loss that returns (sum, weight), or False"
+        raise TypeError(beats(called, expected, f"{weighted!r:.60}", "weighted=True"))
     wants_value = isinstance(optimizer, optax.GradientTransformationExtraArgs)
     if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
         pair = (optimizer.init, optimizer.update)
         optimizer = optax.GradientTransformationExtraArgs(*pair)
     addresses = tuple(listed(stats, called, "stats"))
-    objective = Objective(loss, has_aux, accumulate, addresses)
+    objective = Objective(Loss(loss, has_aux, bool(weighted)), accumulate, addresses)
+    averages = accumulate > 1 and weighted is None
+    watch = Watch(objective, frozen, untrained, averages)
     inner = optax.with_extra_args_support(optimizer)
-    update = Update(objective, inner, wants_value, nonfinite)
+    update = Update(objective, inner, wants_value, nonfinite, watch)
     whole = optimizer if frozen is None else freeze(optimizer, frozen)
     return Step(update, whole, frozen, donate)

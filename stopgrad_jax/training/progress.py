@@ -88,7 +88,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """
     before = signal.getsignal(signal.SIGINT)
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or not callable(before):  # ignored, or not Python's to handle
+    if not in_main or not callable(before):
+        # Ignored on purpose (a background job, `nohup`), or not Python's to handle.
         yield lambda: False
         return
     asked: list[bool] = []

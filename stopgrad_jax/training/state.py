@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import stopgrad_jax._jax as _jax
@@ -15,12 +14,11 @@ from stopgrad_jax._engine.trace import is_traceable
 from stopgrad_jax._where import Where, selected
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Parameters, the optimizer's state and the number of steps so far: a pytree.
 
-    Save it as any other pytree: with pickle, or orbax.
+    A named tuple, as optax's own states are: save it with pickle, orbax or
+    `flax.serialization`.
 
     Attributes:
       params: all parameters, the frozen ones included.
@@ -33,8 +31,11 @@ class State:
     step: jax.Array
 
     def replace(self, **changes: Any) -> State:
-        """Return the state with other `params`, `opt_state` or `step`."""
-        return dataclasses.replace(self, **changes)
+        """Return the state with other `params`, `opt_state` or `step`.
+
+        What you put in stays yours: the next step copies it before it trains.
+        """
+        return self._replace(**changes)
 
 
 class Held:
@@ -67,22 +68,28 @@ class Held:
 class Layout:
     """Where the leaves of a tree go: which train, which take part, which are fixed.
 
-    `kinds` holds for each leaf "trained", "rest" (an array that is not trained) or what
-    is `Held`.
+    `kinds` holds for each leaf "trained", "rest" (an array that is not trained),
+    "untrained" (one that the loss cannot train, and that was frozen for it) or what is
+    `Held`.
     """
 
     structure: Any
     kinds: tuple[Any, ...]
 
+    def numbers(self, kind: str) -> list[int]:
+        """Return which leaves are of a kind, by number."""
+        return [k for k, this in enumerate(self.kinds) if this == kind]
+
     def split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Return the leaves that train and the other arrays."""
         pairs = list(zip(leaves, self.kinds, strict=True))
         trained = [leaf for leaf, kind in pairs if kind == "trained"]
-        return trained, [leaf for leaf, kind in pairs if kind == "rest"]
+        return trained, [leaf for leaf, kind in pairs if kind in ("rest", "untrained")]
 
     def join(self, trained: Iterable[Any], rest: Iterable[Any]) -> Any:
         """Put a tree together again."""
-        sources = {"trained": iter(trained), "rest": iter(rest)}
+        others = iter(rest)
+        sources = {"trained": iter(trained), "rest": others, "untrained": others}
         return self.structure.unflatten(
             kind.value if isinstance(kind, Held) else next(sources[kind])
             for kind in self.kinds
@@ -128,15 +135,3 @@ def kind_of(leaf: Any) -> Any:
     if isinstance(leaf, float | complex):
         return type(leaf)
     return (leaf.shape, leaf.dtype) if is_traceable(leaf) else Held(leaf)
-
-
-def copied(leaf: Any) -> jax.Array:
-    """Copy an array, so that the copy may be donated; a number becomes an array.
-
-    Weak types end here: an update would make them strong, and the step trace twice.
-    """
-    if not isinstance(leaf, jax.Array):
-        return jnp.array(leaf, dtype=jnp.asarray(leaf).dtype)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # a PRNG key
-        return jnp.copy(leaf)
-    return jnp.array(leaf, dtype=leaf.dtype)

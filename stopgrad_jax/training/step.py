@@ -9,13 +9,26 @@ import jax.numpy as jnp
 import optax
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._words as words
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, function_name
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import migrate_state
 
+from .owned import copied, is_used_up, made, owned
 from .spread import is_spread, replicated, settled, shardings
-from .state import Layout, State, copied, kind_of, layout_of
+from .state import Layout, State, kind_of, layout_of
 from .update import Update
+
+
+class _NoBatch:
+    """Stands for a batch that was not given, as None may be one."""
+
+    def __repr__(self) -> str:
+        return "no batch"
+
+
+_NO_BATCH: Any = _NoBatch()
 
 
 class Step:
@@ -24,22 +37,25 @@ class Step:
     `make_step` makes it and says what it does.
 
     Attributes:
-      optimizer: the optimizer, with the frozen leaves hidden (`sg.freeze`).
+      optimizer: the optimizer, with the leaves that `frozen` selects hidden
+        (`sg.freeze`).
     """
 
     def __init__(self, update: Update, optimizer: Any, frozen: Where, donate: bool):
         """Keep what `make_step` has checked."""
         self.optimizer = optimizer
         self._update, self._frozen, self._donate = update, frozen, donate
+        self._watch = update.watch
         self._layouts: dict[Any, Layout] = {}
         self._programs: dict[Any, Any] = {}
-        self.__name__ = function_name(update.objective.loss)
+        self.__name__ = function_name(update.objective.loss.fun)
 
     def __repr__(self) -> str:
         """Name the loss."""
         return f"<step of {self.__name__}>"
 
-    def init(self, params: Any) -> State:
+    @public
+    def init(self, params: Any, batch: Any = _NO_BATCH, key: Any = None) -> State:
         """Begin: a state of fresh moments at step 0.
 
         The leaves that train are copied, as the step will donate them: `params` stays
@@ -48,27 +64,34 @@ class Step:
         Args:
           params: a pytree. Leaves that carry no gradient (ints, bools, strings,
             functions, keys, None) stay as they are, and reach the loss.
+          batch: for `untrained="freeze"`, a batch, or the shapes of one: the loss is
+            traced at it, to see which leaves it trains.
+          key: a PRNG key with it, where the loss takes one.
 
         Returns:
           The state.
 
         Raises:
           AddressError: `frozen` matches nothing.
-          ValueError: no leaf trains.
+          ValueError: no leaf trains, a state of a model (running statistics) would be
+            trained, or there is no batch to look at.
         """
-        layout = self._layout(params)
+        layout = self._layout(params, batch, key)
         trained, rest = layout.split(jax.tree.leaves(params))
         trained = [copied(x) for x in trained]
         leaves, structure = self._fresh(layout, trained)
-        params = layout.join(trained, rest)
-        return State(params, structure.unflatten(leaves), jnp.zeros((), jnp.int32))
+        params, count = layout.join(trained, rest), jnp.zeros((), jnp.int32)
+        _jax.mark(count)
+        return State(params, structure.unflatten(leaves), count)
 
+    @public
     def __call__(self, state: State, batch: Any, key: Any = None) -> tuple[State, Any]:
         """Take one step.
 
         Args:
           state: from `init`, or from the step before. Its trained leaves and optimizer
             state are donated: what you keep of it is gone, but for the frozen leaves.
+            Arrays of yours that you put into it are copied first.
           batch: a pytree of arrays, handed to the loss.
           key: a PRNG key, handed to the loss; None: the loss takes none.
 
@@ -86,15 +109,22 @@ class Step:
         else:
             args, program = self._placed(layout, args)
         trained, opt_state, count, metrics = program(*args)
+        self._watch.tell()
+        if not jax.config.jax_disable_jit:  # type: ignore
+            made(jax.tree.leaves((trained, opt_state, count)), jax.tree.leaves(args))
         return State(layout.join(trained, args[1]), opt_state, count), metrics
 
+    @public
     def lower(self, state: State, batch: Any, key: Any = None) -> jax.stages.Lowered:
         """Return the step's program for these arguments, as `jax.jit(f).lower` does."""
         layout, args = self._arguments(state, batch, key)
         args, program = self._placed(layout, args)
         return program.lower(*args)
 
-    def migrate(self, state: State, old: Step) -> State:
+    @public
+    def migrate(
+        self, state: State, old: Step, batch: Any = _NO_BATCH, key: Any = None
+    ) -> State:
         """Go on with a state of another step, of the same optimizer: freeze or thaw.
 
         What trains in both keeps its moments; what is thawed starts with fresh ones.
@@ -102,25 +132,29 @@ class Step:
         Args:
           state: a state of `old`. It is used up, as by a step.
           old: the step so far.
+          batch: as for `init`.
+          key: as for `init`.
 
         Returns:
-          A state of this step, with the same parameters and step number.
+          A state of this step, with the same parameters and step number. None of its
+          arrays that train is one of yours.
 
         Raises:
           ValueError: see `sg.migrate_state`.
         """
-        before, now = old._layout(state.params), self._layout(state.params)
+        before = old._layout(state.params, batch, key)
+        now = self._layout(state.params, batch, key)
         opt_state = migrate_state(
             state.opt_state, old._hiding(before), self._hiding(now), state.params
         )
-        leaves = jax.tree.leaves(state.params)
-        triples = zip(leaves, before.kinds, now.kinds, strict=True)
-        thawed = [
-            copied(x) if kind == "trained" != was else x for x, was, kind in triples
-        ]
-        return State(now.structure.unflatten(thawed), opt_state, state.step)
+        trained, rest = now.split(jax.tree.leaves(state.params))
+        moments, structure = jax.tree.flatten(opt_state)
+        both = owned([*trained, *moments], rest)
+        params = now.join(both[: len(trained)], rest)
+        opt_state = structure.unflatten(both[len(trained) :])
+        return State(params, opt_state, state.step)
 
-    def _layout(self, params: Any) -> Layout:
+    def _layout(self, params: Any, batch: Any, key: Any) -> Layout:
         """Say which leaves train: asked once of each tree, as paths take time."""
         leaves, structure = jax.tree.flatten(params)
         seen = (structure, tuple(map(kind_of, leaves)))
@@ -129,6 +163,12 @@ class Step:
             layout = layout_of(params, self._frozen, called)
             if "trained" not in layout.kinds:
                 raise _nothing_trains(called, params)
+            self._watch.begin(layout, params)
+            if self._watch.freezes:
+                if batch is _NO_BATCH:
+                    raise ValueError(beats("step.init(params)", *words.NO_EXAMPLE))
+                trained, rest = layout.split(leaves)
+                layout = self._watch.frozen(layout, trained, rest, batch, key)
             self._layouts[seen] = layout
         return self._layouts[seen]
 
@@ -164,31 +204,35 @@ class Step:
                     "state = step.init(params)",
                 )
             )
-        layout = self._layout(state.params)
-        trained, rest = layout.split(jax.tree.leaves(state.params))
-        if not _jax.is_traced(trained[0]) and _is_used_up(trained[0]):
+        leaves = jax.tree.leaves(state.params)
+        if any(map(is_used_up, [*leaves, *jax.tree.leaves(state.opt_state)])):
             raise RuntimeError(
                 beats(
                     "step(state, batch)",
                     "a state that is not used up: a step donates its memory",
                     "a state whose arrays are deleted",
-                    "state, metrics = step(state, batch), and go on with that; or "
-                    "make_step(..., donate=False)",
+                    "state, metrics = step(state, batch), and go on with that (where "
+                    "two states share parameters: state.replace(params=other.params)); "
+                    "or make_step(..., donate=False)",
                 )
             )
+        layout = self._layout(state.params, batch, key)
+        trained, rest = layout.split(leaves)
         return layout, (trained, rest, state.opt_state, state.step, batch, key)
 
     def _placed(self, layout: Layout, args: Any) -> tuple[Any, Any]:
         """Return the arguments where they should lie, and the program for them."""
         trained, rest, opt_state, count, batch, key = args
         if self._donate:
-            trained = _distinct(trained, rest)
+            flat, structure = jax.tree.flatten((trained, opt_state, count))
+            flat = owned(flat, jax.tree.leaves((rest, batch, key)))
+            trained, opt_state, count = structure.unflatten(flat)
         layouts, leaves = None, jax.tree.leaves(args)
         if any(map(is_spread, leaves)):
-            owned, structure = jax.tree.flatten((trained, opt_state, count))
-            owned = settled(owned, replicated([*owned, *leaves]))
-            trained, opt_state, count = structure.unflatten(owned)
-            layouts = (shardings(owned), structure)
+            flat, structure = jax.tree.flatten((trained, opt_state, count))
+            flat = settled(flat, replicated([*flat, *leaves]))
+            trained, opt_state, count = structure.unflatten(flat)
+            layouts = (shardings(flat), structure)
         program = self._program(layout, self._donate, layouts)
         return (trained, rest, opt_state, count, batch, key), program
 
@@ -207,22 +251,6 @@ class Step:
             donated = (0, 2, 3) if donate else ()
             self._programs[which] = jax.jit(train_step, donate_argnums=donated, **out)
         return self._programs[which]
-
-
-def _is_used_up(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.is_deleted()
-
-
-def _distinct(trained: list[Any], rest: list[Any]) -> list[Any]:
-    """Copy what would be donated and used in one call, as a teacher just set equal."""
-    seen = set(map(id, rest))
-    if len(seen.union(map(id, trained))) == len(seen) + len(trained):
-        return trained
-    result = []
-    for leaf in trained:
-        result.append(copied(leaf) if id(leaf) in seen else leaf)
-        seen.add(id(leaf))
-    return result
 
 
 def _nothing_trains(called: str, params: Any) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from stopgrad_jax._errors import beats, quoted
 
 from .gradient import Objective
 from .state import Layout, Split
+from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Update:
     optimizer: optax.GradientTransformationExtraArgs
     wants_value: bool  # the optimizer takes the loss and its function
     nonfinite: str | None
+    watch: Watch
 
     def __call__(
         self,
@@ -40,33 +43,38 @@ class Update:
         _refuse_unchecked()
         params = layout.alone(trained)
         self._check(opt_state, params)
+        self.watch.look(layout, trained, rest, batch, key)
 
         objective, split = self.objective, Split(layout, trained, rest)
-        loss, gradients, aux, stats = objective.gradients(split, batch, key)
+        value, gradients, aux, stats = objective.gradients(split, batch, key)
+        loss = value.mean
         # JAX's gradient of a real function of complex z points against the descent.
         grads = layout.alone(jnp.conj(g) if _is_complex(g) else g for g in gradients)
         extra = {}
         if self.wants_value:
-            extra = {
-                "value": loss,
-                "grad": grads,
-                "value_fn": lambda tree: objective.value(
-                    split._replace(trained=jax.tree.leaves(tree)), batch, key
-                ),
-            }
+
+            def value_fn(tree: Any) -> jax.Array:
+                there = split._replace(trained=jax.tree.leaves(tree))
+                return objective.value(there, batch, key)
+
+            extra = {"value": loss, "grad": grads, "value_fn": value_fn}
+            extra = _taken(self.optimizer.update, extra)
         updates, changed = self.optimizer.update(grads, opt_state, params, **extra)
         moved = jax.tree.leaves(optax.apply_updates(params, updates))
         new = [_like(x, old) for x, old in zip(moved, trained, strict=True)]
         changed = jax.tree.map(_like, changed, opt_state)
 
         metrics: dict[str, Any] = {"loss": loss}
-        if objective.has_aux:
+        if objective.loss.has_aux:
             metrics["aux"] = aux
         if objective.stats:
             metrics["stats"] = stats
         if self.nonfinite:
             bad = _nonfinite(gradients, jax.tree.leaves(updates))
-            metrics["nonfinite"] = dict(zip(_paths(params), bad, strict=True))
+            paths = _paths(params, objective.loss.argument)
+            metrics["nonfinite"] = dict(zip(paths, bad, strict=True))
+            zero = [~_anywhere(g != 0) for g in gradients]
+            metrics["zero"] = dict(zip(paths, zero, strict=True))
             if self.nonfinite == "skip":
                 skip = jnp.any(jnp.stack(bad))
                 new, changed = jax.tree.map(
@@ -115,6 +123,14 @@ def _refuse_unchecked() -> None:
         )
 
 
+def _taken(update: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what an optimizer does not take: by optax's word it takes any."""
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return extra
+    return {name: x for name, x in extra.items() if name in parameters}
+
+
 def _is_complex(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.complexfloating)
 
@@ -137,17 +153,20 @@ def _nonfinite(gradients: list[Any], updates: list[Any]) -> list[jax.Array]:
 
 
 def _has_nonfinite(x: jax.Array) -> jax.Array:
-    found = ~jnp.all(jnp.isfinite(x))
-    axes = tuple(_jax.varying(jax.typeof(x)))
-    if not axes:
-        return found
-    # In a shard_map all devices must come to the same decision.
-    return jax.lax.pmax(found.astype(jnp.int32), axes) > 0
+    return _anywhere(~jnp.isfinite(x))
 
 
-def _paths(tree: Any) -> list[str]:
+def _anywhere(found: jax.Array) -> jax.Array:
+    """Tell if any entry is True; in a shard_map all devices come to one decision."""
+    anywhere = jnp.any(found)
+    axes = tuple(_jax.varying(jax.typeof(anywhere)))
+    return jax.lax.pmax(anywhere.astype(jnp.int32), axes) > 0 if axes else anywhere
+
+
+def _paths(tree: Any, root: str) -> list[str]:
+    """Return the path of each leaf; the root's name where the tree is one array."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [printed(path) for path, _ in flat]
+    return [printed(path) or root for path, _ in flat]
 
 
 def _shapes(tree: Any) -> dict[str, Any]:
