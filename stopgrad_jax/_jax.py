@@ -199,6 +199,16 @@ def scopes_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def transforms_of(eqn: Any) -> tuple[str, ...]:
+    """Return the JAX transforms that made an equation, outermost first.
+
+    "jvp", "transpose", "vmap" and the like. JAX's name stack tells a transform from a
+    scope of the user's by its kind; printed, `jax.named_scope("vmap(x)")` looks alike.
+    """
+    stack = eqn.source_info.name_stack.stack
+    return tuple(part.name for part in stack if type(part).__name__ == "Transform")
+
+
 def callers_of(eqn: Any) -> tuple[str, ...]:
     """Names of the functions on the stack when the equation was made."""
     traceback = eqn.source_info.traceback
@@ -351,6 +361,12 @@ def is_tracing() -> bool:
 def stacked(length: int, aval: Any) -> Any:
     """Type of `length` values of this type on a new leading axis."""
     return core.unmapped_aval(length, 0, aval)
+
+
+def is_key(x: Any) -> bool:
+    """Tell a PRNG key, or another value of a dtype that NumPy does not have."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def is_differentiable(aval: Any) -> bool:
