@@ -489,6 +489,12 @@ def stacked(length: int, aval: Any) -> Any:
     return core.unmapped_aval(length, 0, aval)
 
 
+def is_key(x: Any) -> bool:
+    """Tell a PRNG key, or another value of a dtype that NumPy does not have."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
 def is_differentiable(aval: Any) -> bool:
     """Real or complex floating point: the dtypes that carry a gradient."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)

@@ -1,9 +1,13 @@
-"""Trace nonfinite results of a program back to the operation that they were born in.
+"""Trace a nonfinite result of a program back to the operation that it was born in.
 
-An operand is to blame for a nonfinite result if the result becomes finite once that
-operand's nan and inf are replaced. An operation whose result stays nonfinite although
-all its operands are finite is a *birth*. So a nan that is masked later, or overwritten,
-is never reached, and never reported.
+An entry of an operand is to blame for a nonfinite entry of a result if the result is
+finite without it: with ordinary numbers in its place. An entry that stays nonfinite
+whatever stands in the place of the nonfinite operands is a *birth*. So a nan that is
+masked later, or overwritten, is never reached, and never reported.
+
+Where the way back ends at what was there before (an argument, or an infinity that the
+program puts in on purpose, as in a mask), the operation that makes nan of it does the
+*harm*; if there is none, the first operation that *takes* it is named.
 """
 
 from __future__ import annotations
@@ -12,14 +16,40 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .levels import Level, Op, Runner
-from .nested import nested
+from .entries import (
+    Index,
+    count,
+    index_of,
+    is_bad,
+    is_nan,
+    known,
+    places,
+    wide,
+)
+from .levels import Level, Op
+from .runner import Runner
+from .suspects import Entry, Suspects, cleaned
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One level on the way to a birth: what was gone back from, and through what.
+
+    `after` holds for each entry the one that it made nonfinite.
+    """
+
+    level: Level
+    entry: Entry
+    after: dict[Entry, Entry]
+
+    @property
+    def op(self) -> Op:
+        """The operation that the birth is in, or is."""
+        return self.level.ops[self.level.maker[self.entry.value]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,194 +57,178 @@ class Birth:
     """Where a nonfinite value was born, or where a given one first did harm.
 
     Attributes:
-      op: the operation.
-      operands, result: its operands, and its first nonfinite result.
-      steps: the rounds of the loops that it lies in, outermost first.
-      follower: the operation that took the value on, if any.
-      mask: the operation that selected the value away in the forward pass, so that
-        its derivative was multiplied by zero.
+      kind: "birth", "harm" if it makes nan of what was there, "taken" if it only takes
+        that on.
+      frames: the levels that it lies in, outermost first.
+      operands, result: what it computes with, and its nonfinite result.
+      source: the operand of the whole program that is taken on, if it is one.
+      constant: what is taken on if it is none: a literal, or an array closed over.
     """
 
-    op: Op
+    kind: str
+    frames: tuple[Frame, ...]
     operands: tuple[Any, ...]
     result: Any
-    steps: tuple[int, ...] = ()
-    follower: Op | None = None
-    mask: Op | None = None
+    source: int | None = None
+    constant: Any = None
+
+    @property
+    def op(self) -> Op:
+        """The operation."""
+        return self.frames[-1].op
+
+    @property
+    def index(self) -> Index:
+        """Where in the result the entry is that was gone back to."""
+        return self.frames[-1].entry.index
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The rounds of the loops that it lies in, outermost first."""
+        steps = (frame.op.step for frame in self.frames)
+        return tuple(step for step in steps if step is not None)
 
 
-def find(runner: Runner, level: Level) -> Birth | None:
-    """Find the first birth that reaches a result of the level.
+def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
+    """Find what makes entries of a level nonfinite: the first birth, if there is one.
 
-    None if there is none: all results are finite, or what was nonfinite was given.
+    An infinity that a nested program puts in on purpose is no birth, unless nothing
+    else explains the targets.
     """
-    births, harm, via = _births(level, _targets(level))
-    if not births and not harm:
+    way = find_way(level, targets)
+    put_in: list[Birth] = []
+    for entry in sorted(way.born, key=lambda e: level.maker[e.value]):
+        birth = _inside(runner, way, entry, "birth")
+        if birth.kind != "taken":
+            return birth
+        put_in.append(birth)
+    # A birth that turned out to be put in is one more source of a given infinity.
+    harm = [e for e in way.before if way.makes_nan(level, e)]
+    if harm:
+        entry = min(harm, key=lambda e: level.maker[e.value])
+        return _inside(runner, way, entry, "harm")
+    if put_in:
+        return put_in[0]
+    takers = [way.after[e] for e in way.given if e in way.after]
+    if not takers:  # a result that is an operand itself
+        entry = next(iter(way.given))
+        shown = known(level.values[entry.value])
+        return Birth("taken", (), (), shown, *_source(level, entry.value))
+    entry = min(takers, key=lambda e: level.maker[e.value])
+    return _inside(runner, way, entry, "taken")
+
+
+def targets_of(level: Level, results: Iterable[int]) -> list[Entry]:
+    """Return the first nonfinite entry of each of these results of a level."""
+    numbers = [k for result in results for k in level.outputs[result]]
+    return [entry for k in numbers if (entry := first_entry(level, k)) is not None]
+
+
+def first_entry(level: Level, value: int) -> Entry | None:
+    """Return the first nan of a value, or else the first inf."""
+    x = level.values[value]
+    if not count(x):
         return None
-    first = min(births or harm)
-    op, birth = level.ops[first], None
-    if first in births:
-        birth = _inside(runner, level, op)
-    if birth is None:
-        result = next(level.values[k] for k in op.writes if count(level.values[k]))
-        steps = (op.step,) if op.step is not None else ()
-        operands = tuple(map(_known, level.read(op)))
-        birth = Birth(op, operands, _known(result), steps)
-    elif op.step is not None:
-        birth = dataclasses.replace(birth, steps=(op.step, *birth.steps))
-    chain = [op]
-    while id(chain[-1]) in via and len(chain) < len(level.ops):
-        chain.append(via[id(chain[-1])])
-    follower = birth.follower or (chain[1] if chain[1:] else None)
-    mask = birth.mask
-    for turning in chain if mask is None else ():
-        mask = mask or _mask(runner, level, turning)
-    return dataclasses.replace(birth, follower=follower, mask=mask)
+    nan = np.flatnonzero(np.isnan(wide(x)))
+    number = nan[0] if len(nan) else places(x)[0]
+    return Entry(value, index_of(number, np.shape(x)))
 
 
-def _targets(level: Level) -> list[int]:
-    return [k for ks in level.outputs for k in ks if count(level.values[k])]
+# The way back in one level --------------------------------------------------------
 
 
-def _births(
-    level: Level, targets: Iterable[int]
-) -> tuple[set[int], set[int], dict[int, Op]]:
-    """Walk back from nonfinite values.
+@dataclasses.dataclass
+class Way:
+    """All that was gone through: `before` holds the entries that made one nonfinite."""
 
-    Returns the numbers of the operations that are births, of those that make nan of a
-    given inf, and for each operation the one by which it was come to.
-    """
-    births, harm, via, seen = set[int](), set[int](), dict[int, Op](), set[int]()
-    waiting: list[tuple[int, Op | None]] = [(k, None) for k in targets]
+    level: Level
+    before: dict[Entry, list[Entry]] = dataclasses.field(default_factory=dict)
+    after: dict[Entry, Entry] = dataclasses.field(default_factory=dict)
+    born: list[Entry] = dataclasses.field(default_factory=list)
+    given: dict[Entry, None] = dataclasses.field(default_factory=dict)
+
+    def makes_nan(self, level: Level, entry: Entry) -> bool:
+        """Whether an entry is nan and was made so by infinities."""
+        made_by = self.before[entry]
+        values = level.values
+        if not made_by or not is_nan(values[entry.value], entry.index):
+            return False
+        return not any(is_nan(values[e.value], e.index) for e in made_by)
+
+
+def find_way(level: Level, targets: Iterable[Entry]) -> Way:
+    way, waiting = Way(level), list(targets)
     while waiting:
-        value, after = waiting.pop()
-        if value in seen or value not in level.maker:
+        entry = waiting.pop()
+        if entry in way.before or entry in way.given:
             continue
-        seen.add(value)
-        number = level.maker[value]
-        op = level.ops[number]
-        if after is not None:
-            via.setdefault(id(op), after)
-        guilty, born = _guilty(level, op, op.writes.index(value))
-        if born:
-            births.add(number)
-        elif has_nan(level.values[value]):
-            if not any(has_nan(level.values[k]) for k in guilty):
-                harm.add(number)
-        waiting += [(k, op) for k in guilty]
-    return births, harm, via
-
-
-def _guilty(level: Level, op: Op, position: int) -> tuple[list[int], bool]:
-    """Return the operands that make a result nonfinite, and whether it is born here."""
-    bad = [k for k in dict.fromkeys(op.reads) if count(level.values[k])]
-    if not bad:
-        return [], True
-
-    def left(kept: Sequence[int]) -> int:
-        clean = [k for k in bad if k not in kept]
-        return count(op.run(*_cleaned(level, op, clean))[position])
-
-    born = left(())
-    if born and born >= count(level.values[op.writes[position]]):
-        return [], True
-    if not bad[1:]:
-        return bad, bool(born)
-    alone = [k for k in bad if left([k]) > born]
-    return alone or bad, bool(born)
-
-
-def _cleaned(level: Level, op: Op, clean: Sequence[int]) -> list[Any]:
-    return [
-        _finite(level.values[k]) if k in clean else level.values[k] for k in op.reads
-    ]
-
-
-def _inside(runner: Runner, level: Level, op: Op) -> Birth | None:
-    """Look into an operation whose result is nonfinite for finite operands."""
-    bad = [k for k in op.reads if count(level.values[k])]
-    operands = _cleaned(level, op, bad)
-    births = list[Birth | None]()
-    runner.enter(op, operands, lambda inner: births.append(find(runner, inner)))
-    return births[0] if births else None
-
-
-def _mask(runner: Runner, level: Level, op: Op) -> Op | None:
-    """Find the selection that made the zero which an operation turns into nan."""
-    results = any(has_nan(level.values[k]) for k in op.writes)
-    if not results or any(has_nan(level.values[k]) for k in op.reads):
-        return None
-    found = list[Op | None]()
-
-    def look(inner: Level) -> None:
-        births, harm, _ = _births(inner, _targets(inner))
-        for number in sorted(births | harm):
-            found.append(_mask(runner, inner, inner.ops[number]))
-
-    runner.enter(op, level.read(op), look)
-    inside = next(filter(None, found), None)
-    return inside or _selection(level, op)
-
-
-def _selection(level: Level, op: Op) -> Op | None:
-    waiting = [k for k in op.reads if _has_zero(level.values[k])]
-    seen = set(waiting)
-    while waiting:
-        value = waiting.pop(0)
-        if value not in level.maker:
+        if entry.value not in level.maker:
+            way.given[entry] = None
             continue
-        maker = level.ops[level.maker[value]]
-        if _selects(maker.eqn):
-            return maker
-        new = [k for k in maker.reads if _has_zero(level.values[k]) and k not in seen]
-        seen.update(new)
-        waiting += new
-    return None
+        op = level.ops[level.maker[entry.value]]
+        guilty = Suspects(level, op, entry).guilty()
+        way.before[entry] = guilty
+        if not guilty:
+            way.born.append(entry)
+        for earlier in guilty:
+            way.after.setdefault(earlier, entry)
+        waiting += guilty
+    return way
 
 
-def _selects(eqn: Any) -> bool:
-    inner = nested(eqn)
-    if inner is None or eqn.primitive.name != "jit":
-        return eqn.primitive.name == "select_n"
-    return any(e.primitive.name == "select_n" for e in inner.bodies[0].jaxpr.eqns)
+# Inside an operation --------------------------------------------------------------
 
 
-# Values ---------------------------------------------------------------------------
+def _inside(runner: Runner, way: Way, entry: Entry, kind: str) -> Birth:
+    """Look into an operation for what of it a birth is."""
+    level = way.level
+    op = level.ops[level.maker[entry.value]]
+    frame = Frame(level, entry, way.after)
+    operands = level.read(op)
+    if kind == "birth" and any(map(count, operands)):
+        operands = cleaned(level, op, {})
+    source = constant = None
+    if kind == "taken":
+        taken = next((e.value for e in way.before[entry] if e in way.given), None)
+        source, constant = _source(level, taken)
+    birth = None
+    inner = runner.enter(level, op, operands, entry.index)
+    if inner is not None:
+        targets = inner_targets(level, op, inner, entry)
+        birth = find(runner, inner, targets) if targets else None
+    if birth is not None and birth.frames and (kind, birth.kind) != ("harm", "taken"):
+        constant = birth.constant if constant is None else constant
+        frames = (frame, *birth.frames)
+        return dataclasses.replace(
+            birth, frames=frames, source=source, constant=constant
+        )
+    shown = tuple(map(known, level.read(op)))
+    result = known(level.values[entry.value])
+    return Birth(kind, (frame,), shown, result, source, constant)
 
 
-def _is_inexact(x: Any) -> bool:
-    dtype = getattr(x, "dtype", None) or np.result_type(type(x))
-    return jnp.issubdtype(dtype, jnp.inexact)
+def _source(level: Level, value: int | None) -> tuple[int | None, Any]:
+    """Return the operand around the level that a value is, or else its constant."""
+    if value is None or value in level.given:
+        return (None if value is None else level.given[value]), None
+    return None, known(level.values[value])
 
 
-def _known(x: Any) -> Any:
-    dtype = getattr(x, "dtype", np.dtype(bool))
-    return x if jnp.issubdtype(dtype, jax.dtypes.extended) else _jax.known(x)
+def inner_targets(level: Level, op: Op, inner: Level, entry: Entry) -> list[Entry]:
+    """Return the entry inside of an operation that one of its results comes from."""
+    position, index = op.writes.index(entry.value), entry.index
+    name, shards = op.eqn.primitive.name, inner.context.shards
+    if op.body is None and name == "shard_map" and shards is not None:
+        shape = np.shape(level.values[entry.value])
+        index = shards.inside(position, index, shape)
+    numbers = inner.outputs[position]
+    if op.body is None and name == "scan" and _is_stacked(op, position):
+        depth = len(shards.sizes) if shards else 0
+        numbers = [numbers[index[depth]]]
+        index = (*index[:depth], *index[depth + 1 :])
+    exact = [Entry(k, index) for k in numbers if is_bad(inner.values[k], index)]
+    return exact or [e for k in numbers if (e := first_entry(inner, k)) is not None]
 
 
-def count(x: Any) -> int:
-    """Count the nan and inf of a value."""
-    return int((~np.isfinite(_float(x))).sum()) if _is_inexact(x) else 0
-
-
-def has_nan(x: Any) -> bool:
-    """Tell whether there is nan in a value."""
-    return _is_inexact(x) and bool(np.isnan(_float(x)).any())
-
-
-def _has_zero(x: Any) -> bool:
-    return _is_inexact(x) and bool((_float(x) == 0).any())
-
-
-def _float(x: Any) -> np.ndarray:
-    """Return a value in a dtype that NumPy itself knows."""
-    x = _jax.known(x)
-    return x if x.dtype.kind in "fc" else x.astype(np.float32)
-
-
-def _finite(x: Any) -> Any:
-    """Replace nan and inf by numbers that are neither zero, one, nor alike."""
-    shape = jnp.shape(x)
-    places = jnp.arange(np.prod(shape, dtype=int)).reshape(shape)
-    filler = (0.5 + 0.25 * jnp.sin(1.0 + places)).astype(jnp.result_type(x))
-    return jnp.where(jnp.isfinite(x), x, filler)
+def _is_stacked(op: Op, position: int) -> bool:
+    return position >= _jax.scan_arity(op.eqn)[1]

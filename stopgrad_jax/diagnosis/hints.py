@@ -1,109 +1,152 @@
-"""What to write instead of an operation that nan or inf is born in."""
+"""What to write instead of an operation that nan or inf is born in, and why it is."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+import stopgrad_jax._words as _words
 from stopgrad_jax._engine.blame import Birth
-from stopgrad_jax._engine.levels import Op
+from stopgrad_jax._engine.entries import has_nan, wide
+from stopgrad_jax._engine.labels import Labels
+from stopgrad_jax._engine.roles import COTANGENT
+
+from .edited import large_number
+from .masking import double_where
+from .search import Found
+from .written import is_constant, numpy_of, operands_of, replaced, written
 
 
-def hint(birth: Birth, backward: bool) -> str:
-    """Return the remedy for a birth, in one or two sentences."""
-    if birth.mask is not None and (call := _call(_text(birth.mask))) is not None:
-        name = ast.unparse(call.func).rpartition(".")[2]
-        if name in ("where", "select") and len(call.args) == 3:
-            return _masked(birth.op, birth.mask, call)
-    operand = birth.operands[-1] if birth.operands else np.zeros(())
-    if backward:
-        return (
-            "the derivative is infinite there: keep the operand away from that point "
-            "(jnp.where before the call, or + epsilon inside it); "
-            "sg.replace_nonfinite_gradient stops what comes back from spreading"
-        )
-    return _FORWARD.get(birth.op.eqn.primitive.name, _OTHER).format(
-        dtype=getattr(operand, "dtype", "float32")
-    )
+def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
+    """Return the remedy, where one is known to do, or else the cause."""
+    birth = found.birth
+    if birth is None:
+        return _words.BEFORE if found.given else _words.ONLY_COMPILED_HINT
+    if not birth.frames:
+        return _words.BEFORE if found.given else ""
+    if birth.kind == "harm" and not found.given:
+        edit = large_number(found.program, labels)
+        if edit is not None:
+            words = _words.large_number(edit.old, edit.new)
+            return words if found.hidden else words + _words.UNIFORM
+    if found.factor is not None or found.side == "backward":
+        operand = found.given.operand if found.given else None
+        edit = double_where(found.program, labels, birth.op.path, operand)
+        if edit is not None:
+            where, side = edit.where, found.side
+            return _words.double_where(where, edit.old, edit.new, side)
+    if found.hidden or (found.given and found.factor is not None):
+        return _words.factor_hint(_kind(birth))
+    if found.given:
+        return _words.BEFORE
+    if birth.kind == "taken":
+        return ""
+    if found.side == "backward":
+        return _backward(birth)
+    cause = _cause(birth)
+    return "; ".join(filter(None, [cause, _guard(birth, fun)]))
 
 
-_OTHER = "check the operands above: one of them leaves the range of this operation"
-_FORWARD = {
-    "exp": "exp overflows {dtype}: subtract the largest argument first, as "
-    "jax.nn.logsumexp and jax.nn.softmax do",
-    "exp2": "exp2 overflows {dtype}: subtract the largest argument first",
-    "expm1": "expm1 overflows {dtype}: clip its argument first",
-    "log": "log of zero is -inf and of a negative number nan: take log(x + epsilon), "
-    "or jnp.where(x > 0, x, 1.0) before the call",
-    "log1p": "log1p of -1 is -inf and below it nan: keep the argument above -1",
-    "div": "a division by zero: jnp.where(b == 0, 1.0, b) below the bar, and jnp.where "
-    "outside for the value you mean",
-    "rem": "a remainder by zero: jnp.where(b == 0, 1.0, b) before the call",
-    "sqrt": "the root of a negative number: jnp.maximum(x, 0.0) before the call",
-    "rsqrt": "the inverse root of zero or less: jnp.maximum(x, epsilon) before",
-    "pow": "a power of zero or of a negative number: keep the base above zero",
-    "integer_pow": "a power that overflows, or a negative one of zero",
-    "mul": "the product overflows {dtype}, or is zero times an infinity: see operands",
-    "add": "infinities of both signs are added, or the sum overflows {dtype}",
-    "sub": "infinities of one sign are subtracted, as in a softmax over a row that is "
-    "masked as a whole: mask with a large finite number, such as -1e9",
-    "reduce_sum": "the sum overflows {dtype}: average, or sum in a wider dtype",
-    "custom_linear_solve": "the matrix is singular: add epsilon * jnp.eye(n) to it",
-    "triangular_solve": "the matrix is singular: add epsilon * jnp.eye(n) to it",
-    "dot_general": "a product of matrices overflows {dtype}: scale the operands",
-    "convert_element_type": "the number is too large for {dtype}: scale it before",
+def _kind(birth: Birth) -> str:
+    return "nan" if has_nan(birth.result) else "an infinity"
+
+
+def _entries(birth: Birth) -> list[Any]:
+    """Return the entries of the operands that the result is made of, if that is so."""
+    shape, found = np.shape(birth.result), []
+    for x in birth.operands:
+        if not isinstance(x, np.ndarray) or x.dtype.kind not in "fcVbiu":
+            return []
+        if x.shape not in ((), shape):
+            return []
+        found.append(wide(x)[birth.index if x.shape else ()])
+    return found
+
+
+def _backward(birth: Birth) -> str:
+    entries = _entries(birth)
+    name = birth.op.eqn.primitive.name
+    if birth.op.role == COTANGENT:
+        if 0 in entries and np.isnan(wide(birth.result)[birth.index]):
+            return _words.ZERO_COMES_BACK
+        if entries and 0 not in entries:
+            return _words.BACK_OVERFLOWS.format(dtype=birth.result.dtype)
+        return _words.SLOPE if entries else _words.OTHER.format(name=name)
+    return _words.SLOPE
+
+
+def _cause(birth: Birth) -> str:
+    name, result = birth.op.eqn.primitive.name, birth.result
+    entries = _entries(birth)
+    dtype = str(result.dtype)
+    nan = bool(np.isnan(wide(result)[birth.index]))
+    first = entries[0] if entries else None
+    last = entries[-1] if entries else None
+    if name in ("exp", "exp2", "expm1") and not nan and first is not None:
+        log = {"exp2": 2.0}.get(name, np.e)
+        limit = float(np.log(float(jnp.finfo(dtype).max)) / np.log(log))
+        return _words.EXP.format(name=name, dtype=dtype, limit=limit)
+    if name == "log" and first is not None:
+        return _words.LOG_OF_ZERO if first == 0 else _words.LOG_OF_NEGATIVE
+    if name in ("div", "rem") and last == 0:
+        return _words.ZERO_BY_ZERO if nan else _words.BY_ZERO
+    if name in ("sqrt", "rsqrt") and first is not None and not np.iscomplexobj(first):
+        return _words.ROOT_OF_NEGATIVE if first < 0 else _words.ROOT_OF_ZERO
+    if name in ("add", "sub", "mul") and nan and birth.kind == "harm":
+        return {
+            "add": _words.UNLIKE,
+            "sub": _words.ALIKE,
+            "mul": _words.ZERO_TIMES_INFINITY,
+        }[name]
+    if name in ("custom_linear_solve", "triangular_solve"):
+        return _words.SINGULAR
+    if name in _OVERFLOW and not nan:
+        return _words.OVERFLOWS.format(dtype=dtype)
+    return _words.OTHER.format(name=name)
+
+
+_OVERFLOW = frozenset(
+    "mul add sub reduce_sum dot_general integer_pow square convert_element_type".split()
+)
+
+# Where these have a finite value and a finite slope; b is a divisor.
+_DOMAINS = {
+    "log": ("> 0", "1.0"),
+    "log1p": ("> -1", "0.0"),
+    "sqrt": ("> 0", "1.0"),
+    "rsqrt": ("> 0", "1.0"),
+    "div": ("!= 0", "1.0"),
 }
 
 
-def _masked(op: Op, mask: Op, where: ast.Call) -> str:
-    """Say the double-where remedy in the user's own terms, if they can be read."""
-    text = _text(op)
-    condition, yes, no = map(ast.unparse, where.args)
-    argument = _argument(text)
-    if argument.isidentifier():
-        inner = _with_argument(text, "safe")
-    else:
-        argument, inner = "x", "f(safe)"
-    old = _normal(text)
-    bad_first = old in no and old not in yes
-    safe = f"1.0, {argument}" if bad_first else f"{argument}, 1.0"
-    yes, no = (side.replace(old, inner) if old in side else side for side in (yes, no))
-    return (
-        f"{_text(mask)} ({mask.path.spots[-1].place}) masks the value and not the "
-        "derivative: zero times an infinite slope is nan. Mask the operand too: safe = "
-        f"jnp.where({condition}, {safe}), then jnp.where({condition}, {yes}, {no})"
-    )
-
-
-def _text(op: Op) -> str:
-    return op.path.spots[-1].expression if op.path.spots else ""
-
-
-def _call(text: str) -> ast.Call | None:
-    try:
-        node = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return None
-    return node if isinstance(node, ast.Call) and node.args else None
-
-
-def _argument(text: str) -> str:
-    call = _call(text)
-    return ast.unparse(call.args[0]) if call else ""
-
-
-def _normal(text: str) -> str:
-    """Return an expression as `ast.unparse` writes it."""
-    try:
-        return ast.unparse(ast.parse(text, mode="eval"))
-    except SyntaxError:
-        return text
-
-
-def _with_argument(text: str, argument: str) -> str:
-    call = _call(text)
-    if call is None:
+def _guard(birth: Birth, fun: Callable[..., Any]) -> str:
+    """Say in the user's own words how to give an operation a value everywhere."""
+    op = birth.op
+    name, spot = op.eqn.primitive.name, op.path.spots[-1] if op.path.spots else None
+    if birth.kind != "birth" or name not in _DOMAINS or spot is None:
         return ""
-    call.args[0] = ast.Name(argument)
-    return ast.unparse(call)
+    function, module = written(spot), numpy_of(spot, fun)
+    node = function.expression(spot) if function else None
+    if node is None or not module or not _is_only(node, name):
+        return ""
+    operand = node.right if isinstance(node, ast.BinOp) else operands_of(node)[0]
+    domain, number = _DOMAINS[name]
+    inside = ast.unparse(operand)
+    tight = isinstance(operand, ast.Name | ast.Call | ast.Attribute | ast.Subscript)
+    where = f"{inside if tight else f'({inside})'} {domain}"
+    safe = replaced(node, operand, f"{module}.where({where}, {inside}, {number})")
+    new = f"{module}.where({where}, {safe}, value)"
+    return _words.guard(ast.unparse(node), new)
+
+
+def _is_only(node: ast.expr, name: str) -> bool:
+    """Tell an expression that is nothing but this operation, entry by entry."""
+    if isinstance(node, ast.BinOp):
+        division = name == "div" and isinstance(node.op, ast.Div)
+        return division and not is_constant(node.right)
+    called = isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2]
+    return called == name and len(operands_of(node)) == 1 and len(node.args) == 1

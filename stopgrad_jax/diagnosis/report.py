@@ -4,45 +4,61 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from stopgrad_jax._engine.blame import Birth, has_nan
-from stopgrad_jax._engine.labels import Spot
+import stopgrad_jax._words as _words
+from stopgrad_jax._engine.blame import Birth
+from stopgrad_jax._engine.entries import is_nan, wide
+from stopgrad_jax._engine.labels import Labels, Spot
+from stopgrad_jax._engine.levels import Op
 from stopgrad_jax._errors import type_of
 
 from .hints import hint
 from .page import Page, Part, page, snippet
+from .search import Found
+from .written import variable_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Nonfinite:
     """Where a nonfinite value was born that reaches a result; `str` tells it all.
 
+    A value has one of three births: it was nonfinite when it came in (`argument`), or
+    it was born forward, or backward, in a derivative. One that was born forward may be
+    hidden from the function's value (`hidden_by`) and be a factor of its gradient.
+
     Attributes:
-      direction: "forward", or "backward" if it was born in a derivative.
+      direction: "backward" if it was born in a derivative, else "forward".
       reaches: addresses of the nonfinite results: "return/loss", or "params/w" for its
         gradient.
-      file, line: the user's expression; "" and 0 where there is no source.
+      argument: address of the argument that was nonfinite when the function was called,
+        if that is the cause, else "".
+      entry: the index of the entry of the argument that matters.
+      file, line: the user's expression that it was born in, or in which what came in
+        first turns to nan or else is first used; "" and 0 where there is none.
       function: the user's function that it is in.
-      expression: its text; the address of an argument that was nonfinite itself.
-      primitive: JAX's name of the operation, or "" for an argument.
+      expression: its text.
+      primitive: JAX's name of the operation.
       step: the round of the innermost loop that it lies in (in a scan the index into
         what is scanned), or None.
       steps: the rounds of all loops that it lies in, outermost first.
-      index: where the first nonfinite entry of the result is; in a `shard_map`, of all
-        shards together.
+      index: where in the operation's result the entry is that was traced back; in a
+        `shard_map`, of all shards together, by their place in the mesh.
       example: the first number of `index` if the operation is under `vmap`: which
         example it is, unless `in_axes` or the operation put another axis first.
       operands, result: the operands and the nonfinite result, as NumPy arrays.
-      hint: what to write instead.
+      hidden_by: `file:line` of what hides it from the function's value, or "".
+      hint: what to write instead, or why it is nonfinite.
     """
 
     direction: str
     reaches: tuple[str, ...]
+    argument: str
+    entry: tuple[int, ...]
     file: str
     line: int
     function: str
@@ -54,91 +70,156 @@ class Nonfinite:
     example: int | None
     operands: tuple[Any, ...]
     result: Any
+    hidden_by: str
     hint: str
-    page: Page = dataclasses.field(repr=False)
+    page: Page
 
     def __str__(self) -> str:
         return str(self.page)
+
+    __repr__ = __str__
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         return self.page.html
 
 
-def born(birth: Birth, direction: str, reaches: tuple[str, ...]) -> Nonfinite:
-    """Report a birth in a program that was looked at in this direction."""
-    op, result = birth.op, birth.result
-    derived = _is_derivative(birth)
-    # In a program that takes gradients of its own, what it was born in decides.
-    side = "backward" if direction == "backward" or derived else "forward"
-    bad = np.argwhere(~np.isfinite(np.asarray(result, _wide(result))))
-    index = tuple(map(int, bad[0])) if len(bad) else ()
-    spot = op.path.spots[-1] if op.path.spots else None
-    words = hint(birth, derived or direction == "backward")
-    example = index[0] if "vmap(" in op.scopes and index else None
-    primitive = op.eqn.primitive.name
-    lines = _lines(birth, spot, direction, side, reaches, index, example, words)
+def report(found: Found, labels: Labels, fun: Callable[..., Any]) -> Nonfinite:
+    """Report what was found."""
+    birth, given = found.birth, found.given
+    at = birth if birth is not None and birth.frames else None
+    spot = at.op.path.spots[-1] if at and at.op.path.spots else None
+    words = hint(found, labels, fun)
+    hidden = [op.path.spots[-1] for op in found.hidden if op.path.spots]
+    index = at.index if at else ()
     return Nonfinite(
-        side,
-        reaches,
-        spot.file if spot else "",
-        spot.frame.line if spot else 0,
-        spot.function.split(".<locals>.")[-1] if spot else "",
-        spot.expression if spot else "",
-        primitive,
-        birth.steps[-1] if birth.steps else None,
-        birth.steps,
-        index,
-        example,
-        birth.operands,
-        result,
-        words,
-        page(lines),
+        direction=found.side,
+        reaches=found.reaches,
+        argument=found.program.names.get(given.operand, "") if given else "",
+        entry=given.index if given else (),
+        file=spot.file if spot else "",
+        line=spot.frame.line if spot else 0,
+        function=_function(spot),
+        expression=spot.expression if spot else "",
+        primitive=at.op.eqn.primitive.name if at else "",
+        step=at.steps[-1] if at and at.steps else None,
+        steps=at.steps if at else (),
+        index=index,
+        example=index[0] if at and index and "vmap" in at.op.transforms else None,
+        operands=at.operands if at else (),
+        result=birth.result if birth else None,
+        hidden_by=hidden[0].place if hidden else "",
+        hint=words,
+        page=page(_lines(found, at, spot, words, fun)),
     )
 
 
-def _is_derivative(birth: Birth) -> bool:
-    """Whether it was born in a derivative: it goes nowhere but to a backward pass."""
-    if "transpose(" in birth.op.scopes:
-        return True
-    after = birth.follower.scopes if birth.follower else ""
-    return "jvp(" in birth.op.scopes and "transpose(" in after
+def _function(spot: Spot | None) -> str:
+    return spot.function.split(".<locals>.")[-1] if spot else ""
 
 
 def _lines(
-    birth: Birth,
+    found: Found,
+    at: Birth | None,
     spot: Spot | None,
-    direction: str,
-    side: str,
-    reaches: Sequence[str],
-    index: tuple[int, ...],
-    example: int | None,
     words: str,
+    fun: Callable[..., Any],
 ) -> Iterator[list[Part]]:
-    kind = "nan" if has_nan(birth.result) else "inf"
-    names = ", ".join(reaches[:4]) + (", ..." if reaches[4:] else "")
-    what = f"the gradient of {names}" if direction == "backward" else names
-    name = birth.op.eqn.primitive.name
-    yield [("nonfinite: ", "cut"), (f"{what}; {kind} is born {side}, in {name}", "")]
+    names = ", ".join(found.reaches[:4]) + (", ..." if found.reaches[4:] else "")
+    derived = found.program.direction == "backward"
+    what = f"the gradient of {names}" if derived else names
+    yield [("nonfinite: ", "cut"), (f"{what}; {_headline(found, fun)}", "")]
+    if found.given is not None:
+        x = found.program.operands[found.given.operand]
+        text = _words.others(found.given.others, type_of(x))
+        yield [(f"  {text}", "dim")]
     if spot is not None:
-        function = spot.function.split(".<locals>.")[-1]
-        yield [(f"  --> {spot.place} in {function}()", "dim")]
-        derivative = ", in its derivative" if side == "backward" else ""
-        yield from snippet(spot, f"{kind} here{derivative}", 2)
-    operands = ", ".join(_shown(x, birth.result, index) for x in birth.operands)
-    at = f" at {list(index)} of {type_of(birth.result)}" if index else ""
-    value = _shown(birth.result, birth.result, index)
-    yield [(f"  {name}({operands}) = {value}{at}", "")]
-    loops = [f"step {step}" for step in birth.steps]
-    if example is not None:
-        loops.append(f"example {example} of vmap")
-    if loops:
-        yield [(f"  in {', '.join(loops)}", "bold")]
+        yield [(f"  --> {spot.place} in {_function(spot)}()", "dim")]
+        yield from snippet(spot, _under(found, at), 2)
+    if at is not None:
+        yield from _numbers(at)
+    hidden = _placed(found.hidden)
+    if hidden:
+        yield [(f"  {_words.hidden(hidden)}", "")]
+    if found.factor is not None and found.side == "forward":
+        gradient = what if derived else "a gradient"
+        expression = _placed([found.factor])
+        if expression:
+            yield [(f"  {_words.factor(gradient, expression)}", "")]
     yield from _hint(words)
 
 
+def _headline(found: Found, fun: Callable[..., Any]) -> str:
+    birth, given = found.birth, found.given
+    if given is not None:
+        address = found.program.names[given.operand]
+        index = f"[{', '.join(map(str, given.index))}]" if given.index else ""
+        return _words.came_in(f"{address}{index}", _sign(given.value))
+    if birth is None:
+        return _words.ONLY_COMPILED
+    kind = _kind(birth)
+    if birth.kind != "taken":
+        return _words.born(kind, found.side, birth.op.eqn.primitive.name)
+    constant = birth.constant
+    if constant is None or np.ndim(constant) == 0:
+        return _words.put_in(kind)
+    bad = np.argwhere(~np.isfinite(wide(constant)))[0]
+    name = variable_of(constant, fun) or f"an array of type {type_of(constant)}"
+    index = "".join(["[", ", ".join(map(str, bad)), "]"])
+    return _words.constant(name + index, _sign(np.asarray(constant)[tuple(bad)]))
+
+
+def _kind(birth: Birth) -> str:
+    index = birth.index if birth.frames else ()
+    return "nan" if is_nan(birth.result, index) else "inf"
+
+
+def _sign(value: Any) -> str:
+    number = wide(value)[()]
+    if np.isnan(number):
+        return "nan"
+    return "-inf" if not np.iscomplexobj(number) and number < 0 else "inf"
+
+
+def _under(found: Found, at: Birth | None) -> str:
+    """Words under the expression."""
+    assert at is not None
+    kind = _kind(at)
+    if at.kind == "taken":
+        literal = found.given is None and np.ndim(at.constant) == 0
+        return (_words.WRITTEN if literal else _words.TAKEN).format(kind=kind)
+    if found.given is not None and at.kind == "harm":
+        return _words.TURNS
+    words = _words.IN_DERIVATIVE if found.side == "backward" else _words.HERE
+    return words.format(kind=kind)
+
+
+def _numbers(at: Birth) -> Iterator[list[Part]]:
+    name, index = at.op.eqn.primitive.name, at.index
+    operands = ", ".join(_shown(x, at.result, index) for x in at.operands)
+    place = f" at {list(index)} of {type_of(at.result)}" if index else ""
+    value = _shown(at.result, at.result, index)
+    yield [(f"  {name}({operands}) = {value}{place}", "")]
+    inside = [f"step {step}" for step in at.steps]
+    if "vmap" in at.op.transforms and index:
+        inside.append(_words.example(index[0]))
+    if inside:
+        yield [(f"  in {', '.join(inside)}", "bold")]
+
+
+def _placed(ops: Sequence[Op]) -> str:
+    """Name the expressions of operations, each of them once, three at most."""
+    spots = [op.path.spots[-1] for op in ops if op.path.spots]
+    texts = [f"{spot.expression} ({spot.place})" for spot in dict.fromkeys(spots)]
+    return ", ".join(texts[:3])
+
+
 def _hint(words: str) -> Iterator[list[Part]]:
-    first, *rest = textwrap.wrap(words, 80, break_long_words=False)
-    yield [("  hint: ", "bold"), (first, "")]
+    first, *rest = textwrap.wrap(words, 80, break_long_words=False) or [""]
+    if first:
+        yield [("  hint: ", "bold"), (first, "")]
     for line in rest:
         yield [(f"        {line}", "")]
 
@@ -149,48 +230,16 @@ def _shown(x: Any, result: Any, index: tuple[int, ...]) -> str:
         return str(x)[:40]
     if not x.shape:
         return f"{x}"
-    if x.shape == result.shape:
-        return f"{x[index]}"
+    if (
+        x.ndim == result.ndim
+        and np.broadcast_shapes(x.shape, result.shape) == result.shape
+    ):
+        pairs = zip(index, x.shape, strict=True)
+        return f"{x[tuple(k if n > 1 else 0 for k, n in pairs)]}"
     if x.size <= 4:
         return str(x.tolist())
     if not jnp.issubdtype(x.dtype, jnp.number):
         return type_of(x)
-    wide = np.asarray(x, _wide(x))
-    return f"{type_of(x)} from {np.abs(wide).min():.4g} to {np.abs(wide).max():.4g}"
-
-
-def _wide(x: Any) -> Any:
-    dtype = np.asarray(x).dtype
-    return dtype if dtype.kind in "fciub" else np.float32
-
-
-def given(names: Sequence[str], direction: str, reaches: tuple[str, ...]) -> Nonfinite:
-    """Report what was nonfinite before anything was computed."""
-    if names:
-        address = names[0]
-        words = f"{', '.join(names)} is nonfinite when the function is called"
-    else:
-        address = ""
-        words = (
-            "a constant of the function is nonfinite, or the result is so only as it "
-            "is compiled, in another order of operations: look at it in float64"
-        )
-    lines: list[list[Part]] = [
-        [("nonfinite: ", "cut"), (", ".join(reaches), "")],
-        *_hint(words),
-    ]
-    empty: dict[str, Any] = {"operands": (), "result": None, "index": (), "steps": ()}
-    return Nonfinite(
-        direction=direction,
-        reaches=reaches,
-        file="",
-        line=0,
-        function="",
-        expression=address,
-        primitive="",
-        step=None,
-        example=None,
-        hint=words,
-        page=page(lines),
-        **empty,
-    )
+    numbers = wide(x)
+    least, most = np.abs(numbers).min(), np.abs(numbers).max()
+    return f"{type_of(x)} from {least:.4g} to {most:.4g}"

@@ -1,0 +1,185 @@
+"""A nan that the value of a function does not show, and its gradient does.
+
+The value is made finite again by a selection, a slice, an overwriting, a `nan_to_num`;
+the gradient has what was hidden as a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+
+from .blame import Birth, Entry, Frame, find_way, inner_targets
+from .entries import count, is_bad, is_inexact, nonfinite, ordinary, wide
+from .levels import Level, Op
+from .nested import nested
+from .roles import COTANGENT, VALUE
+from .runner import Runner
+
+
+def located(runner: Runner, birth: Birth) -> tuple[Frame, ...] | None:
+    """Return where in the function's own value a birth is; None: it is not part of it.
+
+    What a backward pass computes once more (`jax.checkpoint`) is looked up in the
+    forward pass: the operation of this line that has the same operands.
+    """
+    if not birth.frames:
+        return None
+    if birth.op.role == VALUE:
+        return birth.frames
+    if birth.op.role == COTANGENT or birth.op.body is not None:
+        return None
+    seen = _Seen(runner, birth)
+    return next(seen.frames(birth.frames[0].level, ()), None)
+
+
+class _Seen:
+    """The operations of the value that are the same as one that was found."""
+
+    def __init__(self, runner: Runner, birth: Birth) -> None:
+        self._runner, self._birth = runner, birth
+        self._operands = birth.operands
+
+    def frames(self, level: Level, outer: tuple[Frame, ...]) -> Iterator:
+        """Yield the ways to such operations from a level."""
+        birth = self._birth
+        for op in level.ops:
+            if op.role != VALUE:
+                continue
+            if self._is_same(level, op):
+                value = op.writes[birth.op.writes.index(birth.frames[-1].entry.value)]
+                if is_bad(level.values[value], birth.index):
+                    yield (*outer, Frame(level, Entry(value, birth.index), {}))
+            elif self._may_hold(op):
+                inner = self._runner.enter(level, op, level.read(op), birth.index)
+                if inner is not None:
+                    entry = Entry(op.writes[0], ())
+                    yield from self.frames(inner, (*outer, Frame(level, entry, {})))
+
+    def _is_same(self, level: Level, op: Op) -> bool:
+        mine = self._birth.op
+        if op.eqn.primitive is not mine.eqn.primitive or op.body is not None:
+            return False
+        # Not all calls: those around a `jax.checkpoint` are missing in one of the two.
+        if op.path.spots[-1:] != mine.path.spots[-1:]:
+            return False
+        return all(map(_equal, level.read(op), self._operands))
+
+    def _may_hold(self, op: Op) -> bool:
+        return op.body is not None or self._holds(op.eqn)
+
+    def _holds(self, eqn: Any) -> bool:
+        inner, wanted = nested(eqn), self._birth.op.eqn.primitive
+        return inner is not None and any(
+            e.primitive is wanted or self._holds(e)
+            for body in inner.bodies
+            for e in body.jaxpr.eqns
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if _jax.is_key(a) or np.shape(a) != np.shape(b):
+        return _jax.is_key(a) and _jax.is_key(b)
+    if not is_inexact(a):
+        return bool(np.array_equal(a, b))
+    # Not bit for bit: one of them may have been compiled.
+    return bool(np.allclose(wide(a), wide(b), rtol=1e-2, atol=1e-6, equal_nan=True))
+
+
+# Forward: what hides it -----------------------------------------------------------
+
+
+def hiders(runner: Runner, frames: Sequence[Frame]) -> tuple[list[Op], bool]:
+    """Return the operations of the value at which a nonfinite value is seen no more.
+
+    And whether it is seen nowhere in the end.
+    """
+    found: list[Op] = []
+    tainted = {frames[-1].entry.value}
+    for depth in range(len(frames) - 1, -1, -1):
+        level = frames[depth].level
+        if not tainted:
+            break
+        tainted = _follow(runner, level, tainted, found)
+        if depth:  # what leaves it is a result of the operation around
+            leaves = [any(k in tainted for k in ks) for ks in level.outputs]
+            op = frames[depth - 1].op  # a result for the backward pass only is no value
+            results = zip(op.writes, leaves, op.lives, strict=True)
+            tainted = {k for k, left, lives in results if left and lives}
+    level = frames[0].level
+    read = {k for op in level.ops if op.role == VALUE for k in op.reads}
+    return found, tainted <= read
+
+
+def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> set[int]:
+    """Follow values through a level; return all that they make nonfinite."""
+    tainted = set(start)
+    for op in level.ops:
+        if op.role != VALUE or not tainted.intersection(op.reads):
+            continue
+        if set(op.writes) & tainted:
+            continue
+        operands = [
+            ordinary(level.values[k]) if k in tainted else level.values[k]
+            for k in op.reads
+        ]
+        without = op.run(*operands)
+        inexact = [
+            (k, x) for k, x in zip(op.writes, without, strict=True) if is_inexact(x)
+        ]
+        reached = {k for k, x in inexact if _cleared(level.values[k], x)}
+        tainted |= reached
+        if inexact and not reached:
+            found += _inner(runner, level, op, tainted) or [op]
+    return tainted
+
+
+def _cleared(x: Any, without: Any) -> bool:
+    """Whether some nonfinite entries are finite without what makes them so."""
+    return bool((nonfinite(x) & ~nonfinite(without)).any()) if count(x) else False
+
+
+def _inner(runner: Runner, level: Level, op: Op, tainted: set[int]) -> list[Op]:
+    """Return what inside an operation hides it, if that has a line of its own."""
+    inner = runner.enter(level, op, level.read(op))
+    if inner is None:
+        return []
+    start = {n for n, k in inner.given.items() if op.reads[k] in tainted}
+    start = {n for n in start if count(inner.values[n])}
+    found: list[Op] = []
+    _follow(runner, inner, start, found)
+    own = op.path.spots
+    return [x for x in found if len(x.path.spots) > len(own) or x.step is not None]
+
+
+# Backward: what has it as a factor ------------------------------------------------
+
+
+def factor_of(runner: Runner, frames: Sequence[Frame]) -> Op | None:
+    """Return the operation of the backward pass that a nonfinite value comes into."""
+    for frame in reversed(frames):
+        entry = frame.entry
+        while entry in frame.after:
+            entry = frame.after[entry]
+            op = frame.level.ops[frame.level.maker[entry.value]]
+            if op.role == COTANGENT:
+                return _reader(runner, frame.level, op, entry)
+    return None
+
+
+def _reader(runner: Runner, level: Level, op: Op, entry: Entry) -> Op:
+    """Return the operation inside of another that reads what comes from outside."""
+    inner = runner.enter(level, op, level.read(op), entry.index)
+    if inner is None:
+        return op
+    way = find_way(inner, inner_targets(level, op, inner, entry))
+    for given in way.given:
+        if given.value in inner.given and given in way.after:
+            after = way.after[given]
+            reader = inner.ops[inner.maker[after.value]]
+            return _reader(runner, inner, reader, after)
+    return op

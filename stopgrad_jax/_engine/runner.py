@@ -1,0 +1,234 @@
+"""Run a program one equation at a time, and open the equations that hold programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+
+from .devices import gathered
+from .entries import Index
+from .labels import Labels
+from .levels import Context, Level, Op
+from .nested import Body, nested
+from .roles import COTANGENT, VALUE, is_backward, value_equations
+from .shards import Shards
+
+
+class Runner:
+    """Runs programs level by level, with the user's words for each operation."""
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+
+    def top(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        operands: Sequence[Any],
+        cotangents: int = 0,
+        careful: bool = False,
+    ) -> Level:
+        """Run a whole program; the last of its operands are cotangents."""
+        context = Context(self._labels.nowhere, careful=careful)
+        live = [True] * len(jaxpr.outvars)
+        first = len(operands) - cotangents
+        flags = [k >= first for k in range(len(operands))]
+        operands = [gathered(x) for x in operands]
+        return self._flat(jaxpr, consts, operands, context, live, flags)
+
+    def _flat(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        operands: Sequence[Any],
+        context: Context,
+        live: Sequence[bool],
+        cotangents: Sequence[bool],
+    ) -> Level:
+        level, shards = Level(context), context.shards
+        if shards:
+            consts = [shards.everywhere(x) for x in consts]
+        pairs = enumerate(zip(operands, cotangents, strict=True))
+        inputs = [level.add(x) for x in consts]
+        inputs += [level.take(x, k, ct) for k, (x, ct) in pairs]
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
+
+        def number(atom: Any) -> int:
+            if not isinstance(atom, _jax.Literal):
+                return env[atom]
+            literal = level.add(atom.val)
+            level.literals.add(literal)
+            return literal
+
+        roles = value_equations(jaxpr, live) if not context.backward else {}
+        for index, eqn in enumerate(jaxpr.eqns):
+            reads = [number(atom) for atom in eqn.invars]
+            role = VALUE if index in roles else ""
+            back = context.backward and any(k in level.cotangents for k in reads)
+            writes = level.run(
+                self._run(eqn, shards),
+                reads,
+                eqn=eqn,
+                path=self._labels.path(eqn, context.path),
+                transforms=(*context.transforms, *_jax.transforms_of(eqn)),
+                role=COTANGENT if back or is_backward(eqn) else role,
+                lives=roles.get(index, [False] * len(eqn.outvars)),
+            )
+            env.update(zip(eqn.outvars, writes, strict=True))
+        level.outputs = [[number(atom)] for atom in jaxpr.outvars]
+        return level
+
+    @staticmethod
+    def _run(eqn: Any, shards: Shards | None) -> Callable[..., list[Any]]:
+        run = functools.partial(_jax.bind, eqn)
+        if shards:
+            if eqn.primitive.name == "pvary":  # JAX has it in a `shard_map` only
+                return lambda *operands: list(operands)
+            types = [[v.aval for v in vs] for vs in (eqn.invars, eqn.outvars)]
+            return shards.lifted(run, *types)
+        # By itself it would compile each of its operations for all devices.
+        return jax.jit(run) if eqn.primitive.name == "shard_map" else run
+
+    # Opening ------------------------------------------------------------------------
+
+    def enter(
+        self, level: Level, op: Op, operands: Sequence[Any], near: Index = ()
+    ) -> Level | None:
+        """Open an operation of a level; None if there is nothing to open.
+
+        `near` is the entry that matters: of several shards, its own decides which
+        branch is taken, and how often.
+        """
+        eqn, name = op.eqn, op.eqn.primitive.name
+        inner, context = nested(eqn), level.context_of(op)
+        if op.body is not None:
+            return self._body(level, op, op.body, operands)
+        if inner is None:
+            return None
+        if name == "scan":
+            return self._scan(level, op, operands)
+        if name == "while":
+            return self._while(level, op, operands, near)
+        if name == "cond":
+            last = len(inner.bodies) - 1
+            index = min(max(int(_here(operands[0], context, near)), 0), last)
+            return self._body(level, op, inner.bodies[index], operands)
+        if name == "shard_map":
+            if context.shards:
+                return None
+            context = dataclasses.replace(context, shards=Shards(eqn))
+            operands = context.shards.split(operands)
+        return self._body(level, op, inner.bodies[0], operands, context)
+
+    def _body(
+        self,
+        level: Level,
+        op: Op,
+        body: Body,
+        operands: Sequence[Any],
+        context: Context | None = None,
+    ) -> Level:
+        context, flags = context or level.context_of(op), level.flags(op)
+        inside = op.body is None  # else it is a round, whose operands are the body's
+        order = body.operands if inside else range(len(operands))
+        inner = self._flat(
+            body.jaxpr,
+            body.consts,
+            [operands[k] for k in order],
+            context,
+            op.lives,
+            [flags[k] for k in order],
+        )
+        inner.given = {n: order[k] for n, k in inner.given.items()}
+        return inner
+
+    def _scan(self, level: Level, op: Op, operands: Sequence[Any]) -> Level:
+        eqn, inner = op.eqn, Level(level.context_of(op))
+        num_consts, num_carry = _jax.scan_arity(eqn)
+        (body,) = _bodies(eqn)
+        flags, first = level.flags(op), num_consts + num_carry
+        numbers = [inner.take(operands[k], k, flags[k]) for k in range(first)]
+        consts, carry = numbers[:num_consts], numbers[num_consts:]
+        steps = range(eqn.params["length"])
+        order = reversed(steps) if eqn.params["reverse"] else steps
+        depth = _depth(inner.context)
+        stacked: dict[int, list[int]] = {}
+        run = self._jitted(body, inner.context.shards)
+        for step in order:
+            now = [
+                inner.take(_step(operands[k], step, depth), k, flags[k])
+                for k in range(first, len(operands))
+            ]
+            reads = [*consts, *carry, *now]
+            writes = self._round(inner, op, run, body, reads, step)
+            carry = writes[:num_carry]
+            stacked[step] = writes[num_carry:]
+        inner.outputs = [[k] for k in carry]
+        count = len(eqn.outvars) - num_carry
+        inner.outputs += [[stacked[step][k] for step in steps] for k in range(count)]
+        return inner
+
+    def _while(
+        self, level: Level, op: Op, operands: Sequence[Any], near: Index
+    ) -> Level:
+        inner, flags = Level(level.context_of(op)), level.flags(op)
+        n, m = op.eqn.params["cond_nconsts"], op.eqn.params["body_nconsts"]
+        cond, body = _bodies(op.eqn)
+        shards = inner.context.shards
+        goes_on, run = self._jitted(cond, shards), self._jitted(body, shards)
+        numbers = [inner.take(x, k, flags[k]) for k, x in enumerate(operands)]
+        consts, carry, step = numbers[n : n + m], numbers[n + m :], 0
+        while _here(
+            goes_on(*operands[:n], *[inner.values[k] for k in carry])[0],
+            inner.context,
+            near,
+        ):
+            carry = self._round(inner, op, run, body, [*consts, *carry], step)
+            step += 1
+        inner.outputs = [[k] for k in carry]
+        return inner
+
+    @staticmethod
+    def _round(
+        level: Level, op: Op, run: Any, body: Body, reads: Sequence[int], step: int
+    ) -> list[int]:
+        back = level.context.backward and any(k in level.cotangents for k in reads)
+        same = {"eqn": op.eqn, "path": op.path, "transforms": op.transforms}
+        role = COTANGENT if back else op.role
+        same |= {"role": role, "lives": op.lives}
+        return level.run(run, reads, body=body, step=step, **same)
+
+    @staticmethod
+    def _jitted(body: Body, shards: Shards | None) -> Callable[..., list[Any]]:
+        jaxpr, consts = body.jaxpr, body.consts
+        run = jax.jit(lambda *operands: _jax.evaluate(jaxpr, consts, operands))
+        types = [[v.aval for v in vs] for vs in (jaxpr.invars, jaxpr.outvars)]
+        return shards.lifted(run, *types) if shards else run
+
+
+def _bodies(eqn: Any) -> Sequence[Body]:
+    inner = nested(eqn)
+    return inner.bodies if inner else ()
+
+
+def _depth(context: Context) -> int:
+    return len(context.shards.sizes) if context.shards else 0
+
+
+def _step(x: Any, step: int, depth: int) -> Any:
+    """Return one step of what is scanned, below the axes of the mesh."""
+    return x[(slice(None),) * depth + (step,)]
+
+
+def _here(x: Any, context: Context, near: Index) -> Any:
+    """Return a number of the shard that matters."""
+    depth = _depth(context)
+    x = np.asarray(x)
+    return x[near[:depth]].flat[0] if depth and x.ndim else x.flat[0]

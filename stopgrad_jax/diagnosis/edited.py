@@ -1,0 +1,164 @@
+"""Edits of the user's source that make a nonfinite result finite, tried out first."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.entries import count, nonfinite, wide
+from stopgrad_jax._engine.labels import Labels, Path, Spot
+from stopgrad_jax._engine.nested import nested
+from stopgrad_jax._engine.trial import Change, Replaced, evaluate
+
+from .programs import Program
+from .written import replaced, written
+
+MOST = 4  # edits that are tried out: each compiles the program once more
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """What to write instead of an expression, and the `where` that hides its result."""
+
+    old: str
+    new: str
+    where: str = ""
+
+
+def tried(program: Program, change: Change, numbers: Sequence[float]) -> float | None:
+    """Return the first number with which a change makes all results finite.
+
+    What was finite before must not change, and nothing must depend on the number.
+    """
+
+    def run(number: Any, spread: Any, *operands: Any) -> list[Any]:
+        changed = functools.partial(evaluate, change, number, spread)
+        return program.remade(changed)(*operands)
+
+    compiled = jax.jit(run)
+    before = program.every
+    try:
+        for number in numbers:
+            one, two = (compiled(number, s, *program.operands) for s in (0.0, 0.25))
+            finite = not any(count(one[k]) for k in program.results)
+            if finite and all(map(_agree, before, one)) and all(map(_agree, one, two)):
+                return number
+    except Exception:  # the change does not fit the program
+        return None
+    return None
+
+
+def _agree(x: Any, y: Any) -> bool:
+    if _jax.is_key(x) or not np.issubdtype(wide(x).dtype, np.inexact):
+        return True
+    fine = ~nonfinite(x)
+    a, b = wide(x)[fine], wide(y)[fine]
+    size = np.abs(a).max(initial=0.0)
+    return bool(np.allclose(a, b, rtol=1e-4, atol=1e-5 * size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A jaxpr of a program, and the user's calls that made its equations.
+
+    `blamed` holds the variables that depend on the operand that is to blame.
+    """
+
+    jaxpr: Any
+    paths: Sequence[Path]
+    blamed: frozenset[Any]
+
+    def at(self, spots: Sequence[Spot]) -> list[int]:
+        """Return the equations that were made during these calls."""
+        n = len(spots)
+        return [k for k, p in enumerate(self.paths) if p.spots[:n] == tuple(spots)]
+
+
+def bodies(jaxpr: Any, labels: Labels, outer: Path, blamed: set[Any]) -> Iterator[Body]:
+    """Yield a jaxpr and all that are inside it and can be changed."""
+    paths = [labels.path(eqn, outer) for eqn in jaxpr.eqns]
+    for eqn in jaxpr.eqns:
+        if blamed.intersection(variables(eqn.invars)):
+            blamed.update(eqn.outvars)
+    yield Body(jaxpr, paths, frozenset(blamed))
+    for eqn, path in zip(jaxpr.eqns, paths, strict=True):
+        inner = nested(eqn)
+        for body in inner.bodies if inner and not inner.rule else ():
+            wired = zip(body.jaxpr.invars, body.operands, strict=True)
+            inside = {v for v, k in wired if is_in(eqn.invars[k], blamed)}
+            yield from bodies(body.jaxpr, labels, path, inside)
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Leave the literals out."""
+    return [atom for atom in atoms if not isinstance(atom, _jax.Literal)]
+
+
+def is_in(atom: Any, variables: Any) -> bool:
+    """Tell whether an operand is one of some variables."""
+    return not isinstance(atom, _jax.Literal) and atom in variables
+
+
+# A large number for an infinity ---------------------------------------------------
+
+
+def large_number(program: Program, labels: Labels) -> Edit | None:
+    """Return the edit that puts in the lowest finite number for -inf."""
+    found = (
+        pair
+        for body in bodies(program.source[0], labels, labels.nowhere, set())
+        for pair in _infinities(body)
+    )
+    for change, edit, number in itertools.islice(found, MOST):
+        if tried(program, change, [number]) is not None:
+            return edit
+    return None
+
+
+def _infinities(body: Body) -> Iterator[tuple[Replaced, Edit, float]]:
+    for index, eqn in enumerate(body.jaxpr.eqns):
+        spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
+        if -np.inf not in literals or not spots:
+            continue
+        function = written(spots[-1])
+        node = function.expression(spots[-1]) if function else None
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr not in ("where", "full", "full_like"):
+            continue
+        every = [x for x in node.args if _is_infinity(x)]
+        aval = eqn.outvars[0].aval
+        if len(every) != 1 or not _jax.is_differentiable(aval):
+            continue
+        module = ast.unparse(node.func.value)
+        new = f"{module}.finfo({module}.{aval.dtype}).min"
+        if aval.weak_type:
+            new = f"float({new})"
+        text = replaced(node, every[0], new)
+        users = frozenset(k for k in body.at(spots))
+        lowest = float(jax.numpy.finfo(aval.dtype).min)
+        yield (
+            Replaced(body.jaxpr, users, -np.inf),
+            Edit(ast.unparse(node), text),
+            lowest,
+        )
+
+
+def _literal(atom: Any) -> Any:
+    is_number = isinstance(atom, _jax.Literal) and np.ndim(atom.val) == 0
+    return atom.val if is_number else None
+
+
+def _is_infinity(node: ast.expr) -> bool:
+    if not isinstance(node, ast.UnaryOp) or not isinstance(node.op, ast.USub):
+        return False
+    inner = node.operand
+    return isinstance(inner, ast.Attribute) and inner.attr in ("inf", "Inf")

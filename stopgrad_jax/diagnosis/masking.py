@@ -1,0 +1,220 @@
+"""The double where: what masks a result has to mask its operand as well."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.labels import Labels, Path, Spot
+from stopgrad_jax._engine.roles import is_backward
+from stopgrad_jax._engine.syntax import is_within
+from stopgrad_jax._engine.trial import Masked
+
+from .edited import MOST, Body, Edit, bodies, is_in, tried, variables
+from .programs import Program
+from .written import names_in, operands_of, place, replaced, written
+
+
+def double_where(
+    program: Program, labels: Labels, path: Path, operand: int | None
+) -> Edit | None:
+    """Return the edit that masks the operand of an expression as its result is masked.
+
+    `path` holds the calls that lead to the expression, `operand` is that operand of the
+    program that was nonfinite itself, if one was.
+    """
+    numbers = (1.0, 0.5, 2.0, 0.0) if operand is None else (0.0, 1.0, 0.5, 2.0)
+    jaxpr, _ = program.source
+    blamed = set() if operand is None else {jaxpr.invars[operand]}
+    candidates = (
+        pair
+        for body in bodies(jaxpr, labels, labels.nowhere, blamed)
+        for pair in _maskings(body, path)
+    )
+    for change, written_as in itertools.islice(candidates, MOST):
+        number = tried(program, change, numbers)
+        if number is not None:
+            return written_as(number)
+    return None
+
+
+def _maskings(body: Body, path: Path) -> Iterator[tuple[Masked, Any]]:
+    for index, eqn in enumerate(body.jaxpr.eqns):
+        spots = body.paths[index].spots
+        if not _is_where(eqn) or not spots:
+            continue
+        again = [k for k in body.at(spots) if _is_where(body.jaxpr.eqns[k])]
+        function = written(spots[-1]) if again == [index] else None
+        where = function.expression(spots[-1]) if function else None
+        if function is None or not _is_where_call(where):
+            continue
+        depth = len(spots) - 1
+        calls = (body.paths[k].spots for k in body.at(spots[:-1]))
+        around = {call[depth] for call in calls if len(call) > depth}
+        for spot in around.intersection(path.spots) - {spots[-1]}:
+            yield from _Masking(body, index, function, where, spots, spot).edits()
+
+
+def _is_where(eqn: Any) -> bool:
+    named = eqn.primitive.name == "jit" and eqn.params["name"] == "_where"
+    return named and len(eqn.invars) == 3 and not is_backward(eqn)
+
+
+def _is_where_call(node: Any) -> bool:
+    if not isinstance(node, ast.Call) or len(node.args) != 3 or node.keywords:
+        return False
+    return ast.unparse(node.func).rpartition(".")[2] == "where"
+
+
+class _Masking:
+    """A `where` and an expression before it in the same function."""
+
+    def __init__(
+        self,
+        body: Body,
+        where: int,
+        function: Any,
+        node: Any,
+        spots: Sequence[Spot],
+        spot: Spot,
+    ) -> None:
+        self._body, self._where, self._function = body, body.jaxpr.eqns[where], function
+        self._node, self._spots, self._spot = node, spots, spot
+        self._group = body.at([*spots[:-1], spot])
+
+    def edits(self) -> Iterator[tuple[Masked, Any]]:
+        """Yield what to try out, and how it is written with the number that does it."""
+        node = self._function.expression(self._spot)
+        branch = self._branch()
+        condition = self._where.invars[0]
+        if node is None or branch is None or isinstance(condition, _jax.Literal):
+            return
+        written_there = self._node.args[branch]
+        inline = is_within(place(node), place(written_there))
+        if not inline and not self._is_known(node):
+            return
+        pairs = list(self._operands(node))
+        pairs.sort(key=lambda pair: pair[0] not in self._body.blamed)
+        for variable, operand in pairs:
+            whole = inline and isinstance(operand, ast.Name)
+            region = written_there if whole else node
+            users = self._readers(variable, place(region))
+            for index in _indices(condition.aval.shape, variable.aval.shape):
+                change = Masked(
+                    self._body.jaxpr, users, variable, condition, branch == 1, index
+                )
+                if change.is_possible:
+                    outer = self._node if inline else node
+                    yield change, self._writer(outer, region, operand, branch, index)
+
+    def _branch(self) -> int | None:
+        """Return which operand of the `where` comes from the expression."""
+        jaxpr = self._body.jaxpr
+        reached = {v for k in self._group for v in jaxpr.eqns[k].outvars}
+        for eqn in jaxpr.eqns:
+            read = reached.intersection(variables(eqn.invars))
+            if read and not is_backward(eqn):
+                reached.update(eqn.outvars)
+        found = [k for k, v in enumerate(self._where.invars) if is_in(v, reached)]
+        return found[0] if found in ([1], [2]) else None
+
+    def _is_known(self, node: ast.expr) -> bool:
+        """Whether the condition means the same where the expression stands."""
+        names = names_in(self._node.args[0])
+        walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(self._node.args[0]))
+        return not walrus and self._function.is_settled(names, place(node))
+
+    def _operands(self, node: ast.expr) -> Iterator[tuple[Any, ast.expr]]:
+        """Yield the variables that the expression reads, and how they are written."""
+        eqns = [self._body.jaxpr.eqns[k] for k in self._group]
+        eqns = [eqn for eqn in eqns if not is_backward(eqn)]
+        made = {v for eqn in eqns for v in eqn.outvars}
+        read = [v for eqn in eqns for v in variables(eqn.invars)]
+        outside = [v for v in dict.fromkeys(read) if v not in made]
+        outside = [v for v in outside if _jax.is_differentiable(v.aval)]
+        operands = operands_of(node)
+        if isinstance(node, ast.BinOp):
+            pair = self._sides(eqns, made)
+            sides = [node.left, node.right]
+            for side, variable in reversed([*zip(sides, pair, strict=False)]):
+                if variable in outside and side in operands:
+                    yield variable, side
+        elif len(outside) == len(operands) == 1:
+            yield outside[0], operands[0]
+
+    @staticmethod
+    def _sides(eqns: Sequence[Any], made: set[Any]) -> list[Any]:
+        """Return the variables left and right of an operator, before broadcasting."""
+        makers = {v: eqn for eqn in eqns for v in eqn.outvars}
+        for eqn in eqns:
+            if len(eqn.invars) != 2:
+                continue
+            sides = list(eqn.invars)
+            for k, side in enumerate(sides):
+                while not isinstance(side, _jax.Literal) and side in made:
+                    side = makers[side].invars[0]
+                sides[k] = None if isinstance(side, _jax.Literal) else side
+            return sides
+        return []
+
+    def _readers(self, variable: Any, region: Any) -> frozenset[int]:
+        depth, found = len(self._spots) - 1, set[int]()
+        for k in self._body.at(self._spots[:-1]):
+            spots = self._body.paths[k].spots
+            inside = len(spots) > depth and is_within(spots[depth].position, region)
+            if inside and any(v is variable for v in self._body.jaxpr.eqns[k].invars):
+                found.add(k)
+        return frozenset(found)
+
+    def _writer(
+        self, outer: Any, region: Any, operand: ast.expr, branch: int, index: Any
+    ) -> Any:
+        def write(number: float) -> Edit:
+            where, condition = ast.unparse(self._node.func), self._node.args[0]
+            masked = f"{where}({_indexed(condition, index)}, "
+            text = ast.unparse(operand)
+            masked += f"{text}, {number})" if branch == 1 else f"{number}, {text})"
+            new = replaced(region, operand, masked)
+            if outer is not region:
+                new = replaced(outer, region, new)
+            return Edit(ast.unparse(outer), new, ast.unparse(self._node))
+
+        return write
+
+
+def _indexed(condition: ast.expr, index: tuple[Any, ...] | None) -> str:
+    text = ast.unparse(condition)
+    if index is None:
+        return text
+    if not isinstance(condition, ast.Name | ast.Attribute | ast.Call | ast.Subscript):
+        text = f"({text})"
+    return f"{text}[{', '.join('None' if k is None else ':' for k in index)}]"
+
+
+def _indices(
+    condition: Sequence[int], operand: Sequence[int]
+) -> Iterator[tuple[Any, ...] | None]:
+    """Yield ways to give a condition the axes of an operand; None: as it is."""
+
+    def fits(shape: Sequence[int]) -> bool:
+        try:
+            return np.broadcast_shapes(tuple(shape), tuple(operand)) == tuple(operand)
+        except ValueError:
+            return False
+
+    if fits(condition):
+        yield None
+    count, rank = len(condition), len(operand)
+    if not 0 < count < rank:
+        return
+    for axes in itertools.combinations(range(rank), count):
+        sizes = iter(condition)
+        shape = [next(sizes) if k in axes else 1 for k in range(rank)]
+        trailing = axes == tuple(range(rank - count, rank))  # is done already
+        if fits(shape) and not trailing:
+            yield tuple(slice(None) if k in axes else None for k in range(rank))

@@ -1,0 +1,84 @@
+"""Look through a program for what makes its results nonfinite, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stopgrad_jax._engine.blame import Birth, Entry, Frame, find, targets_of
+from stopgrad_jax._engine.entries import places
+from stopgrad_jax._engine.hiding import factor_of, hiders, located
+from stopgrad_jax._engine.levels import Level, Op
+from stopgrad_jax._engine.runner import Runner
+
+from .programs import Given, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What makes results of a program nonfinite.
+
+    Attributes:
+      program: the program, and `reaches` its nonfinite results.
+      given: the entry of an argument that was nonfinite before, if that is the cause.
+      birth: where it was born, or where what was given does harm; None if the program
+        is finite step by step.
+      side: "forward", or "backward" if it was born in a derivative.
+      hidden: the operations that hide it from the function's value, if any do.
+      factor: the operation of a backward pass that has it as a factor, if one does.
+    """
+
+    program: Program
+    reaches: tuple[str, ...]
+    given: Given | None = None
+    birth: Birth | None = None
+    side: str = "forward"
+    hidden: tuple[Op, ...] = ()
+    factor: Op | None = None
+
+
+def search(program: Program, runner: Runner) -> Found:
+    """Find out why results of a program are nonfinite."""
+    reaches = tuple(program.results[k] for k in program.wrong)
+    given = program.given()
+    operands = given.operands if given else program.operands
+    level = runner.top(
+        program.jaxpr, program.consts, operands, cotangents=program.cotangents
+    )
+    targets = targets_of(level, program.wrong)
+    if not targets:  # it is so only as it is compiled
+        return Found(program, reaches, given)
+    birth = find(runner, level, targets)
+    if given is None and birth.kind != "birth" and birth.source in program.names:
+        given = _given(program, birth.source)
+    frames = located(runner, birth)
+    side = "forward" if given or frames or not birth.frames else "backward"
+    start = birth.frames
+    if given:
+        start = frames = _where_given(level, birth, given)
+    factor = factor_of(runner, start)
+    hidden: Sequence[Op] = ()
+    if factor is not None and frames:
+        hidden, everywhere = hiders(runner, frames)
+        hidden = hidden if everywhere else ()
+    return Found(program, reaches, given, birth, side, tuple(hidden), factor)
+
+
+def _given(program: Program, operand: int) -> Given:
+    """Describe an operand that is nonfinite, and is not the only cause."""
+    x = program.operands[operand]
+    numbers = places(x)
+    index = tuple(map(int, np.unravel_index(numbers[0], np.shape(x))))
+    value = np.asarray(x)[index]
+    return Given(operand, index, value, len(numbers) - 1, program.operands)
+
+
+def _where_given(level: Level, birth: Birth, given: Given) -> tuple[Frame, ...]:
+    (value,) = (n for n, k in level.given.items() if k == given.operand)
+    after = birth.frames[0].after if birth.frames else {}
+    entries = [entry for entry in after if entry.value == value]
+    exact = Entry(value, given.index)
+    entry = exact if exact in entries or not entries else entries[0]
+    return (Frame(level, entry, after),)

@@ -1,0 +1,156 @@
+"""A function as its author wrote it: its expressions, its names, its modules."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.labels import Spot
+from stopgrad_jax._engine.syntax import is_within
+
+Position = tuple[int, int, int, int]
+_FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+class Written:
+    """The innermost function around an expression."""
+
+    def __init__(self, tree: ast.Module, spot: Spot) -> None:
+        """Find the function and the expression."""
+        around = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, _FUNCTIONS) and is_within(spot.position, place(node))
+        ]
+        self.function: ast.AST = max(around, key=lambda n: place(n)[:2], default=tree)
+
+    def expression(self, spot: Spot) -> ast.expr | None:
+        """Return the expression at a place in it."""
+        nodes = (n for n in ast.walk(self.function) if isinstance(n, ast.expr))
+        return next((n for n in nodes if place(n) == spot.position), None)
+
+    def is_settled(self, names: set[str], before: Position) -> bool:
+        """Tell whether names mean the same from there to the end of the function."""
+        return all(
+            place(node)[:2] < before[:2]
+            for node in ast.walk(self.function)
+            if names.intersection(_bound(node))
+        )
+
+
+def written(spot: Spot) -> Written | None:
+    """Return the function that an expression is in; None without its source."""
+    if not spot.is_current:
+        return None
+    rows = tuple(text for _, text in spot.source.rows(1, sys.maxsize))
+    return Written(_parsed(rows), spot)
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(rows: tuple[str, ...]) -> ast.Module:
+    return ast.parse("\n".join(rows))
+
+
+def place(node: Any) -> Position:
+    """Return where a node of a syntax tree is."""
+    return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        yield node.id
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.ExceptHandler) and node.name:
+        yield node.name
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).split(".")[0]
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Return the names that an expression uses."""
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def is_constant(node: ast.AST) -> bool:
+    """Tell a number, or a tuple of numbers, that is written out."""
+    if isinstance(node, ast.UnaryOp):
+        return is_constant(node.operand)
+    if isinstance(node, ast.Tuple | ast.List):
+        return all(map(is_constant, node.elts))
+    return isinstance(node, ast.Constant)
+
+
+def operands_of(node: ast.expr) -> list[ast.expr]:
+    """Return what an expression computes with, as far as it is not written out."""
+    if isinstance(node, ast.Call):
+        given = [*node.args, *(k.value for k in node.keywords)]
+        found = [x for x in given if not is_constant(x)]
+        if not found and isinstance(node.func, ast.Attribute):
+            return [node.func.value]
+        return [] if any(isinstance(x, ast.Starred) for x in found) else found
+    if isinstance(node, ast.BinOp):
+        return [x for x in (node.left, node.right) if not is_constant(x)]
+    if isinstance(node, ast.UnaryOp):
+        return [node.operand]
+    return [node.value] if isinstance(node, ast.Subscript) else []
+
+
+def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
+    """Write an expression with another one for a part of it.
+
+    A name is replaced wherever it is used, anything else where it stands.
+    """
+    inside = ast.parse(f"({new})", mode="eval").body
+
+    class Replace(ast.NodeTransformer):
+        def visit(self, node: ast.AST) -> ast.AST:
+            same = isinstance(node, ast.expr) and place(node) == place(old)
+            if isinstance(old, ast.Name) and isinstance(node, ast.Name):
+                same = node.id == old.id
+            return inside if same else self.generic_visit(node)
+
+    return ast.unparse(Replace().visit(copy.deepcopy(node)))
+
+
+def variable_of(array: np.ndarray, fun: Any) -> str:
+    """Return the variable that a function takes a constant from, or ""."""
+    while (inner := getattr(fun, "__wrapped__", None)) is not None:
+        fun = inner
+    code = getattr(fun, "__code__", None)
+    if code is None:
+        return ""
+    cells = zip(code.co_freevars, fun.__closure__ or (), strict=False)
+    scope = {name: fun.__globals__.get(name) for name in code.co_names}
+    scope |= {name: cell.cell_contents for name, cell in cells if cell != _EMPTY}
+    for name, x in scope.items():
+        same = isinstance(x, np.ndarray | jax.Array) and not _jax.is_traced(x)
+        if same and x.shape == array.shape and x.dtype == array.dtype:
+            if np.array_equal(x, array, equal_nan=True):
+                return name
+    return ""
+
+
+_EMPTY = types.CellType()
+
+
+def numpy_of(spot: Spot, fun: Callable[..., Any]) -> str:
+    """Return what `jax.numpy` is called in the module of an expression, or ""."""
+    modules = list(sys.modules.values())
+    same = [m for m in modules if getattr(m, "__file__", None) == spot.frame.file]
+    scopes = [vars(module) for module in same] or [getattr(fun, "__globals__", {})]
+    for scope in scopes:
+        for name, value in list(scope.items()):
+            if value is jnp:
+                return name
+    return ""
