@@ -12,16 +12,18 @@ PACKAGE = ROOT / "stopgrad_jax"
 # A file imports only from floors below its own, or from those before it in its row
 # if the row is a chain.
 FLOORS = [
-    {"_errors", "_jax", "_words"},
+    {"_errors", "_jax_types", "_words"},
+    {"_jax"},
     {"_address"},
     {"_where"},
     {"_engine/trace", "_engine/nested", "_engine/perturbation", "_engine/signature"},
-    {"_engine/syntax", "_engine/overwrite", "_engine/slope"},
+    {"_engine/syntax", "_engine/overwrite", "_engine/slope", "_engine/rebuild"},
     {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},
     {"_engine/gate", "_engine/assignment", "_engine/levels"},
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},
-    {"_engine/rules", "_engine/backward", "_engine/reduced"},
+    {"_engine/rules", "_engine/backward"},
     {"_engine/walk", "_engine/runs"},
+    {"_engine/reduced"},
     {"_engine/edits", "_engine/connect", "_engine/unfound"},
     {"_engine/rewrite", "_engine/select", "_engine/dependence"},
     {"_engine/graph"},

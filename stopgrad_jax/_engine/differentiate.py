@@ -105,7 +105,7 @@ class Differentiation:
             return program.traced.leaves[x.index]
         if self._sums and x.kind == "point":
             found = program.plan.found[x.index]
-            return channel(found.aval, found.steps)
+            return channel(found)
         return _jax.zeros(program.types[x])
 
     def _evaluate(

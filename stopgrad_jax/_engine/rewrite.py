@@ -15,8 +15,8 @@ import jax
 import stopgrad_jax._jax as _jax
 
 from .edits import Edits, NamedEdits, edited_operation, operation_edits
-from .nested import Slot, rebuild
 from .perturbation import hold, perturb
+from .rebuild import Slot, rebuild
 from .reduced import summed
 from .runs import Runs
 from .walk import Found, Match, Plan
@@ -40,7 +40,7 @@ class Actions:
     def slot(self, found: Found) -> Slot:
         """Tell an equation that is made anew about a value inside it."""
         captured = not self.captures.isdisjoint(found.targets)
-        return Slot(found.aval, captured, self.sums)
+        return Slot(found.aval, captured, len(found.steps), self.sums)
 
 
 class Rewriter:

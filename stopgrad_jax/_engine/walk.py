@@ -8,6 +8,7 @@ jaxpr that is called many times is searched once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Op, Point, Var, nodes, pattern, prefixes
 
-from .nested import Nested, nested
+from .nested import Copies, Nested, nested
 from .variables import Variables
 
 
@@ -65,7 +66,8 @@ class Found:
     """One value that addresses select.
 
     `aval` is its type outside all the equations that it lies in: with the time axis of
-    a scan and with all the shards. `steps`: how many of the scans that it lies in,
+    a scan and with all the shards. `size`: how many entries it has where it is.
+    `copies`: how many of it there are for the scans and shard_maps that it lies in,
     outermost first. `rule`: it is behind a custom rule. `dynamic`: it is in a while
     loop. `differentiated`: a derivative of it has already been taken.
     """
@@ -77,7 +79,13 @@ class Found:
     rule: bool = False
     dynamic: bool = False
     differentiated: bool = False
-    steps: tuple[int, ...] = ()
+    size: int = 0
+    copies: tuple[Copies, ...] = ()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Lengths of the scans that it lies in, outermost first."""
+        return tuple(c.count for c in self.copies if not c.devices)
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -190,10 +198,11 @@ class Search:
     def _own(
         self, eqn: Any, context: _Context, variables: Mapping[int, Any]
     ) -> tuple[Found, ...]:
-        primitive = eqn.primitive.name
+        primitive, point = _jax.kind_of(eqn), ""
         if primitive == "name":
-            self.names[eqn.params["name"]] = None
-            hits = self._named(eqn.params["name"])
+            point = _jax.params_of(eqn)["name"]
+            self.names[point] = None
+            hits = self._named(point)
         else:
             hits = ()
         if self._ops:
@@ -208,7 +217,7 @@ class Search:
             for k in range(len(eqn.outvars))
         ]
         first = next(hit for mine in (hits, *assigned) for hit in mine)
-        name = eqn.params["name"] if primitive == "name" else first.root
+        name = point or first.root
         state = (context.rule, context.dynamic, self._differentiated(eqn, context))
         found = []
         for position, var in enumerate(eqn.outvars):
@@ -220,7 +229,8 @@ class Search:
                     dataclasses.replace(hit, position=position, **same) for hit in hits
                 ]
             mine = (*mine, *assigned[position])
-            found.append(Found(name, mine, var.aval, _jax.line_of(eqn), *state))
+            size = math.prod(getattr(var.aval, "shape", ()))
+            found.append(Found(name, mine, var.aval, _jax.line_of(eqn), *state, size))
         return tuple(found)
 
     def _named(self, name: str) -> tuple[Hit, ...]:
@@ -266,10 +276,13 @@ class Search:
 
 def _lifted(found: Found, inner: Nested, eqn: Any) -> Found:
     line = found.line or _jax.line_of(eqn)
-    scanned = (eqn.params["length"],) if eqn.primitive.name == "scan" else ()
-    steps = (*scanned, *found.steps)
-    aval = inner.lift(found.aval)
-    return dataclasses.replace(found, aval=aval, line=line, steps=steps)
+    copies = inner.copies(found.aval)
+    return dataclasses.replace(
+        found,
+        aval=inner.lift(found.aval, len(found.steps)),
+        line=line,
+        copies=(copies, *found.copies) if copies else found.copies,
+    )
 
 
 def _hit(target: int, root: str, name: str) -> Hit:
