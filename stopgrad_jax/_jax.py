@@ -17,13 +17,16 @@ import jax.core
 import jaxlib
 from jax.extend import core, source_info_util
 
+from ._jax_types import also_varying as also_varying
 from ._jax_types import carries_gradient as carries_gradient
 from ._jax_types import explicit_sharding as explicit_sharding
 from ._jax_types import filled as filled
 from ._jax_types import is_differentiable as is_differentiable
 from ._jax_types import is_traced as is_traced
 from ._jax_types import known as known
+from ._jax_types import mapped_like as mapped_like
 from ._jax_types import number_like as number_like
+from ._jax_types import raveled as raveled
 from ._jax_types import resharded as resharded
 from ._jax_types import sharded_as as sharded_as
 from ._jax_types import sharded_like as sharded_like

@@ -51,6 +51,14 @@ def varying(aval: Any) -> frozenset[str]:
     return frozenset(manual.varying) if manual else frozenset(getattr(aval, "vma", ()))
 
 
+def also_varying(aval: Any, axes: frozenset[str]) -> Any:
+    """Type of a value that differs over more axes."""
+    if axes <= varying(aval):
+        return aval
+    manual = jax.sharding.ManualAxisType(varying=varying(aval) | axes)
+    return aval.update(manual_axis_type=manual)
+
+
 def unchecked_axes() -> frozenset[str]:
     """Mesh axes of the `shard_map(check_vma=False)` that is being traced."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
@@ -102,6 +110,29 @@ def resharded(x: jax.Array, mesh: Any, spec: Any) -> jax.Array:
 def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """Give a value the other's sharding, where shardings are part of the type."""
     return sharded_as(x, jax.typeof(like))
+
+
+def mapped_like(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+    """Shard an axis of a value as the first one of another: `jax.vmap` wants that."""
+    sharding = explicit_sharding(jax.typeof(like))
+    if sharding is None:
+        return x
+    spec = list(jax.typeof(x).sharding.spec)
+    spec[axis] = sharding.spec[0]
+    spec = jax.sharding.PartitionSpec(*spec)
+    if jax.typeof(x).sharding.spec == spec:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def raveled(x: jax.Array) -> jax.Array:
+    """Return a value as a vector; a sharding that is part of its type is given up."""
+    x = jnp.asarray(x)
+    sharding = explicit_sharding(jax.typeof(x))
+    if sharding is not None:
+        spec = jax.sharding.PartitionSpec()
+        x = jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+    return jnp.ravel(x)
 
 
 # Values of a type ---------------------------------------------------------------
@@ -171,28 +202,44 @@ def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
     name.
     """
     mesh, arguments = eqn.ctx.cur_abstract_mesh, jax.tree.map(as_argument, avals)
-    names, jaxprs = frozenset(mesh.manual_axes), list[Any]()
+    around = _around(mesh)
 
-    def body() -> tuple[()]:
-        jaxprs.append(jax.make_jaxpr(function)(*arguments))
-        return ()
+    def trace() -> Any:
+        return jax.make_jaxpr(lambda *args: function(*args))(*arguments)
 
-    with jax.sharding.use_abstract_mesh(_around(mesh)):
-        if not names:
-            body()
-        else:
-            # A program with `check_vma=False` has no varying value anywhere.
-            jax.eval_shape(
-                jax.shard_map(
-                    body,
-                    mesh=_around(mesh),
-                    in_specs=(),
-                    out_specs=(),
-                    axis_names=names,
-                    check_vma=_varies(eqn),
-                )
+    def inside(check_vma: bool) -> Any:
+        jaxprs = list[Any]()
+
+        def body() -> tuple[()]:
+            jaxprs.append(trace())
+            return ()
+
+        jax.eval_shape(
+            jax.shard_map(
+                body,
+                mesh=around,
+                in_specs=(),
+                out_specs=(),
+                axis_names=frozenset(mesh.manual_axes),
+                check_vma=check_vma,
             )
-    return getattr(jaxprs[0], "jaxpr", jaxprs[0])
+        )
+        return jaxprs[0]
+
+    with jax.sharding.use_abstract_mesh(around):
+        if not mesh.manual_axes:
+            closed = trace()
+        elif not _varies(eqn):  # so it is, too, in all of a shard_map without checks
+            closed = inside(check_vma=False)
+        else:
+            try:
+                closed = inside(check_vma=True)
+            except Exception:
+                # Without checks, but in a shard_map with them: then they differ.
+                if len({varying(atom.aval) for atom in eqn.invars}) == 1:
+                    raise
+                closed = inside(check_vma=False)
+    return getattr(closed, "jaxpr", closed)
 
 
 def _around(mesh: Any) -> Any:

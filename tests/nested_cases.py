@@ -168,3 +168,32 @@ def composed(unit, outer, inner):
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
     g = WRAPPERS[inner](unit, 0, (None, "m") if both else (mesh, "d"))
     return WRAPPERS[outer](g, int(inner in LOOPS), (mesh, "d"))
+
+
+def shape_by_hand(n, outer, inner):
+    """Shape of `d` for a vector of n entries."""
+    parts = [name in (*ROWS, *SHARDS) for name in (outer, inner)]
+    shape = [n // STEPS ** sum(parts)]
+    for name, lead in ((inner, 0), (outer, int(inner in LOOPS))):
+        if name in SHARDS:
+            shape[lead] *= STEPS
+        elif name in LOOPS:
+            shape.insert(0, STEPS)
+        elif name in ROWS:
+            shape.insert(lead, STEPS)
+    return shape
+
+
+def as_verbs_lay_it_out(x, outer, inner):
+    """Lay an array like `d` out as the verbs do.
+
+    Shards are put together on the value's first axis, which may be that of examples,
+    and the devices of pmap are shards.
+    """
+    if outer == "vmap" and inner in (*SHARDS, "pmap"):
+        shards = x if inner == "pmap" else x.reshape(STEPS, STEPS, -1)
+        return shards.swapaxes(0, 1).reshape(-1, shards.shape[2])
+    if "pmap" not in (outer, inner):
+        return x
+    lead = int((inner if outer == "pmap" else outer) in LOOPS)
+    return x.reshape(*x.shape[:lead], -1, *x.shape[lead + 2 :])

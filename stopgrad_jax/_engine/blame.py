@@ -217,4 +217,4 @@ def _finite(x: Any) -> Any:
     shape = jnp.shape(x)
     places = jnp.arange(np.prod(shape, dtype=int)).reshape(shape)
     filler = (0.5 + 0.25 * jnp.sin(1.0 + places)).astype(jnp.result_type(x))
-    return jnp.where(jnp.isfinite(x), x, filler)
+    return jnp.where(jnp.isfinite(x), x, _jax.sharded_like(filler, jnp.asarray(x)))

@@ -329,7 +329,7 @@ def _flat(values: Sequence[Any]) -> jax.Array:
     parts = []
     for x in _floats(values):
         real = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-        parts += [jnp.ravel(part).astype(jnp.result_type(float)) for part in real]
+        parts += [_jax.raveled(part).astype(jnp.result_type(float)) for part in real]
     return jnp.concatenate(parts)
 
 

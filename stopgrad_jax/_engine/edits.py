@@ -40,7 +40,8 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
                 "to change a type, edit where the value is used",
             )
         )
-    return _jax.vary(jnp.asarray(new), _jax.varying(old))
+    aval = jax.typeof(old) if isinstance(old, jax.Array) else old
+    return _jax.vary(_jax.sharded_as(jnp.asarray(new), aval), _jax.varying(aval))
 
 
 def kept(old: Any, new: Any, called: str) -> bool:

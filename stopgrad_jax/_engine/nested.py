@@ -160,25 +160,40 @@ class Shards:
 
     They are put together along the value's first axis, behind those of the scans that
     it lies in; scalars become a vector there.
+
+    Attributes:
+      eqn: the `shard_map`.
+      aval: type of one shard.
+      spec: how they are put together.
+      scalar: the axis that scalars are put together on.
+      around: mesh axes of `shard_map`s around this one that it may differ over, where
+        this one has `check_vma=False` and JAX does not know.
     """
 
     eqn: Any
     aval: Any
     spec: PartitionSpec
-    scalar: int | None  # the axis that scalars are put together on
+    scalar: int | None
+    around: frozenset[str]
 
     @classmethod
     def of(cls, eqn: Any, aval: Any, steps: int) -> Shards:
         """Describe those of a value with so many axes of scans inside."""
-        axes = sharded_over(eqn, aval)
+        axes, around = sharded_over(eqn, aval), frozenset[str]()
+        if not eqn.params["check_vma"]:
+            around = around.union(*(_jax.varying(atom.aval) for atom in eqn.invars))
         if not axes:
-            return cls(eqn, aval, PartitionSpec(), None)
+            return cls(eqn, aval, PartitionSpec(), None, around)
         scalar = steps if len(aval.shape) == steps else None
-        return cls(eqn, aval, PartitionSpec(*[None] * steps, axes), scalar)
+        return cls(eqn, aval, PartitionSpec(*[None] * steps, axes), scalar, around)
 
     def leave(self, x: Any) -> Any:
         """Shape a value inside for the way out."""
         return x if self.scalar is None else jnp.expand_dims(x, self.scalar)
+
+    def outside(self, x: Any) -> Any:
+        """Mark a value that is out of it as what it is there."""
+        return _jax.vary(x, self.around)
 
     def enter(self, x: Any) -> Any:
         """Undo it inside."""
@@ -197,7 +212,8 @@ class Shards:
 
         with _jax.at_source_of(self.eqn):
             around = again(self.eqn, inside, in_specs=(), out_specs=self.spec)
-            return _jax.type_of_result(around)
+            aval = _jax.type_of_result(around)
+        return _jax.also_varying(aval, self.around)
 
 
 def again(eqn: Any, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._errors import beats
 
 from .nested import Shards, again, summed_over
 
@@ -131,6 +132,9 @@ def _rebuild_shard_map(
     eqn: Any, call: Call, slots: Any, operands: Any, perturbations: Any, token: Any
 ) -> Any:
     every = [Shards.of(eqn, slot.aval, slot.steps) for slot in slots[0]]
+    for shards, p in zip(every, perturbations, strict=True):
+        if p is not None and shards.around:
+            raise ValueError(_axes_are_lost(eqn))
     ways = list(map(_way_in, slots[0], every))
 
     def body(operands: Any, perturbations: Any, token: Any) -> Any:
@@ -144,12 +148,26 @@ def _rebuild_shard_map(
         s.spec if slot.captured else None
         for s, slot in zip(every, slots[0], strict=True)
     ]
-    return again(
+    around = again(
         eqn,
         body,
         in_specs=(list(eqn.params["in_specs"]), used, PartitionSpec()),
         out_specs=(list(eqn.params["out_specs"]), taken),
-    )(operands, given, token)
+    )
+    out, captured = around(operands, given, token)
+    return out, [_of(s.outside, x) for s, x in zip(every, captured, strict=True)]
+
+
+def _axes_are_lost(eqn: Any) -> str:
+    line = _jax.line_of(eqn)
+    return beats(
+        "a gradient by a value in shard_map(check_vma=False)"
+        + (f" ({line})" if line else ""),
+        "the shard_map around it has check_vma=False too: JAX knows the axes that a "
+        "value differs over in all of them or in none",
+        "check_vma=False inside check_vma=True",
+        "check_vma=False in both",
+    )
 
 
 def _of(function: Callable[[Any], Any], x: Any) -> Any:
