@@ -101,7 +101,7 @@ def at_source_of(eqn: Any) -> Iterator[None]:
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Every jaxpr in an equation's parameters, of whatever primitive."""
-    return list(core.jaxprs_in_params(eqn.params))
+    return list(core.jaxprs_in_params(dict(params_of(eqn))))
 
 
 def is_ref(aval: Any) -> bool:

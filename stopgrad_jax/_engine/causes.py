@@ -210,7 +210,7 @@ def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
     for op in ops:
         if op.eqn.primitive.name == "stop_gradient":
             return "stop_gradient", "stop_gradient, on purpose", ""
-        if op.eqn.primitive.name in _jax.CUSTOM:
+        if _jax.kind_of(op.eqn) in _jax.CUSTOM:
             at = printed_place(_jax.rule_site(op.eqn))
             words = f"the custom rule of {_jax.call_name(op.eqn)} returns zero"
             words += f" ({at})" if at else ""

@@ -49,7 +49,7 @@ class Op:
     def name(self) -> str:
         """What the user called, as the source spells it, or JAX's name for it."""
         called = (self.spot.callee if self.spot else "") or _jax.gate_name(self.eqn)
-        return called or _jax.call_name(self.eqn) or self.eqn.primitive.name
+        return called or _jax.call_name(self.eqn) or _jax.kind_of(self.eqn)
 
 
 class Graph:
