@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 from ._errors import beats, function_name, type_of
 
@@ -41,12 +41,12 @@ def shown(x: Any, most: int = 60) -> str:
     if callable(x) and not isinstance(x, type):
         return function_name(x)
     if type(x) in (list, tuple, dict) and x:
-        items = x.items() if isinstance(x, dict) else enumerate(x)
-        keys = (f"{k!r}: " if isinstance(x, dict) else "" for k, _ in items)
-        values = x.values() if isinstance(x, dict) else x
-        inner = ", ".join(k + shown(v, most) for k, v in zip(keys, values, strict=True))
+        if isinstance(x, dict):
+            inner = [f"{k!r}: {shown(v, most)}" for k, v in x.items()]
+        else:
+            inner = [shown(v, most) for v in cast(Iterable[Any], x)]
         left, right = {list: "[]", tuple: "()", dict: "{}"}[type(x)]
-        text = f"{left}{inner}{right}"
+        text = f"{left}{', '.join(inner)}{right}"
     else:
         text = " ".join(repr(x).split())
     return text if len(text) <= most else text[: most - 3] + "..."

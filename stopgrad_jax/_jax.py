@@ -10,17 +10,38 @@ import contextlib
 import functools
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import jaxlib
-import numpy as np
 from jax.extend import core, source_info_util
 from jax.interpreters import ad
 
+from ._jax_types import also_varying as also_varying
+from ._jax_types import as_argument as as_argument
+from ._jax_types import carries_gradient as carries_gradient
+from ._jax_types import explicit_sharding as explicit_sharding
+from ._jax_types import filled as filled
+from ._jax_types import is_differentiable as is_differentiable
+from ._jax_types import is_traced as is_traced
+from ._jax_types import known as known
+from ._jax_types import mapped_like as mapped_like
+from ._jax_types import number_like as number_like
+from ._jax_types import raveled as raveled
+from ._jax_types import resharded as resharded
+from ._jax_types import sharded_as as sharded_as
+from ._jax_types import sharded_like as sharded_like
+from ._jax_types import stacked as stacked
+from ._jax_types import traced_at as traced_at
+from ._jax_types import type_of_result as type_of_result
+from ._jax_types import unchecked_axes as unchecked_axes
+from ._jax_types import vary as vary
+from ._jax_types import vary_exactly as vary_exactly
+from ._jax_types import varying as varying
+from ._jax_types import zeros as zeros
 from ._origin import Origin as Origin
 from ._origin import origin_of as origin_of
 
@@ -107,7 +128,7 @@ def at_line_of(eqn: Any) -> Iterator[None]:
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Every jaxpr in an equation's parameters, of whatever primitive."""
-    return list(core.jaxprs_in_params(eqn.params))
+    return list(core.jaxprs_in_params(dict(params_of(eqn))))
 
 
 def is_ref(aval: Any) -> bool:
@@ -126,12 +147,43 @@ def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
 
 
 def is_opaque(eqn: Any) -> bool:
-    """Tell an equation that holds a program we do not know how to open.
-
-    JAX's newer custom rules are one opaque object in a `call_hi_primitive`.
-    """
+    """Tell an equation that holds a program: ask where none is known to `nested`."""
     name = eqn.primitive.name
     return name == "call_hi_primitive" or (bool(eqn.params) and any(inner_jaxprs(eqn)))
+
+
+# With `jax_remat3`, `jax_custom_vjp3` and `jax_custom_jvp3` these are equations of one
+# primitive, `call_hi_primitive`, around an object of JAX.
+_HIGH = {
+    "CheckpointName": "name",
+    "CheckpointNameFwd": "name",
+    "RematTraced": "remat2",
+    "CustomJVPTraced": "custom_jvp_call",
+    "CustomVJPTraced": "custom_vjp_call",
+}
+
+
+def _high(eqn: Any) -> Any:
+    """Object of a `call_hi_primitive` of JAX's own, or None."""
+    high = (
+        eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+    )
+    return high if type(high).__module__.startswith("jax.") else None
+
+
+def kind_of(eqn: Any) -> str:
+    """Name what an equation is: its primitive, by its older name if it has two."""
+    return _HIGH.get(type(_high(eqn)).__name__) or eqn.primitive.name
+
+
+def params_of(eqn: Any) -> Mapping[str, Any]:
+    """Parameters of an equation, by their older names."""
+    high = _high(eqn)
+    if high is None:
+        return eqn.params
+    traced = high.params.get("traced")
+    inner = {"call_jaxpr": traced.jaxpr} if traced is not None else {}
+    return inner | high.params
 
 
 def scan_arity(eqn: Any) -> tuple[int, int]:
@@ -156,8 +208,8 @@ def call_name(eqn: Any) -> str | None:
     """Name of the function a `jit` or custom-rule equation calls."""
     if eqn.primitive.name == "jit":
         return eqn.params["name"]
-    if eqn.primitive.name in CUSTOM:
-        debug_info = opened(eqn.params["call_jaxpr"])[0].debug_info
+    if kind_of(eqn) in CUSTOM:
+        debug_info = opened(params_of(eqn)["call_jaxpr"])[0].debug_info
         return debug_info.func_src_info.split(" at ")[0] if debug_info else None
     return None
 
@@ -206,7 +258,11 @@ def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
     objects; the functions in their closures are the same. None: not found, and
     the caller must take every call for a different rule.
     """
-    found: list[Any] = []
+    high, found = _high(eqn), list[Any]()
+    if high is not None:
+        rules = [v for v in high.params.values() if isinstance(v, types.FunctionType)]
+        written = [f for rule in rules for f in _written(rule)]
+        return (high.in_tree, high.params["symbolic_zeros"], *written)
     wraps = [v for v in eqn.params.values() if hasattr(v, "call_wrapped")]
     for _ in range(4):  # the wrappers are three closures deep on 0.10 and 0.12
         inner = []
@@ -262,6 +318,14 @@ def _is_filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _written(rule: types.FunctionType) -> list[types.FunctionType]:
+    """Functions that a function of JAX closes over, or itself."""
+    cells = [c.cell_contents for c in rule.__closure__ or ()]
+    inner = [f for f in cells if isinstance(f, types.FunctionType)]
+    own = rule.__code__.co_filename.startswith(_OWN[0])
+    return inner if own and inner else [rule]
 
 
 def _is_jax_closure(f: Any) -> bool:
@@ -426,7 +490,7 @@ def result_paths(eqn: Any) -> tuple[str, ...] | None:
 
 def rule_site(eqn: Any) -> str:
     """Return `file:line` of the function that has this custom rule, or ""."""
-    debug_info = opened(eqn.params["call_jaxpr"])[0].debug_info
+    debug_info = opened(params_of(eqn)["call_jaxpr"])[0].debug_info
     place = debug_info.func_src_info.partition(" at ")[2] if debug_info else ""
     return place
 
@@ -481,140 +545,7 @@ def is_marked(array: Any) -> bool:
     return getattr(array, "_stopgrad_jax_made", False)
 
 
-# Types --------------------------------------------------------------------------
-
-
-def stacked(length: int, aval: Any) -> Any:
-    """Type of `length` values of this type on a new leading axis."""
-    return core.unmapped_aval(length, 0, aval)
-
-
 def is_key(x: Any) -> bool:
     """Tell a PRNG key, or another value of a dtype that NumPy does not have."""
     dtype = getattr(x, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
-
-
-def is_differentiable(aval: Any) -> bool:
-    """Real or complex floating point: the dtypes that carry a gradient."""
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def carries_gradient(leaf: Any) -> bool:
-    """Tell a leaf that has derivatives: a float or complex number or array."""
-    if isinstance(leaf, float | complex):
-        return True
-    arrays = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    return isinstance(leaf, arrays) and is_differentiable(leaf)
-
-
-def varying(aval: Any) -> frozenset[str]:
-    """Mesh axes a value differs over, inside `shard_map(check_vma=True)`."""
-    manual = getattr(aval, "manual_axis_type", None)
-    return frozenset(manual.varying) if manual else frozenset(getattr(aval, "vma", ()))
-
-
-def unchecked_axes() -> frozenset[str]:
-    """Mesh axes of the `shard_map(check_vma=False)` that is being traced."""
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    return frozenset(a for a in axes if not varying(jax.typeof(jax.lax.axis_index(a))))
-
-
-def zeros(aval: Any) -> jax.Array:
-    """Zeros of this type: PRNG keys, explicit shardings and varying axes too."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), aval.dtype))
-        raw = jnp.zeros((*aval.shape, *data.shape), data.dtype)
-        return jax.random.wrap_key_data(raw, impl=aval.dtype._impl.name)
-    return vary(filled(aval, 0), varying(aval))
-
-
-def filled(aval: Any, value: Any) -> jax.Array:
-    """Return an array of one value with this type's shape, dtype and sharding."""
-    sharding = getattr(aval, "sharding", None)
-    explicit = sharding is not None and sharding.mesh._any_axis_explicit
-    if getattr(aval, "weak_type", False) and not explicit:
-        weak = jax.lax.full(aval.shape, aval.dtype.type(value).item())
-        if weak.dtype == aval.dtype:
-            return weak
-    array = np.asarray(value).astype(aval.dtype)
-    return jax.lax.full(aval.shape, array, sharding=sharding if explicit else None)
-
-
-def number_like(x: Any, aval: Any) -> Any:
-    """Return a Python number as an array of this type's dtype, all else as it is."""
-    numeric = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
-    if numeric and isinstance(x, bool | int | float | complex):
-        return jnp.asarray(x, aval.dtype)
-    return x
-
-
-def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Mark a value as different on each device along `axes` (no communication)."""
-    missing = tuple(axes - varying(jax.typeof(x)))
-    if not missing:
-        return x
-    pcast = getattr(jax.lax, "pcast", None)
-    if pcast is not None:
-        return pcast(x, missing, to="varying")
-    return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009 (gone from JAX 0.12)
-
-
-def vary_exactly(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Bring a cotangent to the axes of its value: summed over those it has too many."""
-    excess = varying(jax.typeof(x)) - axes
-    return vary(jax.lax.psum(x, tuple(excess)) if excess else x, axes)
-
-
-def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Give a value the other's sharding, where shardings are part of the type."""
-    sharding = getattr(jax.typeof(like), "sharding", None)
-    if sharding is None or not sharding.mesh._any_axis_explicit:
-        return x
-    same = jax.typeof(x).sharding == sharding
-    return x if same else jax.sharding.reshard(x, sharding)
-
-
-def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype alone: no mesh, no varying axes, no tracer."""
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Jaxpr:
-    """Trace a function of values of these types, where an equation stands.
-
-    Collectives are only known inside the `shard_map` whose axes they name.
-    """
-    mesh = eqn.ctx.cur_abstract_mesh
-    plain, jaxprs = jax.tree.map(shape_of, avals), list[Any]()
-    manual = getattr(mesh, "manual_axes", ())
-    if not manual:
-        return opened(jax.make_jaxpr(function)(*plain))[0]
-
-    def varied(*args: Any) -> Any:
-        types = jax.tree.map(lambda x, aval: vary(x, varying(aval)), args, avals)
-        return function(*types)
-
-    def body() -> tuple[()]:
-        jaxprs.append(jax.make_jaxpr(varied)(*plain))
-        return ()
-
-    auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-    around = mesh.update(axis_types=auto)
-    names = frozenset(manual)
-    jax.eval_shape(
-        jax.shard_map(body, mesh=around, in_specs=(), out_specs=(), axis_names=names)
-    )
-    return opened(jaxprs[0])[0]
-
-
-def known(x: Any) -> np.ndarray:
-    """Return a value that is known; in an eager `shard_map`, those of all shards."""
-    while isinstance(x, jax.core.Tracer) and hasattr(x, "val"):
-        x = getattr(x, "val")  # noqa: B009 (of JAX's own kind of tracer)
-    return np.asarray(x)
-
-
-def is_traced(x: Any) -> bool:
-    """Tell a value that is not known yet from one that is."""
-    return isinstance(x, jax.core.Tracer)

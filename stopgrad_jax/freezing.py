@@ -162,13 +162,13 @@ def migrate_state(
     known = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     flat, structure = jax.tree_util.tree_flatten_with_path(fresh)
     for path, leaf in flat:
-        old = known.get(path, leaf)
-        if jnp.shape(old) != jnp.shape(leaf):  # as of `optax.flatten`
+        was = known.get(path, leaf)
+        if jnp.shape(was) != jnp.shape(leaf):  # as of `optax.flatten`
             raise ValueError(
                 beats(
                     called,
                     "an optimizer whose state has an array for each parameter",
-                    f'"{printed(path)}" of shape {list(jnp.shape(old))}, where new has '
+                    f'"{printed(path)}" of shape {list(jnp.shape(was))}, where new has '
                     f"{list(jnp.shape(leaf))}",
                     "new.init(params), to begin with a fresh state",
                 )

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "stopgrad_jax"
 # if the row is a chain.
 FLOORS = [
     {"_origin"},
-    {"_errors", "_jax", "_jax_errors", "_words"},
+    {"_errors", "_jax_types", "_jax_errors", "_words"},
+    {"_jax"},
     {"_address", "_edge", "_checks"},
     {"_where"},
     {
@@ -24,7 +25,13 @@ FLOORS = [
         "_engine/bindings",
         "_engine/anew",
     },
-    {"_engine/syntax", "_engine/overwrite", "_engine/slope", "_engine/references"},
+    {
+        "_engine/syntax",
+        "_engine/overwrite",
+        "_engine/slope",
+        "_engine/references",
+        "_engine/rebuild",
+    },
     {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/calls", "_engine/entries"},
@@ -34,8 +41,9 @@ FLOORS = [
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},
     {"_engine/handed", "_engine/operations", "_engine/hiding", "_engine/raised"},
     {"_engine/parameters"},
-    {"_engine/rules", "_engine/backward", "_engine/reduced"},
+    {"_engine/rules", "_engine/backward"},
     {"_engine/plan", "_engine/runs"},
+    {"_engine/reduced"},
     {"_engine/walk"},
     {"_engine/edits", "_engine/connect", "_engine/unfound", "_engine/nth"},
     {"_engine/unmatched"},

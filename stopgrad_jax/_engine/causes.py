@@ -273,7 +273,7 @@ def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
     for op in ops:
         if op.eqn.primitive.name == "stop_gradient":
             return "stop_gradient", _words.STOPPED, ""
-        if op.eqn.primitive.name in _jax.CUSTOM:
+        if _jax.kind_of(op.eqn) in _jax.CUSTOM:
             at = printed_place(_jax.rule_site(op.eqn))
             words = _words.RULE_RETURNS_ZERO.format(name=_jax.call_name(op.eqn))
             words += f" ({at})" if at else ""

@@ -73,7 +73,7 @@ class Declared:
     def _equation(self, eqn: Any, copies: Copies) -> tuple[list[list[Any]], Reports]:
         if not self._is_special(eqn, len(copies) > 1):
             return [_jax.bind(eqn, *operands) for operands in copies], {}
-        name = eqn.primitive.name
+        name = _jax.kind_of(eqn)
         if name == "stop_gradient":
             # `with_backward` stops what it hands to its function, which does move; and
             # JAX stops what its derivative passes by, as a factorization in `solve`.
@@ -88,7 +88,7 @@ class Declared:
         return loops.get(name, self._inline)(eqn, copies)
 
     def _is_special(self, eqn: Any, moved: bool) -> bool:
-        name = eqn.primitive.name
+        name = _jax.kind_of(eqn)
         if name == "stop_gradient":
             return moved
         if name == "gate":
@@ -147,7 +147,7 @@ class Declared:
                 return _jax.bind(eqn, *(next(source) if f else x for x, f in pairs))
 
             here = [jax.lax.stop_gradient(jnp.asarray(x)) for x in only(copies[k])]
-            if eqn.primitive.name == "custom_jvp_call":
+            if _jax.kind_of(eqn) == "custom_jvp_call":
                 return jax.jvp(function, here, list(deltas))[1]
             values, pull = jax.vjp(function, *here)
             return _transposed(lambda cts: list(pull(list(cts))), values, deltas)
@@ -159,7 +159,7 @@ class Declared:
             site = _jax.line_of(eqn)
         name = _jax.call_name(eqn) or "a custom rule"
         shown = _at(name, site)
-        if eqn.primitive.name == "custom_vjp_call":
+        if _jax.kind_of(eqn) == "custom_vjp_call":
             self.reverse_only[shown] = None
         return self._compared((name,), shown, push, outs, ins)
 
@@ -329,7 +329,7 @@ def _flat(values: Sequence[Any]) -> jax.Array:
     parts = []
     for x in _floats(values):
         real = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
-        parts += [jnp.ravel(part).astype(jnp.result_type(float)) for part in real]
+        parts += [_jax.raveled(part).astype(jnp.result_type(float)) for part in real]
     return jnp.concatenate(parts)
 
 

@@ -60,7 +60,7 @@ class Rules:
 
     def moving(self, eqn: Any, moved: Bits | None = None) -> Sequence[Bits]:
         """Return, for each result, the operands with which JAX takes it to move."""
-        if not self.by_pattern(eqn) and eqn.primitive.name not in _jax.CUSTOM:
+        if not self.by_pattern(eqn) and _jax.kind_of(eqn) not in _jax.CUSTOM:
             return self(eqn)
         everything = sum(1 << k for k in _moved(eqn, None))
         floats = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
@@ -191,7 +191,7 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         raises = _raises(eqn, moved)
         none = [0] * len(eqn.outvars)
         return Answer(none, refuses=every if raises else 0, always=raises)
-    is_vjp = eqn.primitive.name == "custom_vjp_call"
+    is_vjp = _jax.kind_of(eqn) == "custom_vjp_call"
     for ask in (_ask_reverse,) if is_vjp else (_ask_forward, _ask_reverse):
         try:
             answer = ask(eqn, moved, results)

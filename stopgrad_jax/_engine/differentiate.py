@@ -153,7 +153,7 @@ class Differentiation:
             return program.traced.leaves[x.index]
         if self._sums and x.kind == "point":
             found = program.plan.found[x.index]
-            return channel(found.aval, found.steps)
+            return channel(found)
         return _jax.zeros(program.types[x])
 
     def _evaluate(
@@ -214,7 +214,7 @@ class Differentiation:
 def _holds_closure(jaxpr: Any) -> bool:
     """Tell whether a custom rule in a program closes over what was traced with it."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _jax.CUSTOM and _jax.closes_over_tracers(eqn):
+        if _jax.kind_of(eqn) in _jax.CUSTOM and _jax.closes_over_tracers(eqn):
             return True
         inner = nested(eqn)
         if inner is not None and any(_holds_closure(b.jaxpr) for b in inner.bodies):
@@ -291,7 +291,7 @@ def try_gradient(
         asked = Differentiation(here, {*xs}, ys, (), called)
         return list(asked.gradients(pairs, False)[1].values())
 
-    cts = [_jax.shape_of(program.types[y]) for y in ys]
+    cts = [_jax.as_argument(program.types[y]) for y in ys]
     try:
         jaxpr, consts = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
         outer = set(map(id, (*traced.consts, *traced.leaves)))

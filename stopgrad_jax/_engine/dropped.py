@@ -50,7 +50,7 @@ def _candidates(
 
 
 def _does(eqn: Any) -> str:
-    name = eqn.primitive.name
+    name = _jax.kind_of(eqn)
     if name == "gate":
         return _DOES.get(_jax.gate_name(eqn), "changes")
     return _DOES.get(name, "")

@@ -43,8 +43,9 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
                 "to change a type, edit where the value is used",
             )
         )
-    new = _jax.vary(jnp.asarray(new), _jax.varying(old))
-    return edited(new, called) if _jax.is_differentiable(old) else new
+    aval = jax.typeof(old) if isinstance(old, jax.Array) else old
+    new = _jax.vary(_jax.sharded_as(jnp.asarray(new), aval), _jax.varying(aval))
+    return edited(new, called) if _jax.is_differentiable(aval) else new
 
 
 def kept(old: Any, new: Any, called: str) -> bool:

@@ -81,6 +81,7 @@ def cotangents(
                 aval = program.types[y]
                 checked = _ones(aval, called) if ct is None else _like(ct, aval, called)
                 if _jax.is_differentiable(aval):
+                    checked = _jax.sharded_as(checked, aval)
                     pairs.append((y, _jax.vary(checked, _jax.varying(aval))))
     return pairs
 

@@ -73,7 +73,7 @@ class Op:
         called = (spot.callee if spot else "") or _jax.gate_name(self.eqn)
         if not called and (address := _jax.edited_at(self.eqn)):
             return f"edit of {address}"
-        return called or _jax.call_name(self.eqn) or self.eqn.primitive.name
+        return called or _jax.call_name(self.eqn) or _jax.kind_of(self.eqn)
 
 
 class Graph:

@@ -2,20 +2,18 @@
 
 `nested` says how an equation's operands feed its inner jaxprs and how their
 results leave it; that is all that the search, the reachability analysis and the
-evaluator know of control flow. `rebuild` makes the equation anew, with a public
-function of JAX, around bodies that take more and return more than before.
+evaluator know of control flow.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import stopgrad_jax._jax as _jax
@@ -43,43 +41,36 @@ class Body:
 class Nested:
     """The bodies of an equation and where a value inside them ends up outside.
 
-    `lift` turns the type of a value inside into the type of all its values outside.
-    `rule`: what is inside is behind its author's own derivative rule. `dynamic`: it
-    runs a number of times that is known only at run time.
+    `lift` turns the type of a value inside, and the number of its axes that are steps
+    of scans inside, into the type of all its values outside. `copies`: how many values
+    of this type there are outside, one for each step of a scan or each shard; None if
+    it is one. `rule`: what is inside is behind its author's own derivative rule.
+    `dynamic`: it runs a number of times that is known only at run time.
     """
 
     bodies: Sequence[Body]
-    lift: Callable[[Any], Any] = lambda aval: aval
+    lift: Callable[[Any, int], Any] = lambda aval, steps: aval
+    copies: Callable[[Any], Copies | None] = lambda aval: None
     rule: bool = False
     dynamic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """A value inside a body that something is done to: its type there, its fate.
+class Copies:
+    """How many values there are of one, over the steps of a scan or over devices."""
 
-    `channel`: what is given for it is not like the value, and one for all shards.
-    """
-
-    aval: Any
-    captured: bool
-    channel: bool = False
-
-
-# A body that is run with more than its own operands: (which body, its operands,
-# a perturbation or None for each slot in it, the token of this differentiation or
-# None) -> (its results, the captured value or None for each slot).
-Call = Callable[[int, Sequence[Any], Sequence[Any], Any], tuple[list[Any], list[Any]]]
+    count: int
+    devices: bool = False
 
 
 def nested(eqn: Any) -> Nested | None:
     """Describe an equation's inner jaxprs; None if it has none we know of."""
-    describe = _DESCRIBE.get(eqn.primitive.name)
+    describe = _DESCRIBE.get(_jax.kind_of(eqn))
     return describe(eqn) if describe else None
 
 
 def _plain(eqn: Any, param: str, **kwargs: Any) -> Nested:
-    jaxpr, consts = _jax.opened(eqn.params[param])
+    jaxpr, consts = _jax.opened(_jax.params_of(eqn)[param])
     body = Body(jaxpr, consts, range(len(eqn.invars)), range(len(eqn.outvars)))
     return Nested([body], **kwargs)
 
@@ -91,7 +82,11 @@ def _scan(eqn: Any) -> Nested:
     operands, results = range(len(eqn.invars)), range(len(eqn.outvars))
     body = Body(jaxpr, consts, operands, results, feedback, repeats=True)
     length = eqn.params["length"]
-    return Nested([body], lift=lambda aval: _jax.stacked(length, aval))
+    return Nested(
+        [body],
+        lift=lambda aval, steps: _jax.stacked(length, aval),
+        copies=lambda aval: Copies(length),
+    )
 
 
 def _while(eqn: Any) -> Nested:
@@ -125,24 +120,32 @@ def _cond(eqn: Any) -> Nested:
     return Nested(bodies)
 
 
+def _rule(eqn: Any) -> Nested | None:
+    body = _jax.opened(_jax.params_of(eqn)["call_jaxpr"])[0]
+    # A newer rule may be given more than its function takes: how is not known.
+    if len(body.invars) != len(eqn.invars):
+        return None
+    return _plain(eqn, "call_jaxpr", rule=True)
+
+
 def _shard_map(eqn: Any) -> Nested:
-    def lift(aval: Any) -> Any:
-        axes = sharded_over(eqn, aval)
-        if not axes:
-            return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    def copies(aval: Any) -> Copies | None:
+        axes = summed_over(eqn, aval)
         count = math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
-        first, *rest = aval.shape or (1,)
-        return jax.ShapeDtypeStruct((count * first, *rest), aval.dtype)
+        return Copies(count, devices=True) if axes else None
 
-    return _plain(eqn, "jaxpr", lift=lift)
+    def lift(aval: Any, steps: int) -> Any:
+        return Shards.of(eqn, aval, steps).type
+
+    return _plain(eqn, "jaxpr", lift=lift, copies=copies)
 
 
-_DESCRIBE: dict[str, Callable[[Any], Nested]] = {
+_DESCRIBE: dict[str, Callable[[Any], Nested | None]] = {
     "jit": lambda eqn: _plain(eqn, "jaxpr"),
     "closed_call": lambda eqn: _plain(eqn, "call_jaxpr"),
     "remat2": lambda eqn: _plain(eqn, "jaxpr"),
-    "custom_jvp_call": lambda eqn: _plain(eqn, "call_jaxpr", rule=True),
-    "custom_vjp_call": lambda eqn: _plain(eqn, "call_jaxpr", rule=True),
+    "custom_jvp_call": _rule,
+    "custom_vjp_call": _rule,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -150,151 +153,117 @@ _DESCRIBE: dict[str, Callable[[Any], Nested]] = {
 }
 
 
-def sharded_over(eqn: Any, aval: Any) -> tuple[str, ...]:
-    """Mesh axes a value inside this shard_map differs over.
+# Shards --------------------------------------------------------------------------
 
-    With `check_vma=False` JAX does not know: then every axis that an operand is
-    sharded over counts.
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How the shards of a value inside a `shard_map` are one array outside.
+
+    They are put together along the value's first axis, behind those of the scans that
+    it lies in; scalars become a vector there.
+
+    Attributes:
+      eqn: the `shard_map`.
+      aval: type of one shard.
+      spec: how they are put together.
+      scalar: the axis that scalars are put together on.
+      around: mesh axes of `shard_map`s around this one that it may differ over, where
+        this one has `check_vma=False` and JAX does not know.
     """
-    mesh = eqn.params["mesh"]
+
+    eqn: Any
+    aval: Any
+    spec: PartitionSpec
+    scalar: int | None
+    around: frozenset[str]
+
+    @classmethod
+    def of(cls, eqn: Any, aval: Any, steps: int) -> Shards:
+        """Describe those of a value with so many axes of scans inside."""
+        axes, around = sharded_over(eqn, aval), frozenset[str]()
+        if not eqn.params["check_vma"]:
+            around = around.union(*(_jax.varying(atom.aval) for atom in eqn.invars))
+        if not axes:
+            return cls(eqn, aval, PartitionSpec(), None, around)
+        scalar = steps if len(aval.shape) == steps else None
+        return cls(eqn, aval, PartitionSpec(*[None] * steps, axes), scalar, around)
+
+    def leave(self, x: Any) -> Any:
+        """Shape a value inside for the way out."""
+        return x if self.scalar is None else jnp.expand_dims(x, self.scalar)
+
+    def outside(self, x: Any) -> Any:
+        """Mark a value that is out of it as what it is there."""
+        return _jax.vary(x, self.around)
+
+    def enter(self, x: Any) -> Any:
+        """Undo it inside."""
+        return x if self.scalar is None else jnp.squeeze(x, self.scalar)
+
+    def reshard(self, x: Any) -> Any:
+        """Give a value like all shards together their sharding."""
+        return _jax.sharded_as(x, self.type)
+
+    @property
+    def type(self) -> Any:
+        """Type of all shards together, as JAX has it."""
+
+        def inside() -> Any:
+            return self.leave(_jax.zeros(self.aval))
+
+        with _jax.at_source_of(self.eqn):
+            around = again(self.eqn, inside, in_specs=(), out_specs=self.spec)
+            aval = _jax.type_of_result(around)
+        return _jax.also_varying(aval, self.around)
+
+
+def again(eqn: Any, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+    """Return a function of the `shard_map` that an equation is, of another body."""
+    return jax.shard_map(
+        body,
+        mesh=eqn.params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=eqn.params["check_vma"],
+        axis_names=eqn.params["newly_manual_axes"],
+    )
+
+
+def sharded_over(eqn: Any, aval: Any) -> tuple[str, ...]:
+    """Mesh axes of this shard_map that a value inside it differs over.
+
+    With `check_vma=False` JAX does not know: then every axis counts that an operand is
+    sharded over or whose index is read.
+    """
     if eqn.params["check_vma"]:
         axes = _jax.varying(aval)
     else:
         entries = [entry for spec in eqn.params["in_specs"] for entry in spec]
+        entries += _indices(_jax.opened(eqn.params["jaxpr"])[0])
         axes = {a for e in entries if e for a in (e if isinstance(e, tuple) else (e,))}
-    return tuple(axis for axis in mesh.axis_names if axis in axes)
+    return _ordered(eqn, axes)
 
 
-# Rebuilding ----------------------------------------------------------------------
+def summed_over(eqn: Any, aval: Any) -> tuple[str, ...]:
+    """Mesh axes of this shard_map on which each device counts.
 
-
-def rebuild(
-    eqn: Any,
-    call: Call,
-    slots: Sequence[Sequence[Slot]],
-    operands: Sequence[Any],
-    perturbations: Sequence[Any],
-    token: Any,
-) -> tuple[list[Any], list[Any]]:
-    """Make the equation anew around `call`; return its results and what it captured.
-
-    `slots` holds those of each body; `perturbations` and what is captured are in the
-    same order, body after body.
+    With `check_vma=False` all of them: a copy cannot be told from a shard.
     """
-    make = _REBUILD.get(eqn.primitive.name, _call)
-    return make(eqn, call, slots, list(operands), list(perturbations), token)
+    checked = eqn.params["check_vma"]
+    return sharded_over(eqn, aval) if checked else _ordered(eqn, None)
 
 
-def _call(eqn: Any, call: Call, slots: Any, *args: Any) -> Any:
-    return call(0, *args)
+def _ordered(eqn: Any, axes: Any) -> tuple[str, ...]:
+    own = eqn.params["newly_manual_axes"]
+    wanted = own if axes is None else own & frozenset(axes)
+    return tuple(axis for axis in eqn.params["mesh"].axis_names if axis in wanted)
 
 
-def _rule(eqn: Any, call: Call, slots: Any, operands: Any, *args: Any) -> Any:
-    # The results keep their author's rule; what is captured is computed beside it.
-    return _jax.bind(eqn, *operands), call(0, operands, *args)[1]
-
-
-def _rebuild_remat(eqn: Any, call: Call, slots: Any, *args: Any) -> Any:
-    policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
-    body = functools.partial(call, 0)
-    return jax.checkpoint(body, policy=policy, prevent_cse=cse)(*args)
-
-
-def _rebuild_scan(
-    eqn: Any, call: Call, slots: Any, operands: Any, perturbations: Any, token: Any
-) -> Any:
-    num_consts, num_carry = _jax.scan_arity(eqn)
-    consts, rest = operands[:num_consts], operands[num_consts:]
-
-    def step(carry: Any, xs: Any) -> Any:
-        xs, perturbations = xs
-        out, captured = call(0, [*consts, *carry, *xs], perturbations, token)
-        return out[:num_carry], (out[num_carry:], captured)
-
-    params = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    xs = (rest[num_carry:], perturbations)
-    carry, (ys, captured) = jax.lax.scan(step, rest[:num_carry], xs, **params)
-    return [*carry, *ys], captured
-
-
-def _rebuild_while(
-    eqn: Any, call: Call, slots: Any, operands: Any, perturbations: Any, token: Any
-) -> Any:
-    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts, body_consts = operands[:n], operands[n : n + m]
-    first = len(slots[0])
-    out = jax.lax.while_loop(
-        lambda c: call(0, [*cond_consts, *c], perturbations[:first], token)[0][0],
-        lambda c: call(1, [*body_consts, *c], perturbations[first:], token)[0],
-        operands[n + m :],
-    )
-    return out, [None] * len(perturbations)
-
-
-def _rebuild_cond(
-    eqn: Any, call: Call, slots: Any, operands: Any, perturbations: Any, token: Any
-) -> Any:
-    ends = list(itertools.accumulate(map(len, slots)))
-
-    def branch(k: int) -> Callable[..., Any]:
-        mine = slice(ends[k] - len(slots[k]), ends[k])
-
-        def run(operands: Any, perturbations: Any, token: Any) -> Any:
-            out, captured = call(k, operands, perturbations[mine], token)
-            # A branch that is not taken captures zeros.
-            everyone = itertools.chain(*slots)
-            every = [_jax.zeros(s.aval) if s.captured else None for s in everyone]
-            every[mine] = captured
-            return out, every
-
-        return run
-
-    branches = [branch(k) for k in range(len(slots))]
-    return jax.lax.switch(operands[0], branches, operands[1:], perturbations, token)
-
-
-def _rebuild_shard_map(
-    eqn: Any, call: Call, slots: Any, operands: Any, perturbations: Any, token: Any
-) -> Any:
-    axes = [sharded_over(eqn, slot.aval) for slot in slots[0]]
-    specs = [PartitionSpec(a) if a else PartitionSpec() for a in axes]
-    channel = [slot.channel for slot in slots[0]]
-    # A scalar that differs from shard to shard leaves as a vector of them.
-    scalar = [bool(a) and not s.aval.shape for a, s in zip(axes, slots[0], strict=True)]
-    shaped = [s and not c for s, c in zip(scalar, channel, strict=True)]
-
-    def reshaped(values: Any, which: list[bool], shape: tuple[int, ...]) -> list[Any]:
-        pairs = zip(values, which, strict=True)
-        return [x if x is None or not w else x.reshape(shape) for x, w in pairs]
-
-    def body(operands: Any, perturbations: Any, token: Any) -> Any:
-        out, captured = call(0, operands, reshaped(perturbations, shaped, ()), token)
-        return out, reshaped(captured, scalar, (1,))
-
-    def only(specs: Any, used: Any) -> list[Any]:
-        return [p if u else None for p, u in zip(specs, used, strict=True)]
-
-    given = only(
-        [PartitionSpec() if c else p for p, c in zip(specs, channel, strict=True)],
-        [p is not None for p in perturbations],
-    )
-    taken = only(specs, [slot.captured for slot in slots[0]])
-    return jax.shard_map(
-        body,
-        mesh=eqn.params["mesh"],
-        in_specs=(list(eqn.params["in_specs"]), given, PartitionSpec()),
-        out_specs=(list(eqn.params["out_specs"]), taken),
-        check_vma=eqn.params["check_vma"],
-        axis_names=eqn.params["newly_manual_axes"],
-    )(operands, perturbations, token)
-
-
-_REBUILD: dict[str, Callable[..., Any]] = {
-    "custom_jvp_call": _rule,
-    "custom_vjp_call": _rule,
-    "remat2": _rebuild_remat,
-    "scan": _rebuild_scan,
-    "while": _rebuild_while,
-    "cond": _rebuild_cond,
-    "shard_map": _rebuild_shard_map,
-}
+def _indices(jaxpr: Any) -> Iterator[Any]:
+    """Mesh axes whose index is read in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "axis_index":
+            yield eqn.params["axis_name"]
+        for inner in _jax.inner_jaxprs(eqn):
+            yield from _indices(_jax.opened(inner)[0])

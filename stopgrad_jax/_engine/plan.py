@@ -9,6 +9,7 @@ from typing import Any
 
 from stopgrad_jax._address import nodes
 
+from .nested import Copies
 from .operations import Group
 
 
@@ -62,7 +63,8 @@ class Found:
     """One value that addresses select.
 
     `aval` is its type outside all the equations that it lies in: with the time axis of
-    a scan and with all the shards. `steps`: how many of the scans that it lies in,
+    a scan and with all the shards. `size`: how many entries it has where it is.
+    `copies`: how many of it there are for the scans and shard_maps that it lies in,
     outermost first. `rule`: it is behind a custom rule. `dynamic`: it is in a while
     loop. `differentiated`: a derivative of it has already been taken.
     """
@@ -74,7 +76,13 @@ class Found:
     rule: bool = False
     dynamic: bool = False
     differentiated: bool = False
-    steps: tuple[int, ...] = ()
+    size: int = 0
+    copies: tuple[Copies, ...] = ()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Lengths of the scans that it lies in, outermost first."""
+        return tuple(c.count for c in self.copies if not c.devices)
 
     @property
     def targets(self) -> tuple[int, ...]:

@@ -2,7 +2,9 @@
 
 At each value a gate hands the cotangent on as it is, and a summary of it to a
 *channel*: a small operand that is differentiated by and that nothing else uses. In a
-scan there is a channel for each step, so a gradient over all steps is never stacked.
+scan there is a channel for each step, so a gradient over all steps is never stacked,
+and in a `shard_map` one for each device: they are put together outside of it, where a
+largest entry need not be told from a sum.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import stopgrad_jax._jax as _jax
 
 from .gate import gate
 from .rule import Rule
+from .walk import Found
 
 SUMMED = 4  # sum of squares, largest magnitude, number of nonzeros, of nonfinites
+LARGEST = 1
 
 
 def summary_dtype(dtype: Any) -> Any:
@@ -36,9 +40,34 @@ def summary(ct: jax.Array) -> jax.Array:
     return jnp.stack([x.astype(size.dtype) for x in sums])
 
 
-def channel(aval: Any, steps: Sequence[int]) -> jax.Array:
-    """Return what `summed` takes for a value in loops of so many steps."""
-    return jnp.zeros((*steps, SUMMED), summary_dtype(aval.dtype))
+def channel(found: Found) -> jax.Array:
+    """Return what `summed` takes for a value: an axis for each of its copies' kinds."""
+    counts = tuple(copies.count for copies in found.copies)
+    zeros = jnp.zeros((*counts, SUMMED), summary_dtype(found.aval.dtype))
+    # As its value: else what comes to it would be added over the devices around.
+    return _jax.vary(zeros, _jax.varying(found.aval))
+
+
+def over_devices(totals: jax.Array, found: Found) -> tuple[jax.Array, int]:
+    """Put a channel's summaries of all devices together; return how many there were."""
+    count = 1
+    for axis in reversed(range(len(found.copies))):
+        if found.copies[axis].devices:
+            count *= found.copies[axis].count
+            sums, largest = jnp.sum(totals, axis), jnp.max(totals, axis)
+            totals = sums.at[..., LARGEST].set(largest[..., LARGEST])
+    return totals, count
+
+
+def over_axes(totals: jax.Array) -> tuple[jax.Array, int]:
+    """Put the summaries of all shards together, called in a `shard_map` or `pmap`."""
+    axes = tuple(_jax.varying(jax.typeof(totals)) | _jax.unchecked_axes())
+    if not axes:
+        return totals, 1
+    # The largest has no derivative over devices: it is a constant to one.
+    largest = jax.lax.pmax(jax.lax.stop_gradient(totals[..., LARGEST]), axes)
+    sums = jax.lax.psum(totals, axes).at[..., LARGEST].set(largest)
+    return sums, jax.lax.psum(1, axes)
 
 
 def summed(value: jax.Array, channel: jax.Array) -> jax.Array:
@@ -48,15 +77,7 @@ def summed(value: jax.Array, channel: jax.Array) -> jax.Array:
 
 def _pull(cts: Sequence[Any], residuals: Sequence[Any]) -> list[Any]:
     (ct,) = cts
-    totals = summary(ct)
-    axes = _jax.varying(jax.typeof(ct)) or _jax.unchecked_axes()
-    if axes:
-        # What comes to a channel is added over the devices, so the largest of all
-        # comes from the first one alone.
-        first = sum(jax.lax.axis_index(axis) for axis in axes) == 0
-        largest = jnp.where(first, jax.lax.pmax(totals[1], tuple(axes)), 0)
-        totals = totals.at[1].set(largest.astype(totals.dtype))
-    return [ct, totals]
+    return [ct, summary(ct)]
 
 
 _RULE = Rule(

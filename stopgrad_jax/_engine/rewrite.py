@@ -24,10 +24,10 @@ from .edits import (
     operation,
     operation_edits,
 )
-from .nested import Slot, rebuild
 from .operations import Group
 from .perturbation import hold, perturb, shift
 from .plan import Found, Match, Plan
+from .rebuild import Slot, rebuild
 from .reduced import summed
 from .runs import Runs
 
@@ -51,7 +51,7 @@ class Actions:
     def slot(self, found: Found) -> Slot:
         """Tell an equation that is made anew about a value inside it."""
         captured = not self.captures.isdisjoint(found.targets)
-        return Slot(found.aval, captured, self.sums)
+        return Slot(found.aval, captured, len(found.steps), self.sums)
 
 
 class Rewriter:

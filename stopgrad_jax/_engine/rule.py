@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,7 +64,9 @@ class Mapped:
             axis_size=self.size,
             spmd_axis_name=self.spmd_name,
         )
-        return pull(list(cts), list(residuals))
+        pairs = zip(residuals, self.residuals, strict=True)
+        like = functools.partial(_jax.mapped_like, like=cts[0])
+        return pull(list(cts), [x if d is None else like(x, d) for x, d in pairs])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -123,8 +123,9 @@ class Runner:
         if name == "shard_map":
             if context.shards:
                 return None
-            context = dataclasses.replace(context, shards=Shards(eqn))
-            operands = context.shards.split(operands)
+            shards = Shards(eqn)
+            context = dataclasses.replace(context, shards=shards)
+            operands = shards.split(operands)
         return self._body(level, op, inner.bodies[0], operands, context)
 
     def _body(

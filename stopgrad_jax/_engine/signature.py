@@ -51,11 +51,11 @@ def fingerprint(
 
 
 def _params(eqn: Any) -> Any:
-    if eqn.primitive.name not in _jax.CUSTOM:
+    if _jax.kind_of(eqn) not in _jax.CUSTOM:
         return tuple(eqn.params.items())
     # Each call of a custom rule holds new objects: compare what they do instead.
     rule = _jax.custom_rule(eqn)
-    jaxpr, consts = _jax.opened(eqn.params["call_jaxpr"])
+    jaxpr, consts = _jax.opened(_jax.params_of(eqn)["call_jaxpr"])
     same = fingerprint(jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
     return (rule or object(), tuple(map(id, consts)), same)
 

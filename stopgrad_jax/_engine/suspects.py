@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     """One entry of one value of a level."""
 
     value: int
-    index: Index
+    index: Index  # type: ignore[reportIncompatibleMethodOverride]
 
 
 class Suspects:
@@ -105,7 +105,9 @@ class Suspects:
         for n in sorted(found):
             which = int(np.searchsorted(ends, n, side="right")) - 1
             number = numbers[which][n - ends[which]]
-            entries.append(Entry(self._bad[which], index_of(number, shapes[which])))
+            entries.append(
+                Entry(self._bad[which], index_of(int(number), shapes[which]))
+            )
         return entries
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .nested import nested, rebuild
+from .nested import nested
+from .rebuild import rebuild
 
 Read = Callable[[Any], Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import stopgrad_jax._jax as _jax
 
@@ -261,7 +261,10 @@ class _Unfolding:
             value for part in reversed(found) for value in part
         ]
         if len(inner.bodies) == 1 and not never:
-            return [values[0] for values in sources], {k: v[0] for k, v in left.items()}
+            only: dict[int, Value | None] = {
+                k: cast(Value, v[0]) for k, v in left.items()
+            }
+            return [values[0] for values in sources], only
         op = self._op(eqn, path, join=True)
         if inner.dynamic:  # a while loop has no reverse mode
             op.refusing = inputs

@@ -8,6 +8,7 @@ jaxpr that is called many times is searched once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -149,17 +150,17 @@ class Search:
         self, eqn: Any, context: _Context, assigned: Mapping[Any, Sequence[Hit]]
     ) -> tuple[Found, ...]:
         hits: tuple[Hit, ...] = ()
-        is_name = eqn.primitive.name == "name"
-        if is_name and not isinstance(eqn.params["name"], Parameter):
-            self.names[eqn.params["name"]] = None
-            hits = self._named(eqn.params["name"])
+        point = _jax.params_of(eqn)["name"] if _jax.kind_of(eqn) == "name" else ""
+        if point and not isinstance(point, Parameter):
+            self.names[point] = None
+            hits = self._named(point)
         if self._ops:
             hits = (*hits, *self._operation(eqn, context))
         mine = [tuple(assigned.get(var, ())) for var in eqn.outvars]
         first = next((hit for each in (hits, *mine) for hit in each), None)
         if first is None:
             return ()
-        name = eqn.params["name"] if is_name and hits else first.root
+        name = point if point and hits else first.root
         line, state = _jax.line_of(eqn), (context.rule, context.dynamic)
         taken = self._differentiated(eqn, context)
         count, found = len(eqn.outvars), []
@@ -169,7 +170,8 @@ class Search:
             # A call that takes a derivative is no part of what it differentiates.
             whole = bool(every) and all(hit.group is not None for hit in every)
             own = context.differentiated if whole else taken
-            found.append(Found(name, every, var.aval, line, *state, own))
+            size = math.prod(getattr(var.aval, "shape", ()))
+            found.append(Found(name, every, var.aval, line, *state, own, size))
         return tuple(found)
 
     def _named(self, name: str) -> tuple[Hit, ...]:
@@ -255,10 +257,13 @@ class Search:
 
 def lifted(found: Found, inner: Nested, eqn: Any) -> Found:
     line = found.line or _jax.line_of(eqn)
-    scanned = (eqn.params["length"],) if eqn.primitive.name == "scan" else ()
-    steps = (*scanned, *found.steps)
-    aval = inner.lift(found.aval)
-    return dataclasses.replace(found, aval=aval, line=line, steps=steps)
+    copies = inner.copies(found.aval)
+    return dataclasses.replace(
+        found,
+        aval=inner.lift(found.aval, len(found.steps)),
+        line=line,
+        copies=(copies, *found.copies) if copies else found.copies,
+    )
 
 
 def _hit(target: int, root: str, name: str) -> Hit:

@@ -277,7 +277,7 @@ class Checked:
             cts = [jnp.asarray(ct, o.dtype) for ct, o in zip(cts, out, strict=True)]
             (grads,) = pull(cts)
             return [
-                sum(_wide(jnp.vdot(grads[k], v)) for k, v in direction.items())
+                sum(_wide(jnp.sum(grads[k].conj() * v)) for k, v in direction.items())
                 for direction in directions
             ]
         slopes = []
@@ -336,10 +336,13 @@ def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
         for k in range(x.size):
             one = np.zeros(x.size)
             one[k] = reach.flat[k]
-            yield jnp.asarray(one.reshape(x.shape), leaf.dtype)
+            entry = jnp.asarray(one.reshape(x.shape), leaf.dtype)
+            yield _jax.sharded_like(entry, leaf)
     else:
-        yield jnp.asarray(rng.standard_normal(x.shape) * reach, leaf.dtype)
+        every = jnp.asarray(rng.standard_normal(x.shape) * reach, leaf.dtype)
+        yield _jax.sharded_like(every, leaf)
 
 
 def _unit(rng: Any, aval: Any) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
+    numbers = jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
+    return _jax.sharded_as(numbers, aval)

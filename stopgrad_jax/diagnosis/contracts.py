@@ -192,7 +192,7 @@ def _asked(contract: Check[Any], args: Any, kwargs: Any) -> Any:
         return contract
     if not isinstance(args, tuple | list | None):
         contract.drop()
-        called = f"{contract.__name__}: args={shown(args)}"
+        called = f"{function_name(contract)}: args={shown(args)}"
         expected = "args is a tuple of the function's arguments"
         raise TypeError(beats(called, expected, type(args).__name__, "args=(w, x)"))
     contract(*(args or ()), **(kwargs or {}))

@@ -163,8 +163,9 @@ class Flow(Drawing):
         Raises:
           AddressError: it matches nothing.
         """
-        if self._look is None and address in self._stored:
-            return self._stored[address]
+        stored = self._stored if self._look is None else {}
+        if isinstance(address, str | None) and address in stored:
+            return stored[address]
         called = f"flow.explain({address!r})"
         look = self._look if address is None else self._at([address], None, called)
         return page(explain(cast(Look, look)))

@@ -161,9 +161,9 @@ def _specials(
         if not used[k] or op.join or not op.path.spots:
             continue
         flows = any(analysis.tangent[v] and analysis.arrives[v] for v in op.values)
-        primitive = op.eqn.primitive.name
+        primitive = _jax.kind_of(op.eqn)
         if primitive == "name" and not op.path.library:
-            yield Special("name", op.path, op.eqn.params["name"], "")
+            yield Special("name", op.path, _jax.params_of(op.eqn)["name"], "")
         elif (name := _jax.gate_name(op.eqn)) and flows:
             if name in ("with_backward", "replace_value"):
                 yield Special("replace", op.path, _called(op), f"rule: {name}")

@@ -148,5 +148,7 @@ def _is_only(node: ast.expr, name: str) -> bool:
     if isinstance(node, ast.BinOp):
         division = name == "div" and isinstance(node.op, ast.Div)
         return division and not is_constant(node.right)
-    called = isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2]
-    return called == name and len(operands_of(node)) == 1 and len(node.args) == 1
+    if not isinstance(node, ast.Call) or len(node.args) != 1:
+        return False
+    called = ast.unparse(node.func).rpartition(".")[2]
+    return called == name and len(operands_of(node)) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec
 
@@ -17,7 +16,13 @@ from stopgrad_jax._checks import require_function, shown
 from stopgrad_jax._edge import public
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.given import cotangents, default_ys
-from stopgrad_jax._engine.reduced import SUMMED, channel, summary
+from stopgrad_jax._engine.reduced import (
+    SUMMED,
+    over_axes,
+    over_devices,
+    summary,
+    summary_dtype,
+)
 from stopgrad_jax._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from stopgrad_jax._engine.select import Program, listed, look_up
 from stopgrad_jax._engine.trace import Traced, Value, filled, trace
@@ -142,21 +147,32 @@ def measured(
     out, found = differentiation.gradients(pairs, want_value=bool(xs))
     result = {}
     for path, place in places.items():
-        aval, steps = program.types[place], _steps(program, place)
-        cause, totals = None, found.get(place)
-        if totals is None:
-            totals = channel(aval, steps)
+        if place in found:
+            result[path] = _stats(*_totals(program, place, found[place]), None)
+        else:
             cause = differentiation.why(place)
-        elif place.kind == "argument":
-            totals = summary(totals)
-        size = math.prod(aval.shape) // max(1, math.prod(steps))
-        result[path] = _stats(totals, size, cause)
+            result[path] = _no_stats(program, place, cause)
     value = filled(traced.output, {"output": out}) if xs else None
     return value, {x: found[x] for x in xs if x in found}, result
 
 
-def _steps(program: Program, place: Value) -> tuple[int, ...]:
-    return program.plan.found[place.index].steps if place.kind == "point" else ()
+def _totals(program: Program, place: Value, gradient: Any) -> tuple[jax.Array, int]:
+    """Return the summary of a gradient, and how many entries it is of, in each step."""
+    if place.kind == "point":
+        at = program.plan.found[place.index]
+        totals, devices = over_devices(gradient, at)
+        size = at.size
+    else:
+        totals, devices, size = summary(gradient), 1, gradient.size
+    totals, around = over_axes(totals)
+    return totals, size * devices * around
+
+
+def _no_stats(program: Program, place: Value, cause: str) -> Stats:
+    point = place.kind == "point"
+    steps = program.plan.found[place.index].steps if point else ()
+    dtype = summary_dtype(program.types[place].dtype)
+    return _stats(jnp.zeros((*steps, SUMMED), dtype), 1, cause)
 
 
 def _stats(totals: jax.Array, size: int, cause: str | None) -> Stats:

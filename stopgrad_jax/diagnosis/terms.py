@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis
 from stopgrad_jax._engine.dependence import is_linear
 from stopgrad_jax._engine.graph import Op, Value
@@ -131,8 +132,8 @@ class _Sum:
         op = self._maker(value)
         if op is None or op.join:
             return None
-        if op.eqn.primitive.name == "name":
-            return op.eqn.params["name"], op.eqn.params["name"]
+        if _jax.kind_of(op.eqn) == "name":
+            return _jax.params_of(op.eqn)["name"], _jax.params_of(op.eqn)["name"]
         spot, other = _apart(op, reader), _apart(reader, op) if reader else None
         statement = spot.statement if spot else None
         if spot is None or statement is None or statement.kind != "assignment":

@@ -95,7 +95,10 @@ class Examined:
 
         def is_like(y: Any) -> bool:
             aval = jaxpr.outvars[y.index].aval if isinstance(y, Value) else None
-            return aval and (aval.shape, aval.dtype) == (old.shape, old.dtype)
+            return aval is not None and (aval.shape, aval.dtype) == (
+                old.shape,
+                old.dtype,
+            )
 
         aux = jax.tree.leaves(self._traced.output[1])
         new = [y.index for y in aux if is_like(y)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import inspect
 import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -144,7 +144,7 @@ class Watch:
 
 def _users_level() -> int:
     """Return the stack level, for the caller, of the first frame that is a user's."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _jax.is_own(frame.f_code.co_filename):
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and _jax.is_own(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     return level
