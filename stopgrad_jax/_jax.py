@@ -7,6 +7,7 @@ of them on the oldest and the newest JAX we support.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.extend import core, source_info_util
+from jax.interpreters import ad
 
 Jaxpr = core.Jaxpr
 Literal = core.Literal
@@ -82,6 +84,33 @@ def at_source_of(eqn: Any) -> Iterator[None]:
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Every jaxpr in an equation's parameters, of whatever primitive."""
     return list(core.jaxprs_in_params(eqn.params))
+
+
+def programs_in(eqn: Any) -> list[Any]:
+    """Every jaxpr in an equation, also in the opaque object of a newer rule.
+
+    That is in the parameter `_prim`, and holds jaxprs or what `jax.jit(f).trace` gives.
+    """
+    found = inner_jaxprs(eqn)
+    for value in vars(eqn.params.get("_prim", types.SimpleNamespace())).values():
+        traced = isinstance(value, jax.stages.Traced)
+        value = value.jaxpr if traced else value
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+            found.append(value)
+    return found
+
+
+def is_foreign(primitive: Any) -> bool:
+    """Tell a primitive whose evaluation or derivative another library wrote."""
+    functions = [primitive.impl, ad.primitive_jvps.get(primitive)]
+    while functions:
+        function = functions.pop()
+        if isinstance(function, functools.partial):
+            functions.append(function.func)
+        code = getattr(function, "__code__", None)
+        if code is not None and not is_own(code.co_filename):
+            return True
+    return False
 
 
 def is_ref(aval: Any) -> bool:
@@ -171,6 +200,14 @@ def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
                 found.append(function)
         wraps = inner
     return tuple(found) if found and not wraps else None
+
+
+def closes_over_tracer(eqn: Any) -> bool:
+    """Tell a custom rule whose functions hold a value of a trace that is over."""
+    functions = custom_rule(eqn) or () if eqn.primitive.name in CUSTOM else ()
+    cells = (c for f in functions for c in getattr(f, "__closure__", None) or ())
+    held = [c.cell_contents for c in cells if c != types.CellType()]
+    return any(map(is_traced, jax.tree.leaves(held)))
 
 
 def _is_jax_closure(f: Any) -> bool:

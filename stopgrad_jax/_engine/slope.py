@@ -36,12 +36,16 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """A derivative, how far it may be off, and those of either side."""
+    """A derivative, how far it may be off, and those of either side.
+
+    `distance` is that over which it was read.
+    """
 
     value: float
     error: float
     left: float
     right: float
+    distance: float = 0.0
 
     @property
     def is_at_kink(self) -> bool:
@@ -65,5 +69,5 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
         nearer = (abs(value - d.central) - d.noise for d in finite[k + 2 :])
         error = max(abs(value - near.central), *nearer, 0.0) + near.noise
         if best is None or error < best.error:
-            best = Slope(value, error, near.left, near.right)
+            best = Slope(value, error, near.left, near.right, near.distance)
     return best
