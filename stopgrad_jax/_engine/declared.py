@@ -231,8 +231,7 @@ class Declared:
         self, token: jax.Array, out: list[Any], here: list[Any], moved: list[list[Any]]
     ) -> list[Any]:
         """Hand the differences of a function on where its derivative goes."""
-        plus, minus = moved
-        asked = []
+        (plus, minus), asked = moved, list[Any]()
         for x, base, right, left in zip(out, here, plus, minus, strict=True):
             if not is_float(x) or (right is base and left is base):
                 asked.append(x)
@@ -240,7 +239,8 @@ class Declared:
             shift = times(token[LEFT], _difference(base, left))
             shift += times(token[RIGHT], _difference(right, base))
             weigh = times if self.reading.forward else weighed
-            shift += weigh(token[NOISE], last_digit(base))
+            moved = (right != base) | (left != base)
+            shift += weigh(token[NOISE], where_moved(moved, last_digit(base)))
             asked.append(tap(x, shift))
         return asked
 
@@ -364,6 +364,11 @@ def last_digit(x: Any) -> jax.Array:
     """Return how much rounding may change each entry of a value."""
     size = jnp.abs(x) * jnp.finfo(x.dtype).eps
     return jnp.where(jnp.isfinite(size), size, 0).astype(x.dtype)
+
+
+def where_moved(moved: Any, size: Any) -> jax.Array:
+    """Return the rounding of what moved; if all is stuck, rounding is what holds it."""
+    return jnp.where(moved | ~jnp.any(moved), size, jnp.zeros_like(size))
 
 
 def _difference(there: Any, here: Any) -> jax.Array:

@@ -78,28 +78,35 @@ def measure(program: Program, reading: Reading) -> Callable[..., Any]:
     return jax.jit(shares)
 
 
-def rounding(program: Program, forward: bool, rules: Sequence[int]) -> Shares | None:
-    """Measure how far rounding may change the weighed sum; None: it cannot be told.
+def rounding(
+    program: Program, forward: bool, rules: Sequence[int]
+) -> Callable[[Any], Shares | None]:
+    """Compile how far rounding may change the weighed sum; None: it cannot be told.
 
-    For all of the program (`declared.EVERY`), and for each of some rules.
+    For all of the program (`declared.EVERY`), and for each of some rules; of the leaves
+    moved from where they are, to tell which values move.
     """
     declared = Rounding(program.sites, Reading(forward=forward))
 
-    def function(values: Values, tokens: Tokens) -> Any:
-        copies = [program.filled(values)]
-        (out,) = declared.run(program.jaxpr, program.consts, copies, tokens)
-        return program.kept(out), ()
+    @jax.jit
+    def sizes(values: Values, moved: Any) -> Any:
+        def function(values: Values, tokens: Tokens) -> Any:
+            copies = [program.filled(values), moved]
+            out, _ = declared.run(program.jaxpr, program.consts, copies, tokens)
+            return program.kept(out), ()
 
-    def sizes(values: Values) -> Any:
         tokens = {key: jnp.zeros(()) for key in (*rules, EVERY)}
         derive = _forward if forward else _reverse
         return derive(function, values, tokens, program.weights)[2]
 
-    try:
-        found = jax.jit(sizes)(program.values())
-    except Exception:  # some function in it has no derivative, and needs none
-        return None
-    return {key: np.abs(np.asarray(x, np.float64)) for key, x in found.items()}
+    def known(moved: Any) -> Shares | None:
+        try:
+            found = sizes(program.values(), moved)
+        except Exception:  # some function in it has no derivative, and needs none
+            return None
+        return {key: np.abs(np.asarray(x, np.float64)) for key, x in found.items()}
+
+    return known
 
 
 def _reverse(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any:

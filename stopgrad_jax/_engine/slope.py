@@ -38,7 +38,7 @@ class Difference:
 class Slope:
     """A derivative, how far it may be off, and those of either side.
 
-    `distance` is that over which it was read.
+    `distance` is that over which it was read; those of the sides are extrapolated, too.
     """
 
     value: float
@@ -51,7 +51,7 @@ class Slope:
     def is_at_kink(self) -> bool:
         """Whether the two sides differ by more than curvature does."""
         largest = max(abs(self.left), abs(self.right))
-        return abs(self.left - self.right) > 0.1 * largest + 2 * self.error
+        return abs(self.left - self.right) > 0.1 * largest + 4 * self.error
 
 
 def slope(differences: Sequence[Difference]) -> Slope | None:
@@ -69,5 +69,8 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
         nearer = (abs(value - d.central) - d.noise for d in finite[k + 2 :])
         error = max(abs(value - near.central), *nearer, 0.0) + near.noise
         if best is None or error < best.error:
-            best = Slope(value, error, near.left, near.right, near.distance)
+            part = near.distance / (wide.distance - near.distance)
+            left = near.left + part * (near.left - wide.left)
+            right = near.right + part * (near.right - wide.right)
+            best = Slope(value, error, left, right, near.distance)
     return best

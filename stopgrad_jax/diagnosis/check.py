@@ -83,7 +83,7 @@ def check_gradients(
         require_known([*traced.leaves, *traced.consts], called, "check_gradients")
         names = (allow,) if isinstance(allow, str) else tuple(allow)
         checked = Checked(traced, places, names, called, tol)
-        with _errors_explained(checked):
+        with _errors_explained(checked, "fwd" in modes):
             checked.compare_rules(forward="rev" not in modes)
             for mode in modes:
                 checked.compare(mode)
@@ -94,7 +94,7 @@ def check_gradients(
 
 
 @contextlib.contextmanager
-def _errors_explained(checked: Checked) -> Iterator[None]:
+def _errors_explained(checked: Checked, forward: bool) -> Iterator[None]:
     """Add to what a rule raises what it has to do with this call."""
     try:
         yield
@@ -108,6 +108,9 @@ def _errors_explained(checked: Checked) -> Iterator[None]:
         raise TypeError(beats(checked.called, *said)) from error
     except Exception as error:
         ours = str(error).startswith(checked.called)
+        no_rule = forward and isinstance(error, TypeError) and "forward" in str(error)
+        if no_rule and not ours:
+            raise checked.no_forward_mode() from error
         if not ours and len(checked.places) > 1:
             leaves = quoted(checked.places.values())
             error.add_note(

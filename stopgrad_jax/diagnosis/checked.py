@@ -286,25 +286,21 @@ class Checked:
         compiled = jax.jit(along)
 
         def told(weights: Sequence[Any]) -> dict[Direction, float]:
-            try:
-                slopes = compiled(self.program.values(), directions, weights)
-            except TypeError as error:
-                if "forward" not in str(error):
-                    raise
-                raise self._no_forward_mode() from error
+            slopes = compiled(self.program.values(), directions, weights)
             return dict(zip(self.along, map(float, slopes), strict=True))
 
         return told
 
-    def _no_forward_mode(self) -> TypeError:
+    def no_forward_mode(self) -> TypeError:
+        """Return the error for a function that has no forward derivative."""
         sites = self.program.sites.values()
         rules = [site.shown for site in sites if site.is_users and site.reverse_only]
+        came = quoted(rules or ["a custom_vjp of JAX's own"])
         return TypeError(
             beats(
                 f"{self.called}, modes=('fwd',)",
                 "a function with a forward derivative",
-                f"one with a reverse rule only: "
-                f"{quoted(rules or ['a custom_vjp of JAX\'s own'])}",
+                f"one with a reverse rule only: {came}",
                 'modes=("rev",)',
             )
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.declared import (
     EVERY,
     LEFT,
@@ -65,6 +66,7 @@ class Compared:
         self._run = measure(program, reading)
         self._hidden = Declared(program.sites, reading).out_of_reach(program.jaxpr)
         self._steps: dict[tuple[Direction, bool], list[Step]] = {}
+        self._noise: dict[Direction, dict[int, float]] = {}
 
     def reread(self, **changes: Any) -> Compared:
         """Return the same in another reading."""
@@ -83,17 +85,18 @@ class Compared:
         return self._steps[direction, far]
 
     def _step(self, leaf: int, along: jax.Array, distance: float) -> Step:
-        sides = []
-        for h in (distance, -distance):
-            leaves = list(self.program.leaves)
-            leaves[leaf] = leaves[leaf] + jnp.asarray(h, along.dtype) * along
-            sides.append(leaves)
+        sides = [self._moved(leaf, along, h) for h in (distance, -distance)]
         outs, shares = self._run(self.program.values(), *sides)
         known = [[np.asarray(x, np.float64) for x in out] for out in outs]
         sums = [_dot(self.program.weights, out) for out in known]
         few = sum(np.size(w) for w in self.program.weights) <= FEW
         rows = {k: np.asarray(x, np.float64) for k, x in shares.items()}
         return Step(distance, sums, known if few else (), rows)
+
+    def _moved(self, leaf: int, along: jax.Array, distance: float) -> list[Any]:
+        leaves = list(self.program.leaves)
+        leaves[leaf] = leaves[leaf] + jnp.asarray(distance, along.dtype) * along
+        return leaves
 
     # Of the whole, and of a rule -------------------------------------------------------
 
@@ -131,19 +134,28 @@ class Compared:
             found.append(Share(h, *numbers))
         return found
 
-    @functools.cached_property
-    def noise(self) -> dict[int, float]:
+    def noise(self, direction: Direction, along: jax.Array) -> dict[int, float]:
         """How far rounding may change the result, and what each rule hands on."""
-        found = rounding(self.program, self.reading.forward, sorted(self.reading.asked))
-        known = {k: float(x) for k, x in (found or {}).items() if np.isfinite(x)}
-        return {EVERY: 0.0} | known
+        if direction not in self._noise:
+            leaves = self._moved(direction[0], along, 1.0)
+            found = (self._rounding(leaves) or {}).items()
+            known = {k: float(x) for k, x in found if np.isfinite(x)}
+            self._noise[direction] = {EVERY: 0.0} | known
+        return self._noise[direction]
+
+    @functools.cached_property
+    def _rounding(self) -> Callable[[Any], Any]:
+        sites, asked = self.program.sites, sorted(self.reading.asked)
+        known = [key for key in asked if sites[key].eqn.primitive.name in _jax.CUSTOM]
+        return rounding(self.program, self.reading.forward, known)
 
     def judge_rule(
         self, key: int, direction: Direction, along: jax.Array, carefully: bool
     ) -> Verdict:
         """Compare a rule with its function along a direction."""
         steps = self.steps(direction, along, carefully)
-        noise = self.noise.get(key, self.noise[EVERY]) if carefully else 0.0
+        known = self.noise(direction, along) if carefully else {EVERY: 0.0}
+        noise = known.get(key, known[EVERY])
         return judge_rule(self.shares(steps, key, noise), self.tol)
 
     def judge(
@@ -156,7 +168,7 @@ class Compared:
     ) -> Verdict:
         """Compare a derivative by a leaf with what the program declares."""
         steps = self.steps(direction, along, carefully)
-        noise = self.noise[EVERY] if carefully else 0.0
+        noise = self.noise(direction, along)[EVERY] if carefully else 0.0
         found = self.differences(steps, told, noise, weights)
         return judge(told, found, self.tol, self._floor(steps, told, weights))
 

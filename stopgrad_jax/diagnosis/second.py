@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -81,27 +82,25 @@ class _Second:
             found.append(Difference(h, (base - minus) / h, (plus - base) / h, noise / h))
         floor = next(d.noise for d in found if d.distance <= distances_of(self._program)[0])
         if carefully:
+            noise = 2 * self._noise(direction)
             found = [
-                Difference(d.distance, d.left, d.right, d.noise + 2 * self._noise / d.distance)
-                for d in found
+                dataclasses.replace(d, noise=d.noise + noise / d.distance) for d in found
             ]
         return judge(told, found, self._checked.tol, floor)
 
-    @functools.cached_property
-    def _noise(self) -> float:
+    def _noise(self, direction: Direction) -> float:
         """How far rounding may change the gradient."""
-        values = self._program.values()
-        leaves, structure = jax.tree.flatten(values)
-        closed = jax.make_jaxpr(lambda *x: self._slope(structure.unflatten(x)))(*leaves)
-        program = Program(
-            closed.jaxpr,
-            closed.consts,
-            leaves,
-            list(range(len(leaves))),
-            [0],
-            [jnp.ones(())],
-            sites_in(closed.jaxpr),
-        )
-        found = rounding(program, self._mode == "fwd", []) or {EVERY: np.zeros(())}
+        start, k = self._program.values(), direction[0]
+        moved = start | {k: start[k] + self._checked.along[direction]}
+        found = self._rounding(jax.tree.leaves(moved)) or {EVERY: np.zeros(())}
         noise = float(found[EVERY])
         return noise if np.isfinite(noise) else 0.0
+
+    @functools.cached_property
+    def _rounding(self) -> Any:
+        leaves, structure = jax.tree.flatten(self._program.values())
+        closed = jax.make_jaxpr(lambda *x: self._slope(structure.unflatten(x)))(*leaves)
+        places, sites = list(range(len(leaves))), sites_in(closed.jaxpr)
+        one = [jnp.ones(())]
+        program = Program(closed.jaxpr, closed.consts, leaves, places, [0], one, sites)
+        return rounding(program, self._mode == "fwd", [])
