@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import stopgrad_jax._jax as _jax
 
@@ -74,7 +75,7 @@ class Declared:
         self, jaxpr: Any, consts: Sequence[Any], copies: Copies, tokens: Tokens
     ) -> list[list[Any]]:
         """Return the results of each copy."""
-        envs = list[dict[Any, Any]]()
+        envs, consts = list[dict[Any, Any]](), list(map(_array, consts))
         for operands in copies:
             env = dict(zip(jaxpr.constvars, consts, strict=True))
             envs.append(env | dict(zip(jaxpr.invars, operands, strict=True)))
@@ -350,6 +351,11 @@ def _same(there: Copy, here: Copy) -> bool:
 
 def constant(values: Sequence[Any]) -> list[Any]:
     return [jax.lax.stop_gradient(x) if is_float(x) else x for x in values]
+
+
+def _array(x: Any) -> Any:
+    """Return a constant as whoever traces it has it: a rule may index with tracers."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _minus(there: Copy, here: Copy) -> list[Any]:

@@ -109,18 +109,25 @@ def _custom(eqn: Any, labels: Labels) -> tuple[list[str], str, bool]:
     names = [name] if name and not name.startswith("<unknown") else []
     if names and labels.is_users(file):
         return names, place, True
-    # A wrapper in a library, as `jax.custom_gradient`: the function it is around.
-    for function in _jax.custom_rule(eqn) or ():
-        for wrapped in _held(function):
-            code = wrapped.__code__
-            if code.co_filename != file and not _jax.is_own(code.co_filename):
-                place = f"{code.co_filename}:{code.co_firstlineno}"
-                return [wrapped.__name__, *names], place, True
+    # A wrapper in a library, as `jax.custom_gradient`: the function it is around, if all
+    # that it closes over is of one file.
+    rules = _jax.custom_rule(eqn) or ()
+    held = [f for rule in rules for f in _held(rule) if _is_from(f, file)]
+    if len({f.__code__.co_filename for f in held}) == 1:
+        code = held[0].__code__
+        place = f"{code.co_filename}:{code.co_firstlineno}"
+        return [held[0].__name__, *names], place, True
     if names and _jax.is_own(place):
         names.insert(0, name.lstrip("_"))
     codes = (getattr(f, "__code__", None) for f in _jax.custom_rule(eqn) or ())
     files = [file, *(code.co_filename for code in codes if code is not None)]
     return names, place, not all(map(_jax.is_own, files))
+
+
+def _is_from(function: Any, file: str) -> bool:
+    """Tell a function that is neither of a file nor of JAX."""
+    other = function.__code__.co_filename
+    return other != file and not _jax.is_own(other)
 
 
 def _held(function: Any) -> list[types.FunctionType]:

@@ -65,8 +65,12 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
     for k, (wide, near) in enumerate(itertools.pairwise(finite)):
         ratio = (wide.distance / near.distance) ** 2
         value = near.central + (near.central - wide.central) / (ratio - 1)
-        # Two may agree by chance, across a kink: those that are nearer tell.
-        nearer = (abs(value - d.central) - d.noise for d in finite[k + 2 :])
+        # Two may agree by chance, across a kink: those that are nearer tell. What they
+        # are off by may be noise, as of a solver that stops early: then it is less here.
+        nearer = (
+            (abs(value - d.central) - d.noise) * d.distance / near.distance
+            for d in finite[k + 2 :]
+        )
         error = max(abs(value - near.central), *nearer, 0.0) + near.noise
         if best is None or error < best.error:
             part = near.distance / (wide.distance - near.distance)
