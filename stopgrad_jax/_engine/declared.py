@@ -33,7 +33,8 @@ from .tap import still, tap, weighed
 
 # What the entries of an equation's token stand for.
 TOLD, LEFT, RIGHT, NOISE = range(4)
-EVERY = -1  # instead of an id: the token of what is asked at every equation
+# Instead of an id: the token of all equations, or of those inside a `with_backward`.
+EVERY, INSIDE = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)

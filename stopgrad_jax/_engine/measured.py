@@ -13,7 +13,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Tokens
-from .declared import EVERY, Declared, Reading
+from .declared import EVERY, INSIDE, Declared, Reading
 from .rounding import Rounding
 from .sites import Sites
 
@@ -83,8 +83,8 @@ def rounding(
 ) -> Callable[[Any], Shares | None]:
     """Compile how far rounding may change the weighed sum; None: it cannot be told.
 
-    For all of the program (`declared.EVERY`), and for each of some rules; of the leaves
-    moved from where they are, to tell which values move.
+    For all of the program (`declared.EVERY`), for what is inside `with_backward`, and
+    for each of some rules; of moved leaves, to tell which values move.
     """
     declared = Rounding(program.sites, Reading(forward=forward))
 
@@ -95,7 +95,7 @@ def rounding(
             out, _ = declared.run(program.jaxpr, program.consts, copies, tokens)
             return program.kept(out), ()
 
-        tokens = {key: jnp.zeros(()) for key in (*rules, EVERY)}
+        tokens = {key: jnp.zeros(()) for key in (*rules, EVERY, INSIDE)}
         derive = _forward if forward else _reverse
         return derive(function, values, tokens, program.weights)[2]
 

@@ -7,6 +7,7 @@ the difference of what was made of two of them is mostly rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import stopgrad_jax._jax as _jax
 from .copies import Copies, Copy, Tokens, around
 from .declared import (
     EVERY,
+    INSIDE,
     Declared,
     constant,
     is_float,
@@ -43,40 +45,65 @@ _SUMS = ("conv_general_dilated", "cumsum", "dot_general", "reduce_sum")
 class Rounding(Declared):
     """Evaluates a program, and all that is in it, with the rounding of each value.
 
-    The token `EVERY` is for all of it, that of a rule for what is in its function. Of
-    two copies, (base, moved), the second one tells which entries move at all.
+    The token `EVERY` is for all of it, that of a rule for what is in its function, and
+    `INSIDE` for what is in the functions of `with_backward`. Of two copies, (base,
+    moved), the second one tells which entries move at all.
     """
+
+    _around = False  # whether all that is evaluated is in such a function
 
     def equation(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         """Return an equation's results, which the tokens move by their rounding."""
         name, inner, (operands, others) = eqn.primitive.name, nested(eqn), copies
         if is_handed(eqn):
-            return [_passed_by(operands), list(others)]
+            return [self._note(_passed_by(operands)), list(others)]
         if _jax.gate_name(eqn) == "with_backward":
             count = eqn.params["split"][0]
             values = operands[:count]
             out = _jax.bind(eqn, *constant(values), *operands[count:])
             return [list(map(tap, out, values)), list(others[:count])]
+        inside = self._around or any(id(x) in self._inside for x in operands)
         known = self.reading.forward or name != "while"
         if inner is not None and known and not inner.rule:
-            return around(self.run, eqn, copies, tokens)
+            outer, self._around = self._around, inside
+            out, there = around(self.run, eqn, copies, tokens)
+            self._around = outer
+        else:
+            out, there = self._rounded(eqn, copies, tokens, inside)
+        return [self._note(out) if inside else out, there]
+
+    def _rounded(
+        self, eqn: Any, copies: Copies, tokens: Tokens, inside: bool
+    ) -> list[list[Any]]:
+        (operands, others), inner = copies, nested(eqn)
         out, there = self._both(eqn, copies)
-        if name in _EXACT:
+        if eqn.primitive.name in _EXACT:
             return [out, there]
         terms = self._terms(eqn, operands, out)
-        pairs = zip(constant(out), there, map(_last_digit, terms), strict=True)
+        triples = zip(constant(out), there, map(_last_digit, terms), strict=True)
         sizes = [
-            where_moved(x != y, size) if is_float(x) else None for x, y, size in pairs
+            where_moved(x != y, size) if is_float(x) else None for x, y, size in triples
         ]
         by = times if self.reading.forward else weighed
-        token = tokens[EVERY] + tokens.get(id(eqn), jnp.zeros_like(tokens[EVERY]))
+        keys = [EVERY, id(eqn), *([INSIDE] if inside else ())]
+        token = sum((tokens[k] for k in keys[1:] if k in tokens), tokens[EVERY])
         shifts = [None if size is None else by(token, size) for size in sizes]
         if inner is not None and inner.rule:
             (body,), start = inner.bodies, [_passed_by(operands), others]
-            inside, _ = self.run(body.jaxpr, body.consts, start, {EVERY: token})
-            shifts = [x if x is None else x + y for x, y in zip(shifts, inside, strict=True)]
+            within, _ = self.run(body.jaxpr, body.consts, start, {EVERY: token})
+            pairs = zip(shifts, within, strict=True)
+            shifts = [x if x is None else x + y for x, y in pairs]
         taps = zip(out, shifts, strict=True)
         return [[x if shift is None else tap(x, shift) for x, shift in taps], there]
+
+    @functools.cached_property
+    def _inside(self) -> dict[int, Any]:
+        """Values in functions of `with_backward`; kept, for their ids to be theirs."""
+        return {}
+
+    def _note(self, values: list[Any]) -> list[Any]:
+        self._inside.update((id(x), x) for x in values)
+        return values
 
     def _both(self, eqn: Any, copies: Copies) -> list[list[Any]]:
         """Evaluate an equation, its gates that are not linear left out."""

@@ -65,12 +65,7 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
     for k, (wide, near) in enumerate(itertools.pairwise(finite)):
         ratio = (wide.distance / near.distance) ** 2
         value = near.central + (near.central - wide.central) / (ratio - 1)
-        # Two may agree by chance, across a kink: those that are nearer tell. What they
-        # are off by may be noise, as of a solver that stops early: then it is less here.
-        nearer = (
-            (abs(value - d.central) - d.noise) * d.distance / near.distance
-            for d in finite[k + 2 :]
-        )
+        nearer = (_still_off(value, near, finite, j) for j in range(k + 2, len(finite)))
         error = max(abs(value - near.central), *nearer, 0.0) + near.noise
         if best is None or error < best.error:
             part = near.distance / (wide.distance - near.distance)
@@ -78,3 +73,19 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
             right = near.right + part * (near.right - wide.right)
             best = Slope(value, error, left, right, near.distance)
     return best
+
+
+def _still_off(
+    value: float, near: Difference, differences: Sequence[Difference], j: int
+) -> float:
+    """How far a nearer difference says that a value is off.
+
+    Two may agree by chance, across a kink: those that are nearer tell. But if these do
+    not agree among themselves, that is noise, as of a solver that stops early, and there
+    is less of it over a longer distance.
+    """
+    here, around = differences[j], differences[max(j - 1, 0) : j + 2]
+    off = abs(value - here.central)
+    scatter = max(abs(d.central - here.central) for d in around)
+    part = here.distance / near.distance if scatter > off / 2 else 1.0
+    return (off - here.noise) * part

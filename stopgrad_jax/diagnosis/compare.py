@@ -14,6 +14,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.declared import (
     EVERY,
+    INSIDE,
     LEFT,
     NOISE,
     RIGHT,
@@ -32,7 +33,9 @@ DISTANCES = {
     8: tuple(2.0**-k for k in range(6, 25, 2)),
 }
 # Where those settle nothing: rounding matters less over these.
-_WIDE = {4: (1.0, 0.5, 0.25, 0.125), 8: (0.5, 0.25, 0.0625, 0.03125)}
+_WIDE = {4: (1.0, 0.5, 0.25, 0.125), 8: (0.5, 0.25, 0.125, 0.0625, 0.03125)}
+# And where the function changes faster than these can see, if rounding is known.
+_NEAR = {4: (2.0**-14, 2.0**-16, 2.0**-18, 2.0**-20), 8: (2.0**-28, 2.0**-32, 2.0**-36)}
 _TOLERANCE = {4: 1e-3, 8: 1e-6}
 FEW = 8  # entries that are looked at one by one
 
@@ -78,10 +81,13 @@ class Compared:
     ) -> list[Step]:
         """Run it over all distances along a direction of a leaf, the widest first."""
         if (direction, far) not in self._steps:
-            distances = _WIDE[self.size] if far else DISTANCES[self.size]
-            made = [self._step(direction[0], along, h) for h in distances]
-            before = self.steps(direction, along) if far else []
-            self._steps[direction, far] = [*made, *before]
+            usual = [] if not far else self.steps(direction, along)
+            wide = _WIDE[self.size] if far else DISTANCES[self.size]
+            near = _NEAR[self.size] if far and self.noise(direction, along) else ()
+            wider, nearer = (
+                [self._step(direction[0], along, h) for h in hs] for hs in (wide, near)
+            )
+            self._steps[direction, far] = [*wider, *usual, *nearer]
         return self._steps[direction, far]
 
     def _step(self, leaf: int, along: jax.Array, distance: float) -> Step:
@@ -140,7 +146,7 @@ class Compared:
             leaves = self._moved(direction[0], along, 1.0)
             found = (self._rounding(leaves) or {}).items()
             known = {k: float(x) for k, x in found if np.isfinite(x)}
-            self._noise[direction] = {EVERY: 0.0} | known
+            self._noise[direction] = known
         return self._noise[direction]
 
     @functools.cached_property
@@ -154,8 +160,9 @@ class Compared:
     ) -> Verdict:
         """Compare a rule with its function along a direction."""
         steps = self.steps(direction, along, carefully)
-        known = self.noise(direction, along) if carefully else {EVERY: 0.0}
-        noise = known.get(key, known[EVERY])
+        known = self.noise(direction, along) if carefully else {}
+        other = _jax.gate_name(self.program.sites[key].eqn) and INSIDE or EVERY
+        noise = known.get(key, known.get(other, 0.0))
         return judge_rule(self.shares(steps, key, noise), self.tol)
 
     def judge(
@@ -168,7 +175,8 @@ class Compared:
     ) -> Verdict:
         """Compare a derivative by a leaf with what the program declares."""
         steps = self.steps(direction, along, carefully)
-        noise = self.noise(direction, along)[EVERY] if carefully else 0.0
+        known = self.noise(direction, along) if carefully else {}
+        noise = known.get(EVERY, 0.0)
         found = self.differences(steps, told, noise, weights)
         return judge(told, found, self.tol, self._floor(steps, told, weights))
 
