@@ -131,6 +131,33 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     return list(core.jaxprs_in_params(dict(params_of(eqn))))
 
 
+def programs_in(eqn: Any) -> list[Any]:
+    """Every jaxpr in an equation, also in the opaque object of a newer rule.
+
+    That is in the parameter `_prim`, and holds jaxprs or what `jax.jit(f).trace` gives.
+    """
+    found = inner_jaxprs(eqn)
+    for value in vars(_high(eqn) or types.SimpleNamespace()).values():
+        traced = isinstance(value, jax.stages.Traced)
+        value = value.jaxpr if traced else value
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+            found.append(value)
+    return found
+
+
+def is_foreign(primitive: Any) -> bool:
+    """Tell a primitive whose evaluation or derivative another library wrote."""
+    functions = [primitive.impl, ad.primitive_jvps.get(primitive)]
+    while functions:
+        function = functions.pop()
+        if isinstance(function, functools.partial):
+            functions.append(function.func)
+        code = getattr(function, "__code__", None)
+        if code is not None and not is_own(code.co_filename):
+            return True
+    return False
+
+
 def is_ref(aval: Any) -> bool:
     """Tell a mutable array reference (`jax.new_ref`) from a value."""
     return hasattr(aval, "inner_aval")

@@ -17,6 +17,7 @@ from ._edge import public
 from ._engine.backward import attached
 from ._engine.gate import gate
 from ._engine.gated import require_gradient
+from ._engine.own_stop import handed
 from ._engine.rules import VALUE_OF
 from ._errors import beats, function_name, type_of
 
@@ -170,8 +171,7 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         positional, keywords = _by_position(fun, args, kwargs)
         # Keyword-only arguments are not stopped: a derivative by one must be refused.
-        with jax.named_scope("with_backward"):  # tells these stops from a user's own
-            stopped = _stopped(positional)
+        stopped = _stopped(positional, handed)
         out = call(*stopped, **keywords)
         if not keywords:
             names = (f"x{k}" for k in range(len(positional)))
@@ -234,11 +234,8 @@ def _fitting(new: Any, source: jax.Array, called: str, names: Any) -> jax.Array:
     return _jax.sharded_like(value, source)
 
 
-def _stopped(tree: Any) -> Any:
-    def stop(leaf: Any) -> Any:
-        return jax.lax.stop_gradient(leaf) if _jax.carries_gradient(leaf) else leaf
-
-    return jax.tree.map(stop, tree)
+def _stopped(tree: Any, stop: Callable[..., Any] = jax.lax.stop_gradient) -> Any:
+    return jax.tree.map(lambda x: stop(x) if _jax.carries_gradient(x) else x, tree)
 
 
 def _by_position(fun: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ParamSpec
@@ -10,10 +11,13 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax import _words
 from stopgrad_jax._engine.trace import Traced, require_known, trace
 from stopgrad_jax._errors import beats, function_name, quoted, type_of
 
-from .compare import DISTANCES, Checked
+from .checked import Checked
+from .compare import DISTANCES
+from .second import compare_second
 
 P = ParamSpec("P")
 
@@ -79,13 +83,40 @@ def check_gradients(
         require_known([*traced.leaves, *traced.consts], called, "check_gradients")
         names = (allow,) if isinstance(allow, str) else tuple(allow)
         checked = Checked(traced, places, names, called, tol)
-        checked.compare_rules()
-        for mode in modes:
-            checked.compare(mode)
-            if order == 2:
-                checked.compare_second(mode)
+        with _errors_explained(checked, "fwd" in modes):
+            checked.compare_rules(forward="rev" not in modes)
+            for mode in modes:
+                checked.compare(mode)
+                if order == 2:
+                    compare_second(checked, mode)
 
     return check
+
+
+@contextlib.contextmanager
+def _errors_explained(checked: Checked, forward: bool) -> Iterator[None]:
+    """Add to what a rule raises what it has to do with this call."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        closing = checked.closing()
+        if not closing:
+            raise
+        expected, came, instead = _words.CLOSED_RULE
+        names = {"name": checked.name, "rule": closing[0]}
+        said = (text.format(**names) for text in (expected, came, instead))
+        raise TypeError(beats(checked.called, *said)) from error
+    except Exception as error:
+        ours = str(error).startswith(checked.called)
+        no_rule = forward and isinstance(error, TypeError) and "forward" in str(error)
+        if no_rule and not ours:
+            raise checked.no_forward_mode() from error
+        if not ours and len(checked.places) > 1:
+            leaves = quoted(checked.places.values())
+            error.add_note(
+                _words.BY_EVERY_LEAF.format(called=checked.called, leaves=leaves)
+            )
+        raise
 
 
 def _places(traced: Traced, called: str) -> Iterator[tuple[int, str]]:

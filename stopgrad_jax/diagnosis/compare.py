@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,336 +12,233 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._engine.declared import Declared
-from stopgrad_jax._engine.slope import Difference, Slope, slope
-from stopgrad_jax._engine.trace import Traced
-from stopgrad_jax._errors import beats, quoted, type_of
+from stopgrad_jax._engine.declared import (
+    EVERY,
+    INSIDE,
+    LEFT,
+    NOISE,
+    RIGHT,
+    TOLD,
+    Declared,
+    Reading,
+)
+from stopgrad_jax._engine.measured import Program, Values, measure, rounding, wide
+from stopgrad_jax._engine.slope import Difference
+
+from .judge import Share, Verdict, judge, judge_rule
 
 # By the size of the dtype. Powers of two: then a distance costs no rounding of its own.
 DISTANCES = {
     4: tuple(2.0**-k for k in range(4, 13)),
     8: tuple(2.0**-k for k in range(6, 25, 2)),
 }
+# Where those settle nothing: rounding matters less over these.
+_WIDE = {4: (1.0, 0.5, 0.25, 0.125), 8: (0.5, 0.25, 0.125, 0.0625, 0.03125)}
+# And where the function changes faster than these can see, if rounding is known.
+_NEAR = {4: (2.0**-14, 2.0**-16, 2.0**-18, 2.0**-20), 8: (2.0**-28, 2.0**-32, 2.0**-36)}
 _TOLERANCE = {4: 1e-3, 8: 1e-6}
-_FEW = 8  # entries of a leaf that are moved one by one
+FEW = 8  # entries that are looked at one by one
 
 Direction = tuple[int, int]  # which leaf, and which of its directions
-Values = dict[int, Any]  # of the leaves to differentiate by
 Function = Callable[[Values], list[Any]]
 
 
-class Checked:
-    """One traced function at one point."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The program over one distance: its results (base, plus, minus), and shares.
 
-    def __init__(
-        self,
-        traced: Traced,
-        places: dict[int, str],
-        allow: tuple[str, ...],
-        called: str,
-        tol: float | None,
-    ) -> None:
-        """Run the function near its arguments; meet every custom rule."""
-        self.called, self.places = called, places
-        self.leaves = [jnp.asarray(x) for x in traced.leaves]
-        self._declared = Declared(allow)
-        self._jaxpr, self._consts = traced.jaxpr, traced.consts
-        outs = [v.aval for v in traced.jaxpr.outvars]
-        self._outs = [k for k, a in enumerate(outs) if _jax.is_differentiable(a)]
-        strange = [a for a in outs if jnp.issubdtype(a.dtype, jnp.complexfloating)]
-        if strange:
-            raise TypeError(
-                beats(
-                    called,
-                    f"{traced.name} returns real numbers",
-                    ", ".join(map(type_of, strange)),
-                    "a function that returns z.real and z.imag",
-                )
+    Of results with many entries there is only the weighed sum.
+    """
+
+    distance: float
+    sums: Sequence[tuple[float, float]]
+    outs: Sequence[Sequence[np.ndarray]]
+    shares: dict[int, np.ndarray]
+
+
+class Compared:
+    """One program at one point, in one reading, and in one mode."""
+
+    def __init__(self, program: Program, reading: Reading, tol: float | None) -> None:
+        """Nothing is run yet."""
+        self.program, self.reading = program, reading
+        size = size_of(program)
+        self.size, self.tol, self.eps = size, tolerance(program, tol), eps_of(program)
+        self._run = measure(program, reading)
+        self._hidden = Declared(program.sites, reading).out_of_reach(program.jaxpr)
+        self._steps: dict[tuple[Direction, bool], list[Step]] = {}
+        self._noise: dict[Direction, dict[int, float]] = {}
+
+    def reread(self, **changes: Any) -> Compared:
+        """Return the same in another reading."""
+        reading = dataclasses.replace(self.reading, **changes)
+        return Compared(self.program, reading, self.tol)
+
+    def steps(
+        self, direction: Direction, along: jax.Array, far: bool = False
+    ) -> list[Step]:
+        """Run it over all distances along a direction of a leaf, the widest first."""
+        if (direction, far) not in self._steps:
+            usual = [] if not far else self.steps(direction, along)
+            wide = _WIDE[self.size] if far else DISTANCES[self.size]
+            near = _NEAR[self.size] if far and self.noise(direction, along) else ()
+            wider, nearer = (
+                [self._step(direction[0], along, h) for h in hs] for hs in (wide, near)
             )
-        if not self._outs:
-            raise TypeError(
-                beats(
-                    called,
-                    f"{traced.name} returns at least one array of floats",
-                    ", ".join(map(type_of, outs)) or "no array",
-                    "a function whose result carries a gradient",
-                )
-            )
-        rng = np.random.RandomState(0)
-        self._cts = [_unit(rng, outs[k]) for k in self._outs]
-        self._directions = {
-            (k, n): v for k in places for n, v in enumerate(_along(rng, self.leaves[k]))
-        }
-        size = min(self.leaves[k].dtype.itemsize for k in places)
-        self._distances = DISTANCES[size]
-        self._ratio = (self._distances[0] / self._distances[1]) ** 2
-        self.tol = _TOLERANCE[size] if tol is None else tol
-        self._eps = float(np.finfo(np.float32 if size == 4 else np.float64).eps)
-        self._run = jax.jit(self._triple)
-        self._run(self.leaves, self.leaves, self.leaves)  # meets every rule
-        self._require_met(allow)
-        self._reports: dict[str, list[list[np.ndarray]]] = {}
-        self._slopes = {d: self._differences(d) for d in self._directions}
+            self._steps[direction, far] = [*wider, *usual, *nearer]
+        return self._steps[direction, far]
 
-    def _require_met(self, allow: tuple[str, ...]) -> None:
-        known = {name for names in self._declared.rules.values() for name in names}
-        unknown = sorted(set(allow) - known)
-        if unknown:
-            raise ValueError(
-                beats(
-                    self.called,
-                    "allow names functions with a custom rule that fun calls",
-                    quoted(unknown),
-                    f"one of {quoted(sorted(known))}"
-                    if known
-                    else "allow=(): it calls none",
-                )
-            )
+    def _step(self, leaf: int, along: jax.Array, distance: float) -> Step:
+        sides = [self._moved(leaf, along, h) for h in (distance, -distance)]
+        outs, shares = self._run(self.program.values(), *sides)
+        known = [[np.asarray(x, np.float64) for x in out] for out in outs]
+        sums = [_dot(self.program.weights, out) for out in known]
+        few = sum(np.size(w) for w in self.program.weights) <= FEW
+        rows = {k: np.asarray(x, np.float64) for k, x in shares.items()}
+        return Step(distance, sums, known if few else (), rows)
 
-    def _triple(self, *copies: Any) -> Any:
-        outs, reports = self._declared.run(self._jaxpr, self._consts, copies)
-        return [[out[k] for k in self._outs] for out in outs], reports
-
-    def _moved(self, direction: Direction, distance: float) -> list[Any]:
-        leaves, (k, _) = list(self.leaves), direction
-        step = jnp.asarray(distance, leaves[k].dtype) * self._directions[direction]
-        leaves[k] = leaves[k] + step
+    def _moved(self, leaf: int, along: jax.Array, distance: float) -> list[Any]:
+        leaves = list(self.program.leaves)
+        leaves[leaf] = leaves[leaf] + jnp.asarray(distance, along.dtype) * along
         return leaves
 
-    # Custom rules ------------------------------------------------------------------
+    # Of the whole, and of a rule -------------------------------------------------------
 
-    def _differences(self, direction: Direction) -> list[Difference]:
-        """Move along a direction; what is compared on the way is noted, too."""
-        found, reports = [], dict[str, list[np.ndarray]]()
-        for h in self._distances:
-            sides = self._moved(direction, h), self._moved(direction, -h)
-            outs, compared = self._run(self.leaves, *sides)
-            for name, report in compared.items():
-                scaled = np.asarray(report, np.float64) / h
-                reports.setdefault(name, []).append(scaled)
-            (base, size), (plus, _), (minus, _) = map(self._dot, outs)
-            noise = 2 * self._eps * size / h
-            found.append(Difference(h, (base - minus) / h, (plus - base) / h, noise))
-        for name, found_here in reports.items():
-            self._reports.setdefault(name, []).append(found_here)
+    def differences(
+        self, steps: Sequence[Step], told: float, noise: float, weights: Any = None
+    ) -> list[Difference]:
+        """Return those of the weighed result; `noise` is how far it may be off.
+
+        `weights` other than the program's, where its results are few.
+        """
+        found = []
+        taken = self.reading.followed | self._hidden
+        for step in steps:
+            h = step.distance
+            sums = (
+                step.sums if weights is None else [_dot(weights, x) for x in step.outs]
+            )
+            (base, size), (plus, _), (minus, _) = sums
+            said = sum(step.shares[key][TOLD] for key in taken) / h
+            near = max(2 * self.eps * size, 2 * noise) / h + self.eps * abs(told) / h
+            left, right = (base - minus) / h + said, (plus - base) / h + said
+            found.append(Difference(h, left, right, near))
         return found
 
-    def compare_rules(self) -> None:
-        """Compare each custom rule with the differences of its own function."""
-        for name, directions in self._reports.items():
-            for reports in directions:
-                if not self._is_right(reports):
-                    self._accuse(name, reports)
+    def _floor(self, steps: Sequence[Step], told: float, weights: Any) -> float:
+        """Return what counts as zero: what the result's own digits cannot show."""
+        widest = [s for s in steps if s.distance <= DISTANCES[self.size][0]]
+        return self.differences(widest[:1], told, 0.0, weights)[0].noise
 
-    def _is_right(self, reports: Sequence[np.ndarray]) -> bool:
-        """Whether the difference goes to zero with the distance, but for rounding."""
-        moved = [r for r in reports if r[1] != 0]
-        pairs = list(itertools.pairwise(moved))
-        if not pairs:  # both are zero, or a narrow operand does not move
-            return True
-        sure = [(a, b) for a, b in pairs if b[2] <= self.tol * b[1]] or pairs
-        for (wide, *_), (near, size, noise, *_) in sure:
-            limit = near - (wide - near) / (self._ratio - 1)
-            if abs(limit) <= 2 * self.tol * size + noise:
-                return True
-        return False
+    def shares(self, steps: Sequence[Step], key: int, noise: float) -> list[Share]:
+        """Return those of a rule."""
+        found = []
+        for step in steps:
+            h, row = step.distance, step.shares[key]
+            rough = 2 * max(abs(row[NOISE]), noise)
+            numbers = (x / h for x in (row[TOLD], row[LEFT], row[RIGHT], rough))
+            found.append(Share(h, *numbers))
+        return found
 
-    def _accuse(self, name: str, reports: Sequence[np.ndarray]) -> None:
-        finite = [r for r in reports if np.isfinite(r).all()] or reports
-        nearest = min(finite, key=lambda r: float(r[0] + r[2]))
-        true, told, left, right = nearest[3:]
-        hint = _kink(Slope(true, nearest[2], left, right))
-        raise AssertionError(
-            f"{self.called}: the rule of {name} is not the derivative of its function: "
-            f"{true:.6g} by differences, {told:.6g} by the rule{hint}"
-            f'\n  write: allow=["{self._declared.rules[name][0]}"], if it differs on '
-            "purpose"
-        )
+    def noise(self, direction: Direction, along: jax.Array) -> dict[int, float]:
+        """How far rounding may change the result, and what each rule hands on."""
+        if direction not in self._noise:
+            leaves = self._moved(direction[0], along, 1.0)
+            found = (self._rounding(leaves) or {}).items()
+            known = {k: float(x) for k, x in found if np.isfinite(x)}
+            self._noise[direction] = known
+        return self._noise[direction]
 
-    # Leaves ------------------------------------------------------------------------
+    @functools.cached_property
+    def _rounding(self) -> Callable[[Any], Any]:
+        sites, asked = self.program.sites, sorted(self.reading.asked)
+        known = [key for key in asked if _jax.kind_of(sites[key].eqn) in _jax.CUSTOM]
+        return rounding(self.program, self.reading.forward, known)
 
-    def compare(self, mode: str) -> None:
-        """Compare first derivatives, leaf by leaf."""
+    def judge_rule(
+        self, key: int, direction: Direction, along: jax.Array, carefully: bool
+    ) -> Verdict:
+        """Compare a rule with its function along a direction."""
+        steps = self.steps(direction, along, carefully)
+        known = self.noise(direction, along) if carefully else {}
+        other = (_jax.gate_name(self.program.sites[key].eqn) and INSIDE) or EVERY
+        noise = known.get(key, known.get(other, 0.0))
+        return judge_rule(self.shares(steps, key, noise), self.tol)
 
-        def along(values: Values, directions: Sequence[Values]) -> list[Any]:
-            return self._slope(mode, self._function, values, directions)
-
-        for direction, told in self._each(along).items():
-            self._judge(direction, told, self._slopes[direction], mode)
-
-    def compare_second(self, mode: str) -> None:
-        """Compare the derivative of a directional derivative, leaf by leaf."""
-        start = self._values()
-        # In one direction of all entries together, and then in each.
-        every = {k: jnp.zeros_like(x) for k, x in start.items()}
-        weights = np.random.RandomState(1).uniform(0.5, 1.5, len(self._directions))
-        for ((k, _), v), w in zip(self._directions.items(), weights, strict=True):
-            every[k] += jnp.asarray(w, v.dtype) * v
-
-        def declared(values: Values) -> list[Any]:
-            copies = [self.leaves, self._filled(values)]
-            outs, _ = self._declared.run(self._jaxpr, self._consts, copies)
-            return [outs[1][k] for k in self._outs]
-
-        def first(function: Function, values: Values) -> Any:
-            return self._slope(mode, function, values, [every])[0]
-
-        def second(values: Values, directions: Sequence[Values]) -> list[Any]:
-            function = functools.partial(first, self._function)
-            return self._slope(mode, lambda v: [function(v)], values, directions, [1.0])
-
-        slope = jax.jit(functools.partial(first, declared))
-        base = float(slope(start))
-        for direction, told in self._each(second).items():
-            k, found = direction[0], []
-            for h in self._distances:
-                sides = (self._moved(direction, s)[k] for s in (h, -h))
-                plus, minus = (float(slope(start | {k: x})) for x in sides)
-                noise = 8 * self._eps * max(abs(base), abs(plus)) / h
-                found.append(
-                    Difference(h, (base - minus) / h, (plus - base) / h, noise)
-                )
-            self._judge(direction, told, found, f"{mode}, second order")
-
-    def _dot(self, outs: Sequence[Any]) -> tuple[float, float]:
-        terms = [
-            np.asarray(ct, np.float64) * np.asarray(out, np.float64)
-            for ct, out in zip(self._cts, outs, strict=True)
-        ]
-        size = float(sum(np.abs(t).sum() for t in terms))
-        return float(sum(t.sum() for t in terms)), size
-
-    def _judge(
+    def judge(
         self,
-        direction: Direction,
         told: float,
-        differences: Sequence[Difference],
-        how: str,
-    ) -> None:
-        noisy = [  # rounding of the operand itself
-            dataclasses.replace(d, noise=d.noise + self._eps * abs(told) / d.distance)
-            for d in differences
+        direction: Direction,
+        along: jax.Array,
+        carefully: bool = False,
+        weights: Any = None,
+    ) -> Verdict:
+        """Compare a derivative by a leaf with what the program declares."""
+        steps = self.steps(direction, along, carefully)
+        known = self.noise(direction, along) if carefully else {}
+        noise = known.get(EVERY, 0.0)
+        found = self.differences(steps, told, noise, weights)
+        return judge(told, found, self.tol, self._floor(steps, told, weights))
+
+    def is_flat(self, direction: Direction, along: jax.Array) -> bool:
+        """Tell whether differences vanish that do not over longer distances."""
+        found = self.differences(self.steps(direction, along), 0.0, 0.0)
+        moved = [abs(d.central) > 10 * d.noise for d in found]
+        return found[-1].central == 0 and any(moved)
+
+
+def size_of(program: Program) -> int:
+    """Return the size of the narrowest leaf's dtype."""
+    return min(program.leaves[k].dtype.itemsize for k in program.places)
+
+
+def distances_of(program: Program, far: bool = False) -> tuple[float, ...]:
+    """Return the distances over which differences are taken, the widest first."""
+    size = size_of(program)
+    return (*_WIDE[size], *DISTANCES[size]) if far else DISTANCES[size]
+
+
+def tolerance(program: Program, tol: float | None) -> float:
+    """Return the largest relative error."""
+    return _TOLERANCE[size_of(program)] if tol is None else tol
+
+
+def eps_of(program: Program) -> float:
+    """Return the rounding unit of the narrowest leaf."""
+    return float(np.finfo(np.float32 if size_of(program) == 4 else np.float64).eps)
+
+
+def _dot(weights: Sequence[Any], outs: Sequence[Any]) -> tuple[float, float]:
+    """Return the weighed sum, and the sum of magnitudes."""
+    pairs = zip(weights, outs, strict=True)
+    terms = [np.asarray(w, np.float64) * out for w, out in pairs]
+    size = float(sum(np.abs(t).sum() for t in terms))
+    return float(sum(t.sum() for t in terms)), size
+
+
+# What JAX says --------------------------------------------------------------------------
+
+
+def slope_of(
+    mode: str,
+    function: Function,
+    values: Values,
+    directions: Sequence[Values],
+    weights: Sequence[Any],
+) -> list[Any]:
+    """Return the directional derivatives of the weighed result."""
+    if mode == "rev":
+        out, pull = jax.vjp(function, values)
+        cts = [jnp.asarray(w, o.dtype) for w, o in zip(weights, out, strict=True)]
+        (grads,) = pull(cts)
+        return [
+            sum(wide(jnp.sum(grads[k].conj() * v)) for k, v in direction.items())
+            for direction in directions
         ]
-        found = slope(noisy)
-        k, n = direction
-        few = self.leaves[k].ndim > 0 and self.leaves[k].size <= _FEW
-        index = list(map(int, np.unravel_index(n, self.leaves[k].shape))) if few else ""
-        said = (
-            f"{self.called}: wrong derivative by {self.places[k]}{index} ({how})"
-            f"{'' if few else ', along a random direction'}: "
-        )
-        if found is None:
-            raise AssertionError(f"{said}nan by differences, {told:.6g} by JAX")
-        numbers = f"{found.value:.6g} by differences, {told:.6g} by JAX"
-        scale = max(abs(found.value), abs(told))
-        off = abs(found.value - told)
-        if off <= self.tol * scale + differences[0].noise:
-            return
-        unsure = found.error > 0.1 * abs(found.value) + 100 * differences[0].noise
-        if unsure and np.isfinite(told):
-            raise AssertionError(
-                f"{said}{numbers}; but the differences are only known to "
-                f"{found.error:.2g}{_kink(found)}\n  write: float64 throughout, or a "
-                "point where the function is less curved"
-            )
-        if not off <= self.tol * scale + found.error:
-            raise AssertionError(said + numbers + _kink(found))
-
-    # What JAX says -----------------------------------------------------------------
-
-    def _filled(self, values: Values) -> list[Any]:
-        return [values.get(k, x) for k, x in enumerate(self.leaves)]
-
-    def _function(self, values: Values) -> list[Any]:
-        """Run the program, its gates that are not linear left out."""
-        copies = [self._filled(values)]
-        (out,), _ = self._declared.run(self._jaxpr, self._consts, copies)
-        return [out[k] for k in self._outs]
-
-    def _values(self) -> Values:
-        return {k: self.leaves[k] for k in self.places}
-
-    def _slope(
-        self,
-        mode: str,
-        function: Function,
-        values: Values,
-        directions: Sequence[Values],
-        cts: Any = None,
-    ) -> list[Any]:
-        """Return the directional derivatives, of what the cotangents weigh."""
-        cts = self._cts if cts is None else cts
-        if mode == "rev":
-            out, pull = jax.vjp(function, values)
-            cts = [jnp.asarray(ct, o.dtype) for ct, o in zip(cts, out, strict=True)]
-            (grads,) = pull(cts)
-            return [
-                sum(_wide(jnp.sum(grads[k].conj() * v)) for k, v in direction.items())
-                for direction in directions
-            ]
-        slopes = []
-        for direction in directions:
-            dots = {k: direction.get(k, jnp.zeros_like(x)) for k, x in values.items()}
-            out = jax.jvp(function, (values,), (dots,))[1]
-            pairs = zip(cts, out, strict=True)
-            slopes.append(sum(_wide(jnp.sum(ct * dot)) for ct, dot in pairs))
-        return slopes
-
-    def _each(self, along: Callable[..., list[Any]]) -> dict[Direction, float]:
-        """Return the derivative in each direction."""
-        directions = [{k: v} for (k, _), v in self._directions.items()]
-        try:
-            slopes = jax.jit(along)(self._values(), directions)
-        except TypeError as error:
-            if "forward" not in str(error):
-                raise
-            rules = self._declared.reverse_only or ["a custom_vjp of JAX's own"]
-            raise TypeError(
-                beats(
-                    f"{self.called}, modes=('fwd',)",
-                    "a function with a forward derivative",
-                    f"one with a reverse rule only: {quoted(rules)}",
-                    'modes=("rev",)',
-                )
-            ) from error
-        return dict(zip(self._directions, map(float, slopes), strict=True))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.result_type(float))
-
-
-def _kink(found: Slope) -> str:
-    if not found.is_at_kink:
-        return ""
-    return (
-        f"\n  the point is at a kink: slope {found.left:.6g} on one side, "
-        f"{found.right:.6g} on the other"
-    )
-
-
-def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
-    """Yield directions: each entry if they are few, else a random one.
-
-    An entry moves by about its size, and by that of the others if it is zero; a tiny
-    one by less than the others, that may be at the border of a domain.
-    """
-    x = np.abs(np.asarray(leaf, np.float64))
-    finite = x[np.isfinite(x) & (x > 0)]
-    usual = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 1.0
-    own = np.minimum(np.sqrt(x * usual), 100 * x)
-    reach = np.where(np.isfinite(x) & (x > 0), own, usual)
-    if 0 < x.size <= _FEW:
-        for k in range(x.size):
-            one = np.zeros(x.size)
-            one[k] = reach.flat[k]
-            entry = jnp.asarray(one.reshape(x.shape), leaf.dtype)
-            yield _jax.sharded_like(entry, leaf)
-    else:
-        every = jnp.asarray(rng.standard_normal(x.shape) * reach, leaf.dtype)
-        yield _jax.sharded_like(every, leaf)
-
-
-def _unit(rng: Any, aval: Any) -> jax.Array:
-    numbers = jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
-    return _jax.sharded_as(numbers, aval)
+    slopes = []
+    for direction in directions:
+        dots = {k: direction.get(k, jnp.zeros_like(x)) for k, x in values.items()}
+        out = jax.jvp(function, (values,), (dots,))[1]
+        pairs = zip(weights, out, strict=True)
+        slopes.append(sum(wide(jnp.sum(w * dot)) for w, dot in pairs))
+    return slopes

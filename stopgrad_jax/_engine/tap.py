@@ -1,0 +1,77 @@
+"""Two primitives that ask JAX's derivative about a value, and leave it as it is.
+
+Both take part where the derivative passes by, and nowhere else: what JAX does not
+differentiate, they do not make it differentiate. They compile to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, mlir
+
+import stopgrad_jax._jax as _jax
+
+from .gate import gate
+from .rule import Rule
+
+tap_p = _jax.Primitive("tap")  # value, shift -> value
+still_p = _jax.Primitive("still")  # value, moved, token -> moved
+
+
+def tap(value: Any, shift: Any) -> jax.Array:
+    """Return `value`; if it has a tangent, that of `shift` is added.
+
+    So the derivative by what `shift` is made of is the cotangent that arrives here,
+    times the derivative of `shift`.
+    """
+    return tap_p.bind(value, shift)
+
+
+def still(value: Any, moved: Any, token: Any) -> jax.Array:
+    """Return `moved`, or `value` itself if no tangent gets to it.
+
+    `token` is something that is differentiated by, for JAX to ask at all.
+    """
+    return still_p.bind(value, moved, token)
+
+
+def weighed(token: Any, sizes: Any) -> jax.Array:
+    """Return `token * sizes`, but in reverse mode with magnitudes of cotangents.
+
+    The derivative by `token` is the sum of `sizes`, each times how much it matters.
+    """
+    return gate([token.astype(sizes.dtype) * sizes], [token], [sizes], _MAGNITUDES)[0]
+
+
+def _pull(cts: Any, residuals: Any) -> list[Any]:
+    (ct,), (sizes,) = cts, residuals
+    total = jnp.sum(jnp.abs(ct) * jnp.abs(sizes))
+    return [total.astype(jnp.result_type(float))]
+
+
+_MAGNITUDES = Rule("magnitudes", _pull, forward="magnitudes: in reverse mode only")
+
+
+def _tap_jvp(primals: Any, tangents: Any) -> Any:
+    if type(tangents[0]) is ad.Zero:
+        return primals[0], tangents[0]
+    return primals[0], ad.add_tangents(*tangents)
+
+
+def _still_jvp(primals: Any, tangents: Any) -> Any:
+    value, moved, _ = primals
+    held = type(tangents[0]) is ad.Zero
+    return (value if held else moved), ad.Zero(jax.typeof(moved).to_tangent_aval())
+
+
+tap_p.def_impl(lambda value, shift: value)
+still_p.def_impl(lambda value, moved, token: moved)
+tap_p.def_abstract_eval(lambda value, shift: value)
+still_p.def_abstract_eval(lambda value, moved, token: moved)
+ad.primitive_jvps[tap_p] = _tap_jvp
+ad.primitive_jvps[still_p] = _still_jvp
+mlir.register_lowering(tap_p, lambda ctx, value, shift: [value])
+mlir.register_lowering(still_p, lambda ctx, value, moved, token: [moved])

@@ -1,0 +1,386 @@
+"""The order in which a function is checked, and what is said of what is found."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+from stopgrad_jax import _words
+from stopgrad_jax._engine.declared import Declared, Reading
+from stopgrad_jax._engine.measured import Program, Values
+from stopgrad_jax._engine.sites import best_name, sites_in
+from stopgrad_jax._engine.trace import Traced
+from stopgrad_jax._errors import beats, quoted, type_of
+
+from .compare import FEW, Compared, Direction, eps_of, slope_of, tolerance
+from .judge import RIGHT, WRONG, Verdict
+from .readings import groups_of_stops, known_sites
+
+_KINDS = {4: "float32", 8: "float64"}
+
+
+class WrongDerivative(AssertionError):
+    """What `check_gradients` raises.
+
+    Attributes:
+      direction: what the leaf is moved along, an array like it; None: one entry.
+      weights: an array for each array of floats that the function returns: those with
+        which their sum is differentiated; None: one entry.
+    """
+
+    direction: Any = None
+    weights: Any = None
+
+
+class Checked:
+    """One traced function at one point."""
+
+    def __init__(
+        self,
+        traced: Traced,
+        places: dict[int, str],
+        allow: tuple[str, ...],
+        called: str,
+        tol: float | None,
+    ) -> None:
+        """Find its rules; nothing is run yet."""
+        self.called, self.name, self.places = called, traced.name, places
+        outs = [v.aval for v in traced.jaxpr.outvars]
+        kept = [k for k, a in enumerate(outs) if _jax.is_differentiable(a)]
+        self._require_real(outs, kept)
+        rng = np.random.RandomState(0)
+        scalar = len(kept) == 1 and outs[kept[0]].size == 1
+        unit = _ones if scalar else functools.partial(_random, rng)
+        self.program = Program(
+            traced.jaxpr,
+            traced.consts,
+            [jnp.asarray(x) for x in traced.leaves],
+            list(places),
+            kept,
+            [unit(outs[k]) for k in kept],
+            sites_in(traced.jaxpr),
+        )
+        self.along = {
+            (k, n): v
+            for k in places
+            for n, v in enumerate(_along(rng, self.program.leaves[k]))
+        }
+        self.tol, self.eps = tolerance(self.program, tol), eps_of(self.program)
+        self.freed = frozenset[int]()  # stops that a rule takes care of
+        self._require_met(allow)
+        self.compared: dict[bool, Compared] = {}
+        names = frozenset(allow)
+        self.allowed = {
+            key for key, s in self.program.sites.items() if s.answers(names)
+        }
+
+    def _require_real(self, outs: Sequence[Any], kept: Sequence[int]) -> None:
+        strange = [a for a in outs if jnp.issubdtype(a.dtype, jnp.complexfloating)]
+        if strange:
+            raise TypeError(
+                beats(
+                    self.called,
+                    f"{self.name} returns real numbers",
+                    ", ".join(map(type_of, strange)),
+                    "a function that returns z.real and z.imag",
+                )
+            )
+        if not kept:
+            raise TypeError(
+                beats(
+                    self.called,
+                    f"{self.name} returns at least one array of floats",
+                    ", ".join(map(type_of, outs)) or "no array",
+                    "a function whose result carries a gradient",
+                )
+            )
+
+    def _require_met(self, allow: tuple[str, ...]) -> None:
+        sites = self.program.sites
+        known = {name for s in sites.values() for name in (s.shown, *s.names)}
+        unknown = sorted(set(allow) - known)
+        if unknown:
+            usual = {best_name(site, sites) for site in sites.values()}
+            usual |= {"with_backward"} & known
+            raise ValueError(
+                beats(
+                    self.called,
+                    "allow names functions with a custom rule that fun calls",
+                    quoted(unknown),
+                    f"one of {quoted(sorted(usual))}"
+                    if known
+                    else "allow=(): it calls none",
+                )
+            )
+
+    def closing(self) -> list[str]:
+        """Return the rules that close over a value of the trace that is over."""
+        sites = self.program.sites.values()
+        return [s.shown for s in sites if _jax.closes_over_tracers(s.eqn)]
+
+    # Custom rules ------------------------------------------------------------------
+
+    def compare_rules(self, forward: bool) -> None:
+        """Compare each custom rule with its own function."""
+        asked, drawn = known_sites(self.program)
+        hidden = Declared(self.program.sites, Reading()).out_of_reach(
+            self.program.jaxpr
+        )
+        asked -= hidden  # there is a stop in them where nobody gets at it
+        followed = frozenset(self.allowed | drawn)
+        for key in sorted(drawn - self.allowed):
+            self._say_drawn(key)
+        reading = Reading(
+            asked=frozenset(asked - followed), followed=followed, forward=forward
+        )
+        compared = Compared(self.program, reading, self.tol)
+        for key in sorted(reading.asked):
+            for direction, along in self.along.items():
+                verdict = compared.judge_rule(key, direction, along, carefully=False)
+                if verdict.kind == WRONG:
+                    compared = self._look_again(compared, key, direction, along)
+        self.compared[forward] = compared
+
+    def _look_again(
+        self, compared: Compared, key: int, direction: Direction, along: Any
+    ) -> Compared:
+        """Look closer at a rule that seems wrong; raise if it is."""
+        reading = compared.reading
+        if key in reading.followed or key in reading.opened:
+            return compared
+        verdict = compared.judge_rule(key, direction, along, carefully=True)
+        if verdict.kind != WRONG:
+            return compared
+        alone = frozenset({key})
+
+        def is_right(other: Compared) -> bool:
+            found = other.judge_rule(key, direction, along, carefully=False)
+            return found.kind != WRONG
+
+        declared = Declared(self.program.sites, reading)
+        site = self.program.sites[key]
+        if _jax.kind_of(site.eqn) in _jax.CUSTOM and declared.holds_special(site.eqn):
+            opened = reading.opened | alone
+            if is_right(compared.reread(asked=alone, opened=opened)):
+                return compared.reread(opened=opened)
+        for group in groups_of_stops(self.program.jaxpr):
+            if is_right(compared.reread(asked=alone, freed=reading.freed | group)):
+                self.freed |= group
+                rest = reading.asked - alone
+                return compared.reread(asked=rest, followed=reading.followed | alone)
+        if site.draws:
+            self._say_drawn(key)
+            rest = reading.asked - alone
+            return compared.reread(asked=rest, followed=reading.followed | alone)
+        raise self._wrong_rule(verdict, key, direction)
+
+    def _say_drawn(self, key: int) -> None:
+        site = self.program.sites[key]
+        name = best_name(site, self.program.sites)
+        text = _words.DRAWN.format(called=self.called, rule=site.shown, name=name)
+        warnings.warn(text, stacklevel=5)
+
+    def _wrong_rule(
+        self, verdict: Verdict, key: int, direction: Direction
+    ) -> WrongDerivative:
+        site = self.program.sites[key]
+        numbers = self._numbers(verdict, direction, "the rule")
+        place = self._place(direction)
+        said = _words.WRONG_RULE.format(rule=site.shown)
+        share = _words.SHARE.format(place=place) + self._what(direction)
+        name = best_name(site, self.program.sites)
+        return self._error(
+            f"{said}: {numbers}{share}{self._kink(verdict, direction)}\n"
+            f"  write: {_words.ALLOW.format(name=name)}",
+            direction,
+        )
+
+    def followed(self) -> frozenset[int]:
+        """Return the rules that are taken at their word, at second order too."""
+        compared = next(iter(self.compared.values()))
+        return compared.reading.followed if not self.freed else frozenset(self.allowed)
+
+    # Leaves ------------------------------------------------------------------------
+
+    def compare(self, mode: str) -> None:
+        """Compare first derivatives, leaf by leaf."""
+        forward = mode == "fwd"
+        compared = self.compared.get(forward)
+        if compared is None:
+            compared = self.compared[not forward]
+
+        def along(values: Values, directions: Sequence[Values], weights: Any) -> Any:
+            return slope_of(mode, self.function, values, directions, weights)
+
+        told = self.each(along)(self.program.weights)
+        for direction, slope in told.items():
+            line = self.along[direction]
+            verdict = compared.judge(slope, direction, line)
+            flat = verdict.kind == RIGHT and compared.is_flat(direction, line)
+            if verdict.kind == RIGHT and not flat:
+                continue
+            verdict = compared.judge(slope, direction, line, carefully=True)
+            if verdict.kind == RIGHT or self._is_cut(compared, verdict, direction):
+                continue
+            self._blame(compared, direction)
+            raise self.wrong_leaf(verdict, direction, mode)
+
+    def _is_cut(
+        self, compared: Compared, verdict: Verdict, direction: Direction
+    ) -> bool:
+        """Tell whether only jumps were seen, where the derivative is zero."""
+        if verdict.found is not None and verdict.found.is_at_kink:
+            return False
+        other = compared.reread(quantized=True, asked=frozenset())
+        found = other.judge(verdict.told, direction, self.along[direction])
+        return found.kind == RIGHT
+
+    def _blame(self, compared: Compared, direction: Direction) -> None:
+        """Raise if one of the rules is what differs, JAX's own included."""
+        reading, line = compared.reading, self.along[direction]
+        for key in sorted(reading.asked):
+            compared = self._look_again(compared, key, direction, line)
+        rest = frozenset(self.program.sites) - reading.asked - reading.followed
+        other = compared.reread(asked=rest) if rest else compared
+        for key in sorted(rest):
+            verdict = other.judge_rule(key, direction, line, carefully=True)
+            if verdict.kind == WRONG:
+                raise self._wrong_rule(verdict, key, direction)
+
+    def wrong_leaf(
+        self, verdict: Verdict, direction: Direction, how: str
+    ) -> WrongDerivative:
+        """Return the error that says what is wrong, or cannot be settled."""
+        numbers = self._numbers(verdict, direction, "JAX")
+        place = f"{self._place(direction)} ({how}){self._what(direction)}"
+        if verdict.kind == WRONG or verdict.found is None:
+            said = _words.WRONG_LEAF.format(place=place)
+            kink = self._kink(verdict, direction)
+            return self._error(f"{said}: {numbers}{kink}", direction)
+        unit = self._unit(direction)
+        said = _words.UNSETTLED.format(
+            place=place,
+            dtype=_KINDS[self.program.leaves[direction[0]].dtype.itemsize],
+            numbers=numbers,
+            error=f"{verdict.found.error / unit:.2g}",
+        )
+        return self._error(f"{said}\n  write: {_words.SETTLE}", direction)
+
+    # What JAX says -----------------------------------------------------------------
+
+    def function(self, values: Values) -> list[Any]:
+        """Run the program, its gates that are not linear left out."""
+        program, declared = self.program, Declared(self.program.sites, Reading())
+        copies = [program.filled(values)]
+        (out,) = declared.run(program.jaxpr, program.consts, copies, {})
+        return program.kept(out)
+
+    def each(
+        self, along: Callable[..., list[Any]]
+    ) -> Callable[[Sequence[Any]], dict[Direction, float]]:
+        """Compile a derivative in each direction, of the result with some weights."""
+        directions = [{k: v} for (k, _), v in self.along.items()]
+        compiled = jax.jit(along)
+
+        def told(weights: Sequence[Any]) -> dict[Direction, float]:
+            slopes = compiled(self.program.values(), directions, weights)
+            return dict(zip(self.along, map(float, slopes), strict=True))
+
+        return told
+
+    def no_forward_mode(self) -> TypeError:
+        """Return the error for a function that has no forward derivative."""
+        sites = self.program.sites.values()
+        rules = [site.shown for site in sites if site.is_users and site.reverse_only]
+        came = quoted(rules or ["a custom_vjp of JAX's own"])
+        return TypeError(
+            beats(
+                f"{self.called}, modes=('fwd',)",
+                "a function with a forward derivative",
+                f"one with a reverse rule only: {came}",
+                'modes=("rev",)',
+            )
+        )
+
+    # Words -------------------------------------------------------------------------
+
+    def _unit(self, direction: Direction) -> float:
+        """How much a leaf moves along a direction that is of one entry."""
+        if not self._is_entry(direction):
+            return 1.0
+        return float(np.abs(np.asarray(self.along[direction], np.float64)).sum())
+
+    def _is_entry(self, direction: Direction) -> bool:
+        return self.program.leaves[direction[0]].size <= FEW
+
+    def _place(self, direction: Direction) -> str:
+        k, n = direction
+        leaf = self.program.leaves[k]
+        index = list(map(int, np.unravel_index(n, leaf.shape))) if leaf.ndim else ""
+        return f"by {self.places[k]}{index if self._is_entry(direction) else ''}"
+
+    def _numbers(self, verdict: Verdict, direction: Direction, whom: str) -> str:
+        unit = self._unit(direction)
+        true, told = f"{verdict.value / unit:.6g}", f"{verdict.told / unit:.6g}"
+        return _words.BY_DIFFERENCES.format(true=true, told=told, whom=whom)
+
+    def _what(self, direction: Direction) -> str:
+        """Say what a number is, if it is not the derivative of one entry by another."""
+        along = "" if self._is_entry(direction) else _words.ALONG
+        return along + ("" if self._is_one(self.program.weights) else _words.WEIGHED)
+
+    def _is_one(self, weights: Sequence[Any]) -> bool:
+        return sum(np.size(w) for w in weights) == 1
+
+    def _kink(self, verdict: Verdict, direction: Direction) -> str:
+        found, unit = verdict.found, self._unit(direction)
+        if found is None or not found.is_at_kink:
+            return ""
+        left, right = f"{found.left / unit:.6g}", f"{found.right / unit:.6g}"
+        return f"\n  {_words.AT_KINK.format(left=left, right=right)}"
+
+    def _error(self, said: str, direction: Direction) -> WrongDerivative:
+        error = WrongDerivative(f"{self.called}: {said}")
+        if not self._is_entry(direction):
+            error.direction = self.along[direction]
+        if not self._is_one(self.program.weights):
+            error.weights = tuple(self.program.weights)
+        return error
+
+
+def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
+    """Yield directions: each entry if they are few, else a random one.
+
+    An entry moves by about its size, and by that of the others if it is zero; a tiny
+    one by less than the others, that may be at the border of a domain.
+    """
+    x = np.abs(np.asarray(leaf, np.float64))
+    finite = x[np.isfinite(x) & (x > 0)]
+    usual = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 1.0
+    own = np.minimum(np.sqrt(x * usual), 100 * x)
+    reach = np.where(np.isfinite(x) & (x > 0), own, usual)
+    if x.size <= FEW:
+        for k in range(x.size):
+            one = np.zeros(x.size)
+            one[k] = reach.flat[k]
+            entry = jnp.asarray(one.reshape(x.shape), leaf.dtype)
+            yield _jax.sharded_like(entry, leaf)
+    else:
+        every = jnp.asarray(rng.standard_normal(x.shape) * reach, leaf.dtype)
+        yield _jax.sharded_like(every, leaf)
+
+
+def _random(rng: Any, aval: Any) -> jax.Array:
+    numbers = jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
+    return _jax.sharded_as(numbers, aval)
+
+
+def _ones(aval: Any) -> jax.Array:
+    return _jax.sharded_as(jnp.ones(aval.shape, aval.dtype), aval)

@@ -1,0 +1,111 @@
+"""The derivative of the gradient, and differences of the gradient beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stopgrad_jax._engine.declared import EVERY, Declared, Reading
+from stopgrad_jax._engine.measured import Program, Values, rounding
+from stopgrad_jax._engine.sites import sites_in
+from stopgrad_jax._engine.slope import Difference
+
+from .checked import Checked
+from .compare import Direction, Function, distances_of, slope_of
+from .judge import RIGHT, Verdict, judge
+
+
+def compare_second(checked: Checked, mode: str) -> None:
+    """Compare the derivative of a directional derivative, leaf by leaf."""
+    second = _Second(checked, mode)
+    for direction, told in second.told().items():
+        verdict = second.judge(direction, told, carefully=False)
+        if verdict.kind != RIGHT:
+            verdict = second.judge(direction, told, carefully=True)
+        if verdict.kind != RIGHT:
+            raise checked.wrong_leaf(verdict, direction, f"{mode}, second order")
+
+
+class _Second:
+    def __init__(self, checked: Checked, mode: str) -> None:
+        self._checked, self._mode = checked, mode
+        self._program = program = checked.program
+        # In one direction of all entries together, and then in each.
+        every = {k: jnp.zeros_like(x) for k, x in program.values().items()}
+        parts = np.random.RandomState(1).uniform(0.5, 1.5, len(checked.along))
+        for ((k, _), v), w in zip(checked.along.items(), parts, strict=True):
+            every[k] += jnp.asarray(w, v.dtype) * v
+        self._every = every
+        self._slope = functools.partial(self._first, self._moved)
+        self._run = jax.jit(self._slope)
+        self._base = float(self._run(program.values()))
+
+    def _moved(self, values: Values) -> list[Any]:
+        """Run what is declared at the point, where the values have moved to."""
+        program, checked = self._program, self._checked
+        reading = Reading(followed=checked.followed(), freed=checked.freed)
+        declared = Declared(program.sites, reading)
+        copies = [program.leaves, program.filled(values)]
+        outs = declared.run(program.jaxpr, program.consts, copies, {})
+        return program.kept(outs[1])
+
+    def _first(self, function: Function, values: Values) -> Any:
+        weights = self._program.weights
+        return slope_of(self._mode, function, values, [self._every], weights)[0]
+
+    def told(self) -> dict[Direction, float]:
+        """Return the second derivatives, as JAX says."""
+        function = functools.partial(self._first, self._checked.function)
+
+        def second(values: Values, directions: Sequence[Values], weights: Any) -> Any:
+            again = lambda v: [function(v)]
+            return slope_of(self._mode, again, values, directions, weights)
+
+        return self._checked.each(second)([1.0])
+
+    def judge(self, direction: Direction, told: float, carefully: bool) -> Verdict:
+        """Compare one of them with the differences of the gradient."""
+        start, eps = self._program.values(), self._checked.eps
+        k, found = direction[0], list[Difference]()
+        for h in distances_of(self._program, carefully):
+            step = jnp.asarray(h, start[k].dtype) * self._checked.along[direction]
+            sides = (start[k] + step, start[k] - step)
+            plus, minus = (float(self._run(start | {k: x})) for x in sides)
+            base = self._base
+            noise = 8 * eps * max(abs(base), abs(plus)) + eps * abs(told)
+            found.append(
+                Difference(h, (base - minus) / h, (plus - base) / h, noise / h)
+            )
+        floor = next(
+            d.noise for d in found if d.distance <= distances_of(self._program)[0]
+        )
+        if carefully:
+            noise = 2 * self._noise(direction)
+            found = [
+                dataclasses.replace(d, noise=d.noise + noise / d.distance)
+                for d in found
+            ]
+        return judge(told, found, self._checked.tol, floor)
+
+    def _noise(self, direction: Direction) -> float:
+        """How far rounding may change the gradient."""
+        start, k = self._program.values(), direction[0]
+        moved = start | {k: start[k] + self._checked.along[direction]}
+        found = self._rounding(jax.tree.leaves(moved)) or {EVERY: np.zeros(())}
+        noise = float(found[EVERY])
+        return noise if np.isfinite(noise) else 0.0
+
+    @functools.cached_property
+    def _rounding(self) -> Any:
+        leaves, structure = jax.tree.flatten(self._program.values())
+        closed = jax.make_jaxpr(lambda *x: self._slope(structure.unflatten(x)))(*leaves)
+        places, sites = list(range(len(leaves))), sites_in(closed.jaxpr)
+        one = [jnp.ones(())]
+        program = Program(closed.jaxpr, closed.consts, leaves, places, [0], one, sites)
+        return rounding(program, self._mode == "fwd", [])
