@@ -238,15 +238,15 @@ CALL_IT = "the call without find_nonfinite, which raises the same, and mend that
 
 # What `check_gradients` says ----------------------------------------------------------
 
-# The differences of a rule's own function over several distances agree with one another,
-# by more than they are unsure of, on something else than the rule says.
+# The differences of a rule's own function over several distances agree with one
+# another, by more than they are unsure of, on something else than the rule says.
 WRONG_RULE = "the rule of {rule} is not the derivative of its function"
 # The same of all that the function declares, and of what JAX's derivative is.
 WRONG_LEAF = "wrong derivative {place}"
 # The differences agree with one another only up to `error`, or rounding may be as much.
 UNSETTLED = (
-    "the derivative {place} cannot be settled in {dtype}: {numbers}; but the differences "
-    "are only known to {error}"
+    "the derivative {place} cannot be settled in {dtype}: {numbers}; but the "
+    "differences are only known to {error}"
 )
 BY_DIFFERENCES = "{true} by differences, {told} by {whom}"
 # A rule adds to a derivative, and so may others: its numbers are what comes through it.
@@ -260,21 +260,22 @@ ALLOW = 'allow=["{name}"], if it differs on purpose'
 SETTLE = "float64 throughout, or a point where the function is less curved"
 # A draw by rejection: its rule is that of the mean (implicit reparameterization).
 DRAWN = (
-    "{called}: {rule} draws at random until it accepts, and its derivative is that of a "
-    "distribution and not of one draw. It is taken at its word, and what is around it is "
-    'checked. allow=["{name}"] says so without this warning.'
+    "{called}: {rule} draws at random until it accepts, and its derivative is that of "
+    "a distribution and not of one draw. It is taken at its word, and what is around "
+    'it is checked. allow=["{name}"] says so without this warning.'
 )
 # The derivative raised, and JAX takes it by every argument of floats here.
 BY_EVERY_LEAF = (
-    "{called} differentiates by every argument of floats, here {leaves}: close over those "
-    "that are data, as check_gradients(lambda x: fun(x, data))(x)"
+    "{called} differentiates by every argument of floats, here {leaves}: close over "
+    "those that are data, as check_gradients(lambda x: fun(x, data))(x)"
 )
 # A function of a rule holds a value that was traced with the arguments.
 CLOSED_RULE = (
-    "rules that take what they need as arguments: they are asked after {name} was traced",
+    "rules that take what they need as arguments: they are asked after {name} was "
+    "traced",
     "the rule of {rule}, which closes over a value of {name}",
-    "sg.with_backward(fun, backward), with that value as an argument; or close over the "
-    "data outside: check_gradients(lambda x: {name}(x, data))(x)",
+    "sg.with_backward(fun, backward), with that value as an argument; or close over "
+    "the data outside: check_gradients(lambda x: {name}(x, data))(x)",
 )
 
 

@@ -20,7 +20,7 @@ TABLE, LITERAL = f32(1, 2, 3), np.array([0.5, 1.5, 2.5], np.float32)
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 
-# Operands that `jax.grad` does not perturb ----------------------------------------------
+# Operands that `jax.grad` does not perturb --------------------------------------------
 
 
 @jax.custom_vjp
@@ -210,7 +210,7 @@ def test_the_stops_of_with_backward_compile_to_nothing():
         assert instructions(mine, X) == instructions(plain, X)
 
 
-# Names ------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------
 
 
 @jax.custom_gradient
@@ -359,7 +359,7 @@ def test_so_are_the_draws_of_others():
         sg.check_gradients(lambda a: draw(a) * a)(1.7)
 
 
-# Stops that a rule takes care of ----------------------------------------------------------
+# Stops that a rule takes care of ------------------------------------------------------
 
 MATRIX = f32(2.0, 0.3, 0.2, 1.5).reshape(2, 2)
 B = f32(1.0, -0.5)
@@ -379,7 +379,7 @@ def test_what_a_rule_takes_care_of_is_no_stop(solve):
 
 def test_but_it_is_checked():
     for solve in (stopped_solve, solved_by_rule):
-        with pytest.raises(AssertionError, match="the rule of .*by differences"):
+        with pytest.raises(AssertionError, match=r"the rule of .*by differences"):
             sg.check_gradients(functools.partial(solve, wrong=True))(MATRIX, B)
 
 

@@ -271,7 +271,7 @@ def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
     if exact:
         return _exact(op, ", ".join(sorted(exact)))
     for op in ops:
-        if op._jax.kind_of(eqn) == "stop_gradient":
+        if _jax.kind_of(op.eqn) == "stop_gradient":
             return "stop_gradient", _words.STOPPED, ""
         if _jax.kind_of(op.eqn) in _jax.CUSTOM:
             at = printed_place(_jax.rule_site(op.eqn))

@@ -218,7 +218,9 @@ class Declared:
             return [out, here, here]
         moved = [here if _same(c, copies[0]) else _function(eqn, c) for c in copies[1:]]
         if key in reading.opened:
-            (body,) = getattr(nested(eqn), "bodies", ())
+            inner = nested(eqn)
+            assert inner is not None
+            (body,) = inner.bodies
             start = [constant(copies[0]), *copies[1:]]
             moved = self.run(body.jaxpr, body.consts, start, tokens)[1:]
         if reading.quantized:
@@ -273,7 +275,7 @@ def _still(here: Sequence[Any], there: Sequence[Any], token: Any) -> list[Any]:
     ]
 
 
-# At second order ------------------------------------------------------------------------
+# At second order ----------------------------------------------------------------------
 
 Push = Callable[[Copy, int, Copy], list[Any]]
 
@@ -331,7 +333,7 @@ def _transposed(pull: Callable[..., Any], out: Any, deltas: Sequence[Any]) -> li
 _SINGLE = ("stop_gradient", "gate")  # what is special by itself
 
 
-# Values ---------------------------------------------------------------------------------
+# Values -------------------------------------------------------------------------------
 
 
 def _is_open(rule: Any) -> bool:

@@ -67,7 +67,10 @@ def measure(program: Program, reading: Reading) -> Callable[..., Any]:
         if not tokens:
             out, moved = run(values, tokens, plus, minus)
             return [out, *moved], {}
-        function = lambda values, tokens: run(values, tokens, plus, minus)
+
+        def function(values: Any, tokens: Any) -> Any:
+            return run(values, tokens, plus, minus)
+
         derive = _forward if reading.forward else _reverse
         out, moved, found = derive(function, values, tokens, program.weights)
         found.pop(EVERY, None)

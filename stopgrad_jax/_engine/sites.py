@@ -109,8 +109,8 @@ def _custom(eqn: Any, labels: Labels) -> tuple[list[str], str, bool]:
     names = [name] if name and not name.startswith("<unknown") else []
     if names and labels.is_users(file):
         return names, place, True
-    # A wrapper in a library, as `jax.custom_gradient`: the function it is around, if all
-    # that it closes over is of one file.
+    # A wrapper in a library, as `jax.custom_gradient`: the function it is around, if
+    # all that it closes over is of one file.
     rules = _jax.custom_rule(eqn) or ()
     held = [f for rule in rules for f in _held(rule) if _is_from(f, file)]
     if len({f.__code__.co_filename for f in held}) == 1:

@@ -81,8 +81,8 @@ def _still_off(
     """How far a nearer difference says that a value is off.
 
     Two may agree by chance, across a kink: those that are nearer tell. But if these do
-    not agree among themselves, that is noise, as of a solver that stops early, and there
-    is less of it over a longer distance.
+    not agree among themselves, that is noise, as of a solver that stops early, and
+    there is less of it over a longer distance.
     """
     here, around = differences[j], differences[max(j - 1, 0) : j + 2]
     off = abs(value - here.central)

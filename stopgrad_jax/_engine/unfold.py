@@ -228,10 +228,10 @@ class _Unfolding:
         for body, plan, found_here in bodies:
             operands = [carried.get(k, inputs[k]) for k in body.operands]
             first, joints = len(self.graph.maker), dict[int, Value]()
-            feedback, refs = list(body.feedback), refs_of(body.jaxpr)
+            feedback, own_refs = list(body.feedback), refs_of(body.jaxpr)
             if body.repeats:
                 ends = len(body.jaxpr.outvars)
-                feedback += [(ends + k, back) for k, back in enumerate(refs)]
+                feedback += [(ends + k, back) for k, back in enumerate(own_refs)]
             if feedback:
                 joints = self._joints(eqn, path, body, feedback, operands)
                 carried = {body.operands[k]: joint for k, joint in joints.items()}
@@ -254,7 +254,7 @@ class _Unfolding:
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:
                     sources[k].append(joints[back])
-            for back, value in zip(refs, held, strict=True):
+            for back, value in zip(own_refs, held, strict=True):
                 start = [joints[back]] if never else []
                 left.setdefault(body.operands[back], []).extend([value, *start])
         self.graph.found = outside + [
@@ -274,7 +274,7 @@ class _Unfolding:
         ]
         if eqn.primitive.name == "cond":
             self.graph.cases.update(zip(op.values, sources, strict=True))
-        refs = {
+        refs: dict[int, Value | None] = {
             k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])
             for k, values in left.items()
         }

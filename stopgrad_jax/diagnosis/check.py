@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax import _words
+import stopgrad_jax._words as _words
 from stopgrad_jax._engine.trace import Traced, require_known, trace
 from stopgrad_jax._errors import beats, function_name, quoted, type_of
 

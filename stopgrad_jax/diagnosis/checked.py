@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax import _words
+import stopgrad_jax._words as _words
 from stopgrad_jax._engine.declared import Declared, Reading
 from stopgrad_jax._engine.measured import Program, Values
 from stopgrad_jax._engine.sites import best_name, sites_in

@@ -102,7 +102,7 @@ class Compared:
         leaves[leaf] = leaves[leaf] + jnp.asarray(distance, along.dtype) * along
         return leaves
 
-    # Of the whole, and of a rule -------------------------------------------------------
+    # Of the whole, and of a rule ------------------------------------------------------
 
     def differences(
         self, steps: Sequence[Step], told: float, noise: float, weights: Any = None
@@ -216,7 +216,7 @@ def _dot(weights: Sequence[Any], outs: Sequence[Any]) -> tuple[float, float]:
     return float(sum(t.sum() for t in terms)), size
 
 
-# What JAX says --------------------------------------------------------------------------
+# What JAX says ------------------------------------------------------------------------
 
 
 def slope_of(

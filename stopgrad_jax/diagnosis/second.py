@@ -64,7 +64,9 @@ class _Second:
         function = functools.partial(self._first, self._checked.function)
 
         def second(values: Values, directions: Sequence[Values], weights: Any) -> Any:
-            again = lambda v: [function(v)]
+            def again(values: Values) -> list[Any]:
+                return [function(values)]
+
             return slope_of(self._mode, again, values, directions, weights)
 
         return self._checked.each(second)([1.0])

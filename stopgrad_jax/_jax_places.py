@@ -1,0 +1,164 @@
+"""Where an equation comes from: lines, scopes, and the calls that made it."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+from jax.extend import source_info_util
+
+
+def line_of(eqn: Any) -> str:
+    """Return `file:line` of the user's code that made this equation, or ""."""
+    return _file_and_line(eqn.source_info)
+
+
+def _file_and_line(source_info: Any) -> str:
+    summary = source_info_util.summarize(source_info)  # "file:line:col (name)"
+    parts = summary.split(" ")[0].split(":")
+    while len(parts) > 1 and parts[-2].isdigit():
+        parts.pop()  # the column
+    return ":".join(parts) if len(parts) > 1 and parts[-1].isdigit() else ""
+
+
+def scopes_of(eqn: Any) -> str:
+    """Return the equation's name stack as JAX prints it, scopes and transforms."""
+    return str(eqn.source_info.name_stack)
+
+
+def transforms_of(eqn: Any) -> tuple[str, ...]:
+    """Names of the transformations that made an equation, the outermost first.
+
+    `("transpose", "jvp")` in a backward pass. A name stack holds the user's scopes
+    beside them, which may be called anything: told by JAX's kind, not by their text.
+    """
+    stack = eqn.source_info.name_stack.stack
+    return tuple(part.name for part in stack if type(part).__name__ == "Transform")
+
+
+def scope_of(eqn: Any) -> str:
+    """Return the path of the user's scopes around an equation, without transforms."""
+    stack = eqn.source_info.name_stack.stack
+    return "/".join(part.name for part in stack if type(part).__name__ == "Scope")
+
+
+def callers_of(eqn: Any) -> tuple[str, ...]:
+    """Names of the functions on the stack when the equation was made."""
+    traceback = eqn.source_info.traceback
+    return tuple(f.function_name for f in traceback.frames) if traceback else ()
+
+
+class Frame(NamedTuple):
+    """A call on the Python stack: its code and the place that was running.
+
+    `code` is None, and the columns are 0, where JAX tells nothing but a line.
+    """
+
+    code: types.CodeType | None
+    file: str
+    function: str
+    line: int
+    col: int = 0
+    end_line: int = 0
+    end_col: int = 0
+
+
+def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
+    """Return the calls that made an equation, outermost first, without JAX's own.
+
+    The second value tells whether the innermost of them called `jax.random`. In a
+    nested jaxpr the frames begin inside it. From `Traceback.raw_frames`, which is
+    not documented; without it, from the one frame that is.
+    """
+    traceback = eqn.source_info.traceback
+    if traceback is None:
+        return (), False
+    if not hasattr(traceback, "raw_frames"):
+        return _summarized(eqn), False
+    frames, sampler = [], False
+    locate = type(traceback).code_addr2location
+    for code, address in zip(*traceback.raw_frames(), strict=True):
+        file = code.co_filename
+        if file not in _SKIPPED:
+            _SKIPPED[file] = file.startswith(OWN)
+        if not _SKIPPED[file]:
+            key = (code, file, address)  # equal code of two files is equal
+            frame = _FRAMES.get(key)
+            if frame is None:
+                place = locate(code, address)
+                frame = Frame(code, file, code.co_qualname, *place)
+                _FRAMES[key] = frame
+            frames.append(frame)
+        elif not frames and code.co_filename.startswith(_RANDOM):
+            sampler = True
+    return tuple(reversed(frames)), sampler
+
+
+_FRAMES: dict[Any, Frame] = {}
+_SKIPPED: dict[str, bool] = {}
+OWN = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(file)), "")
+    for file in (jax.__file__, jaxlib.__file__, __file__)
+)
+_RANDOM = os.path.join(os.path.dirname(jax.__file__), "_src", "random")
+_API = os.path.join(os.path.dirname(jax.__file__), "_src", "api.py")
+
+
+def _summarized(eqn: Any) -> tuple[Frame, ...]:
+    file, _, line = line_of(eqn).rpartition(":")
+    callers = callers_of(eqn)
+    return (
+        (Frame(None, file, callers[0] if callers else "", int(line)),) if file else ()
+    )
+
+
+def stack_of(eqn: Any) -> tuple[tuple[types.CodeType, int], ...]:
+    """Return all that ran when an equation was made, outermost first, JAX too.
+
+    A code object and the offset of its instruction each; empty without `raw_frames`.
+    """
+    traceback = eqn.source_info.traceback
+    if not hasattr(traceback, "raw_frames"):
+        return ()
+    return tuple(zip(*traceback.raw_frames(), strict=True))[::-1]
+
+
+def is_of_jax(eqn: Any) -> bool:
+    """Tell a `stop_gradient` that JAX wrote from one of the user or of this package.
+
+    Jitted helpers of JAX have no stack at all.
+    """
+    outer = ""
+    for code, _ in stack_of(eqn):
+        if code.co_name == "stop_gradient" and code.co_filename.startswith(OWN[:2]):
+            return outer.startswith(OWN[:2])
+        outer = code.co_filename
+    return True
+
+
+def is_derivative(stack: Sequence[tuple[types.CodeType, int]]) -> bool:
+    """Tell whether one of these calls is that of `jax.grad`, `jvp` or the like."""
+    return any(
+        code.co_name in ("vjp", "jvp", "_vjp", "_jvp", "linearize")
+        and code.co_filename == _API
+        for code, _ in stack
+    )
+
+
+def is_own(file: str) -> bool:
+    """Tell a file of JAX, or of this package."""
+    return file.startswith(OWN)
+
+
+def is_of_package(file: str) -> bool:
+    """Tell a file of this package."""
+    return file.startswith(OWN[2])
+
+
+def line_here() -> str:
+    """Return `file:line` of the user's code that is running, or ""."""
+    return _file_and_line(source_info_util.current())
