@@ -1,5 +1,6 @@
 """Dynamics: diffrax, JAX's own odeint, brax."""
 
+import functools
 import warnings
 
 import jax
@@ -9,7 +10,7 @@ from jax.experimental.ode import odeint
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     import brax.envs
     import diffrax as dfx
 
@@ -166,19 +167,25 @@ ODEINT = {
     "odeint": Program("jax", "experimental.ode.odeint", odeint_loss, adaptive, sg.var("path")),
 }
 
-pendulum = brax.envs.get_environment("inverted_pendulum", n_frames=1)
-standing = jax.jit(pendulum.reset)(jax.random.key(0))
+@functools.cache
+def pendulum():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # brax is no longer developed, it says
+        env = brax.envs.get_environment("inverted_pendulum", n_frames=1)
+    return env, jax.jit(env.reset)(jax.random.key(0))
 
 
 def brax_loss(q, qd, action, tap=untapped):
     """How far the cart and the pole are after a step of the environment."""
-    moving = standing.pipeline_state.replace(q=q, qd=qd)
-    state = pendulum.step(standing.replace(pipeline_state=moving), action)
+    env, start = pendulum()
+    moving = start.pipeline_state.replace(q=q, qd=qd)
+    state = env.step(start.replace(pipeline_state=moving), action)
     place = 1.0 * state.obs
     return jnp.sum(tap(place, "inner") ** 2)
 
 
 def pushed(rng):
+    pendulum()  # outside of any transformation
     return 0.1 * small(rng, 2), 0.1 * small(rng, 2), small(rng, 1)
 
 

@@ -8,7 +8,7 @@ import optax
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     import e3nn_jax as e3nn
     import flax.jax_utils
     import flax.linen as nn

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     import blackjax
     import distrax
     import mctx

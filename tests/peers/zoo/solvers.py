@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     import jaxopt
     import lineax as lx
     import optimistix as optx

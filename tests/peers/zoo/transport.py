@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     from ott.geometry import pointcloud
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import implicit_differentiation, sinkhorn

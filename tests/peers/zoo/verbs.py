@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def planted(program: Program, args: Any) -> str:
     try:
         grad = gradients_at(program, args)
         value = jax.block_until_ready(jax.jit(program.fun)(*args))
-    except jax.errors.JaxRuntimeError:
+    except Exception:  # JAX's own, or what a callback of the package raised
         return "raises"
     ends = [value, *grad.values()]
     return "finite" if all(np.isfinite(x).all() for x in ends) else "nonfinite"
@@ -223,8 +224,16 @@ def check_edit(program: Program) -> None:
 
         return jax.jit(jax.value_and_grad(loss))(floats(program, args), args)
 
-    same = both(sg.edit(program.fun, {program.inner: lambda h: h}))
-    jax.tree.map(np.testing.assert_array_equal, same, both(program.fun))
+    # In an inner `jax.grad` the order in which cotangents are added is that of the
+    # traced program, for JAX too, and sums have other roundings in another order.
+    def traced(*args):
+        program_of = jax.make_jaxpr(program.fun)(*args)
+        return jax.extend.core.jaxpr_as_fun(program_of)(*jax.tree.leaves(args))[0]
+
+    same, plain = both(sg.edit(program.fun, {program.inner: lambda h: h})), both(program.fun)
+    jax.tree.map(np.testing.assert_array_equal, same, both(traced))
+    np.testing.assert_array_equal(same[0], plain[0])
+    jax.tree.map(near, same[1], plain[1])
     twice = both(sg.edit(program.fun, {program.inner: lambda h: 2 * h}))
     jax.tree.map(near, twice, both(functools.partial(doubled, program)))
 
