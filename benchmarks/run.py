@@ -8,7 +8,8 @@
 (f) a model that is frozen in nine parts of ten, against the usual recipes;
 (g) `flow` against tracing `jax.grad`, and pictures;
 (h) estimators against hand-written JAX and the libraries that have them;
-(i) training steps and `fit` against loops by hand and other libraries; devices, memory.
+(i) training steps and `fit` against loops by hand and other libraries; devices, memory;
+(j) many leaves.
 
 Each figure is the median of several rounds; in each round both sides are measured, one
 after the other. The table is printed and written to build/benchmarks.json.
@@ -26,6 +27,7 @@ import flow
 import freezing
 import gates
 import jax
+import leaves
 import programs
 import training
 from measure import repeated, seconds, side_by_side
@@ -121,6 +123,7 @@ def main():
     rows = {}
     parts = (named_point, tracing, compiling, identity_edit, experiments)
     parts += (gates.rows, freezing.rows, flow.rows, estimators.rows, training.rows)
+    parts += (leaves.rows,)
     for part in tqdm(parts, desc="benchmarks"):
         for name, row in part():
             rows[name] = row

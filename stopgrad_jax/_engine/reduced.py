@@ -9,6 +9,7 @@ largest entry need not be told from a sum.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ def summary_dtype(dtype: Any) -> Any:
     return jnp.dtype("float64" if wide else "float32")
 
 
+@functools.partial(jax.jit, inline=True)
 def summary(ct: jax.Array) -> jax.Array:
-    """Sum up one cotangent."""
+    """Sum up one cotangent. Compiled: of many small arrays, calls are what takes long."""
     size = jnp.abs(ct).astype(summary_dtype(ct.dtype))
     counts = jnp.count_nonzero(ct), jnp.count_nonzero(~jnp.isfinite(ct))
     largest = jnp.max(size, initial=0)
