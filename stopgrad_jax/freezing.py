@@ -84,11 +84,13 @@ def freeze(
     inner = optax.with_extra_args_support(optimizer)
     selections: dict[tuple[str, ...], list[bool]] = {}  # only to compare, see below
 
+    @public
     def init(params: Any) -> Any:
         trains = _trains(params, where, "init(params)")
         selections[_places(params)] = trains
         return inner.init(_hidden(params, trains))
 
+    @public
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import stopgrad_jax as sg
@@ -33,6 +34,10 @@ def yielding(w):
     yield w
 
 
+def _wrong(ct, out, x):
+    return (ct,)
+
+
 # Tracebacks ---------------------------------------------------------------------------
 
 WRONG = {
@@ -50,13 +55,20 @@ WRONG = {
     )(W),
     "where": lambda: sg.stop_gradient({"a": W}, "b"),
     "call": lambda: sg.gradients(loss, argnums=0),
+    "check": lambda: sg.check_gradients(loss, order=3)(W, X),
+    "checked": lambda: sg.check_gradients(sg.with_backward(jnp.sin, _wrong))(W),
+    "estimator": lambda: sg.quantize.fake_quant(W, "8"),
+    "given": lambda: sg.sample.top_k_mask(W, 9),
+    "surrogate": lambda: jax.jit(sg.surrogate.spike)(jnp.arange(3)),
+    "frozen": lambda: sg.freeze(optax.sgd(1.0), "b").init({"a": W}),
+    "step": lambda: sg.train.make_step(loss, optax.sgd(1.0), frozen="b").init({"a": W}),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_no_frame_of_the_package_is_shown(case):
     package = str(pathlib.Path(sg.__file__).parent)
-    with pytest.raises((TypeError, AssertionError, LookupError)) as caught:
+    with pytest.raises((TypeError, ValueError, AssertionError, LookupError)) as caught:
         WRONG[case]()
     text = "".join(traceback.format_exception(caught.value))
     assert package not in text
@@ -170,6 +182,7 @@ def test_what_the_mask_error_says_to_write_works():
 CHECKS = {
     "assert_gradient": lambda: sg.assert_gradient(loss, "w"),
     "assert_no_gradient": lambda: sg.assert_no_gradient(loss, "w"),
+    "check_gradients": lambda: sg.check_gradients(loss),
 }
 
 
@@ -178,7 +191,8 @@ def test_a_check_that_is_never_called_warns(name):
     with pytest.warns(RuntimeWarning, match=rf"{name}\(.*was never called") as caught:
         CHECKS[name]()
     (warning,) = caught
-    assert f"write {name}(loss, 'w')(*args)" in str(warning.message)
+    of = "loss" if name == "check_gradients" else "loss, 'w'"
+    assert f"write {name}({of})(*args)" in str(warning.message)
     assert "test_edge.py:" in str(warning.message)
 
 

@@ -34,7 +34,7 @@ def summary_dtype(dtype: Any) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def summary(ct: jax.Array) -> jax.Array:
-    """Sum up one cotangent. Compiled: of many small arrays, calls are what takes long."""
+    """Sum up one cotangent; compiled, as calls are what takes long on small arrays."""
     size = jnp.abs(ct).astype(summary_dtype(ct.dtype))
     counts = jnp.count_nonzero(ct), jnp.count_nonzero(~jnp.isfinite(ct))
     largest = jnp.max(size, initial=0)

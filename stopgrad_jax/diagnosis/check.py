@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ParamSpec
 
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as _words
+from stopgrad_jax._checks import require_function
+from stopgrad_jax._edge import Check, public
 from stopgrad_jax._engine.trace import Traced, require_known, trace
 from stopgrad_jax._errors import beats, function_name, quoted, type_of
 
@@ -22,6 +23,7 @@ from .second import compare_second
 P = ParamSpec("P")
 
 
+@public
 def check_gradients(
     fun: Callable[P, Any],
     *,
@@ -29,7 +31,7 @@ def check_gradients(
     modes: Sequence[str] = ("rev",),
     tol: float | None = None,
     allow: Collection[str] = (),
-) -> Callable[P, None]:
+) -> Check[P]:
     """Check a function's derivatives by finite differences that know what is declared.
 
     Ordinary checkers fail at every stop and every straight-through. This one takes the
@@ -52,8 +54,9 @@ def check_gradients(
         but for those of JAX and of this library.
 
     Returns:
-      A function of `fun`'s arguments: concrete arrays of float32 or float64 at leaves
-      that carry a gradient; all others are left alone.
+      A check to be called with `fun`'s arguments (one that never is warns): concrete
+      arrays of float32 or float64 at leaves that carry a gradient; all others are left
+      alone.
 
     Raises:
       AssertionError: a derivative is wrong; names the leaf or the function, and both
@@ -73,10 +76,10 @@ def check_gradients(
             ...
         AssertionError: check_gradients(sin): the rule of with_backward(sin)...
     """
+    require_function(fun, "check_gradients")
     called = f"check_gradients({function_name(fun)})"
     _require_options(order, modes, called)
 
-    @functools.wraps(fun)
     def check(*args: P.args, **kwargs: P.kwargs) -> None:
         traced = trace(fun, args, kwargs)
         places = dict(_places(traced, called))
@@ -90,7 +93,7 @@ def check_gradients(
                 if order == 2:
                     compare_second(checked, mode)
 
-    return check
+    return Check(fun, called, public(check))
 
 
 @contextlib.contextmanager

@@ -176,11 +176,12 @@ def _no_stats(program: Program, place: Value, cause: str) -> Stats:
 
 
 def _stats(totals: jax.Array, size: int, cause: str | None) -> Stats:
-    return Stats(*_numbers(totals, size), cause)
+    norm, largest, zeros, nonfinite = _numbers(totals, size)
+    return Stats(norm, largest, zeros, nonfinite, cause)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def _numbers(totals: jax.Array, size: int) -> tuple[jax.Array, ...]:
+def _numbers(totals: jax.Array, size: int) -> Any:
     squares, largest, nonzero, nonfinite = (totals[..., k] for k in range(SUMMED))
     fraction = (size - nonzero) / size if size else jnp.ones_like(nonzero)
     return jnp.sqrt(squares), largest, fraction, nonfinite.astype(jnp.int32)

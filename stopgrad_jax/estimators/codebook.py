@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.gates import stop_gradient
 from stopgrad_jax.substitution import replace_value
@@ -35,6 +36,7 @@ class VectorQuantized(NamedTuple):
     commitment_loss: jax.Array
 
 
+@public
 def vector_quantize(
     z: jax.typing.ArrayLike,
     codebook: jax.typing.ArrayLike,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
 Derivative = Callable[[Any], jax.Array]
 
 
+@public
 def fast_sigmoid(slope: Any = 25.0) -> Derivative:
     """Make the derivative of a fast sigmoid: a peak of 1 with heavy tails.
 
@@ -68,6 +70,7 @@ def fast_sigmoid(slope: Any = 25.0) -> Derivative:
     return in_float32(lambda x: (slope * jnp.abs(x) + 1) ** -2)
 
 
+@public
 def sigmoid(slope: Any = 25.0, peak: Any = None) -> Derivative:
     """Make the derivative of a logistic sigmoid.
 
@@ -109,6 +112,7 @@ def sigmoid(slope: Any = 25.0, peak: Any = None) -> Derivative:
     return in_float32(derivative)
 
 
+@public
 def atan(alpha: Any = 2.0) -> Derivative:
     """Make the derivative of an arc tangent.
 
@@ -146,6 +150,7 @@ def atan(alpha: Any = 2.0) -> Derivative:
     return in_float32(derivative)
 
 
+@public
 def gaussian(std: Any = 1.0, peak: Any = None) -> Derivative:
     """Make a normal density.
 
@@ -184,6 +189,7 @@ def gaussian(std: Any = 1.0, peak: Any = None) -> Derivative:
     return in_float32(lambda x: peak * jnp.exp(-0.5 * (x / std) ** 2))
 
 
+@public
 def multi_gaussian(std: Any = 0.5, height: Any = 0.15, scale: Any = 0.5) -> Derivative:
     """Make a normal density with a negative one on either side.
 
@@ -223,6 +229,7 @@ def multi_gaussian(std: Any = 0.5, height: Any = 0.15, scale: Any = 0.5) -> Deri
     return in_float32(derivative)
 
 
+@public
 def exponential(width: Any = 1.0, scale: Any = 1.0) -> Derivative:
     """Make an exponential that decays on both sides.
 

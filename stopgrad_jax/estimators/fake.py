@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats
 from stopgrad_jax.gates import mask_gradient, stop_gradient
 from stopgrad_jax.substitution import replace_value
@@ -30,6 +31,7 @@ from .inputs import (
 __all__ = ["fake_quant", "fake_quant_affine"]
 
 
+@public
 def fake_quant(
     x: jax.typing.ArrayLike,
     min: jax.typing.ArrayLike,
@@ -125,6 +127,7 @@ def fake_quant(
     return replace_value(source, value).astype(x.dtype)
 
 
+@public
 def fake_quant_affine(
     x: jax.typing.ArrayLike,
     scale: jax.typing.ArrayLike,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.gates import stop_gradient
 from stopgrad_jax.substitution import replace_value
@@ -18,6 +19,7 @@ from .inputs import UNBOUNDED, real, whole, wide, wider
 __all__ = ["bsq", "direction", "dot", "fsq", "lfq"]
 
 
+@public
 def fsq(
     z: jax.typing.ArrayLike,
     levels: Sequence[int],
@@ -114,6 +116,7 @@ def fsq(
     return (replace_value(bounded, code) / width).astype(z.dtype)
 
 
+@public
 def lfq(z: jax.typing.ArrayLike) -> jax.Array:
     """Take the sign of each entry: a codebook of all corners of a cube.
 
@@ -148,6 +151,7 @@ def lfq(z: jax.typing.ArrayLike) -> jax.Array:
     return replace_value(z, _sign(z))
 
 
+@public
 def bsq(z: jax.typing.ArrayLike) -> jax.Array:
     """Project a code to the unit sphere and take the nearest corner of a cube in it.
 

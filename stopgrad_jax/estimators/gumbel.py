@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
 from . import draws
 
 
+@public
 def gumbel_softmax(
     key: jax.Array,
     logits: ArrayLike,
@@ -58,6 +60,7 @@ def gumbel_softmax(
     return gumbel_softmax_given(noise, logits, temperature, hard, backward_temperature)
 
 
+@public
 def gumbel_softmax_given(
     noise: ArrayLike,
     logits: ArrayLike,
@@ -96,6 +99,7 @@ def gumbel_softmax_given(
     return replace_value(soft, value.astype(x.dtype))
 
 
+@public
 def gumbel_rao(
     key: jax.Array, logits: ArrayLike, temperature: ArrayLike, num_samples: int
 ) -> jax.Array:
@@ -143,6 +147,7 @@ def gumbel_rao(
     return gumbel_rao_given(noise, draws.drawn(for_sample, x), logits, temperature)
 
 
+@public
 def gumbel_rao_given(
     noise: ArrayLike, sample: ArrayLike, logits: ArrayLike, temperature: ArrayLike
 ) -> jax.Array:

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._edge import public
 from stopgrad_jax.gates import mask_gradient, scale_gradient, stop_gradient
 from stopgrad_jax.substitution import replace_value
 
@@ -24,6 +25,7 @@ from .inputs import (
 __all__ = ["lsq", "lsq_init"]
 
 
+@public
 def lsq(
     x: jax.typing.ArrayLike,
     step: jax.typing.ArrayLike,
@@ -100,6 +102,7 @@ def lsq(
     return replace_value(source, code * stop_gradient(steps)).astype(x.dtype)
 
 
+@public
 def lsq_init(x: jax.typing.ArrayLike, qmax: int) -> jax.Array:
     """Return the first step for `lsq`, from the weights or a batch of activations.
 

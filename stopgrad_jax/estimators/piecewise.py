@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._edge import public
+
 from .derivatives import Derivative, in_float32, require_positive
 
 __all__ = ["boxcar", "leaky", "triangle", "where_inside"]
 
 
+@public
 def triangle(width: Any = 1.0, peak: Any = 1.0) -> Derivative:
     """Make a triangle around 0.
 
@@ -46,6 +49,7 @@ def triangle(width: Any = 1.0, peak: Any = 1.0) -> Derivative:
     return in_float32(lambda x: peak * jax.nn.relu(1 - jnp.abs(x) / width))
 
 
+@public
 def boxcar(width: Any = 2.0, height: Any = 0.5) -> Derivative:
     """Make a box around 0.
 
@@ -79,6 +83,7 @@ def boxcar(width: Any = 2.0, height: Any = 0.5) -> Derivative:
     return in_float32(lambda x: where_inside(jnp.abs(x) < width / 2, height, x))
 
 
+@public
 def leaky(slope: Any = 0.1, peak: Any = 1.0) -> Derivative:
     """Make the derivative of a leaky rectifier.
 

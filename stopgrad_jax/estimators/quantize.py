@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._edge import public
 from stopgrad_jax.substitution import replace_value
 
 from .codebook import VectorQuantized as VectorQuantized
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 
+@public
 def round(x: jax.typing.ArrayLike) -> jax.Array:
     """Round to the nearest whole number, half to even.
 
@@ -70,6 +72,7 @@ def round(x: jax.typing.ArrayLike) -> jax.Array:
     return replace_value(x, jnp.round(x))
 
 
+@public
 def floor(x: jax.typing.ArrayLike) -> jax.Array:
     """Round down.
 
@@ -98,6 +101,7 @@ def floor(x: jax.typing.ArrayLike) -> jax.Array:
     return replace_value(x, jnp.floor(x))
 
 
+@public
 def ceil(x: jax.typing.ArrayLike) -> jax.Array:
     """Round up.
 
@@ -126,6 +130,7 @@ def ceil(x: jax.typing.ArrayLike) -> jax.Array:
     return replace_value(x, jnp.ceil(x))
 
 
+@public
 def trunc(x: jax.typing.ArrayLike) -> jax.Array:
     """Round toward zero.
 
@@ -154,6 +159,7 @@ def trunc(x: jax.typing.ArrayLike) -> jax.Array:
     return replace_value(x, jnp.trunc(x))
 
 
+@public
 def clip(
     x: jax.typing.ArrayLike, lo: jax.typing.ArrayLike, hi: jax.typing.ArrayLike
 ) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.gated import require_gradient
 from stopgrad_jax._errors import beats, function_name
 from stopgrad_jax.gates import mask_gradient
@@ -19,6 +20,7 @@ __all__ = ["truncated_scan"]
 Carry = TypeVar("Carry")
 
 
+@public
 def truncated_scan(
     f: Callable[[Carry, Any], tuple[Carry, Any]],
     init: Carry,

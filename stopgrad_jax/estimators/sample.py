@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
@@ -46,6 +47,7 @@ __all__ = [
 Adjust = Literal["identity", "sigmoid"]
 
 
+@public
 def bernoulli(
     key: jax.Array, logits: ArrayLike, adjust: Adjust = "identity"
 ) -> jax.Array:
@@ -87,6 +89,7 @@ def bernoulli(
     return bernoulli_given(sample, logits, adjust)
 
 
+@public
 def bernoulli_given(
     sample: ArrayLike, logits: ArrayLike, adjust: Adjust = "identity"
 ) -> jax.Array:
@@ -117,6 +120,7 @@ def bernoulli_given(
     raise ValueError(beats(called, expected, repr(adjust), 'adjust="sigmoid"'))
 
 
+@public
 def categorical(
     key: jax.Array,
     logits: ArrayLike,
@@ -164,6 +168,7 @@ def categorical(
     return categorical_given(sample, logits, temperature, backward_temperature)
 
 
+@public
 def categorical_given(
     sample: ArrayLike,
     logits: ArrayLike,
@@ -194,6 +199,7 @@ def categorical_given(
     return replace_value(soft.astype(x.dtype), value)
 
 
+@public
 def reinmax(
     key: jax.Array, logits: ArrayLike, temperature: ArrayLike = 1.0
 ) -> jax.Array:
@@ -235,6 +241,7 @@ def reinmax(
     return reinmax_given(draws.drawn(key, x), logits, temperature)
 
 
+@public
 def reinmax_given(
     sample: ArrayLike, logits: ArrayLike, temperature: ArrayLike = 1.0
 ) -> jax.Array:
@@ -270,6 +277,7 @@ def reinmax_given(
     return replace_value(source.astype(x.dtype), value)
 
 
+@public
 def top_k_mask(scores: ArrayLike, k: int) -> jax.Array:
     """Mark the k largest scores of each row; the gradient passes straight through.
 

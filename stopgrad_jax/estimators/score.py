@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
@@ -24,6 +25,7 @@ from .inputs import wider
 __all__ = ["dice", "leave_one_out", "magic_box", "score_loss"]
 
 
+@public
 def magic_box(log_prob: ArrayLike) -> jax.Array:
     """Return 1, whose derivatives are those of the probability over itself.
 
@@ -60,6 +62,7 @@ def magic_box(log_prob: ArrayLike) -> jax.Array:
     return jnp.exp(replace_value(x, jnp.where(jnp.isnan(x), x, jnp.zeros_like(x))))
 
 
+@public
 def score_loss(
     cost: ArrayLike, log_prob: ArrayLike, baseline: ArrayLike | None = None
 ) -> jax.Array:
@@ -110,6 +113,7 @@ def score_loss(
     return replace_value(box * advantage, costs)
 
 
+@public
 def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
     """Return for each of several samples the mean cost of the others, as its baseline.
 
@@ -157,6 +161,7 @@ def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
     return (others / (x.shape[axis] - 1)).astype(dtype)
 
 
+@public
 def dice(
     log_probs: ArrayLike,
     costs: ArrayLike,

@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._edge import public
+
 from .derivatives import Derivative, in_float32, require_positive
 from .piecewise import triangle, where_inside
 
 __all__ = ["approx_sign", "hard_tanh", "identity", "swish_sign"]
 
 
+@public
 def identity() -> Derivative:
     """Make 1, the derivative of the identity: the plain straight-through estimator.
 
@@ -41,6 +44,7 @@ def identity() -> Derivative:
     return jnp.ones_like
 
 
+@public
 def hard_tanh(closed: bool = True) -> Derivative:
     """Make 1 from -1 to 1, 0 outside: the derivative of clip(x, -1, 1).
 
@@ -71,6 +75,7 @@ def hard_tanh(closed: bool = True) -> Derivative:
     return lambda x: where_inside(jnp.abs(x) < 1, 1, jnp.asarray(x))
 
 
+@public
 def approx_sign() -> Derivative:
     """Make 2 * (1 - |x|) from -1 to 1, the derivative of two parabolas.
 
@@ -96,6 +101,7 @@ def approx_sign() -> Derivative:
     return triangle(width=1.0, peak=2.0)
 
 
+@public
 def swish_sign(beta: Any = 5.0) -> Derivative:
     """Make the derivative of the sign-swish function, which overshoots on both sides.
 

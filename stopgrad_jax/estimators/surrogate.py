@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, function_name, type_of
 from stopgrad_jax.gates import scale_gradient
 from stopgrad_jax.substitution import replace_value
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 
+@public
 def spike(
     x: ArrayLike, derivative: Callable[[Any], ArrayLike], *, at_zero: Any = 1.0
 ) -> jax.Array:
@@ -101,6 +103,7 @@ def spike(
     return _two_valued(x, derivative, 0, at_zero, "spike")
 
 
+@public
 def sign(
     x: ArrayLike, derivative: Callable[[Any], ArrayLike], *, at_zero: Any = 1.0
 ) -> jax.Array:
