@@ -6,6 +6,11 @@ NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
 PYTEST := -n auto --dist worksteal -q
 STRICT := x64 dtype rank checks leaks
+# JAX's coming switches, each turned over by itself.
+SWITCHES := remat3 custom_vjp3 custom_jvp3 use_direct_linearize \
+  use_simplified_jaxpr_constants mutable_array_checks softmax_custom_jvp \
+  use_shardy_partitioner
+CORE := conformance flow nested points query rules scopes var
 # Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
 LARQ := larq terminaltables tf-keras
 
@@ -55,7 +60,11 @@ test-oldest-transforms: .venv-oldest/ready
 	$(OLDEST_PYTEST) $(DEFINITIONS:%=--ignore tests/test_%.py)
 
 # The switches together on both versions, then one by one on the newest.
-test-strict: test-strict-together test-strict-together-oldest $(STRICT:%=test-strict-%)
+test-strict: test-strict-together test-strict-together-oldest $(STRICT:%=test-strict-%) \
+  $(SWITCHES:%=test-switch-%)
+
+test-switch-%: .venv/ready
+	STOPGRAD_SWITCH="jax_$*" .venv/bin/python -m pytest $(PYTEST) $(CORE:%=tests/test_%.py)
 
 test-strict-together: .venv/ready
 	STOPGRAD_STRICT="$(STRICT)" .venv/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
