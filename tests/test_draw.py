@@ -55,7 +55,7 @@ def small():
         step(3, "output", "output", "f32[]"),
     )
     edges = arrows("0>1 flow, 1>2 cut, 1>3 flow, 2>3 value")
-    return Picture("w gets a gradient.", steps, edges, ())
+    return Picture("w can get a gradient.", steps, edges, ())
 
 
 def vqvae():
@@ -131,8 +131,8 @@ def test_dot_of_a_small_picture():
     text = 'fontcolor="#1A1A1A"]'
     size = "height=0.7778, fixedsize=true"
     assert to_dot(small()).splitlines()[4:12] == [
-        rf'  s0 [class=input, label="w\nf32[3]\ngets a gradient", width=1.8333, {size},'
-        f' {skin}, fillcolor="#E1F0FA", {text}',
+        r'  s0 [class=input, label="w\nf32[3]\ncan get a gradient", width=2.0556,'
+        f' {size}, {skin}, fillcolor="#E1F0FA", {text}',
         rf'  s1 [class=step, label="y\nf32[]\nmodels.py:2", width=1.3056, {size},'
         f' {skin}, fillcolor="#FFFFFF", {text}',
         r'  s2 [class=cut, label="stop_gradient\ncut: on purpose\nmodels.py:3",'
@@ -235,7 +235,7 @@ def test_never_colour_alone(theme):
         ("cut", {}, ["cut"]),
         ("gate", {"detail": "scale 0.5"}, ["gate: scale 0.5"]),
         ("replace", {"detail": "rule: m.py:1"}, ["replaced · rule: m.py:1"]),
-        ("input", {"type": "f32[]"}, ["f32[]", "gets a gradient"]),
+        ("input", {"type": "f32[]"}, ["f32[]", "can get a gradient"]),
         ("input", {"flows": False}, ["no gradient"]),
         ("input", {"flows": False, "data": True}, ["data"]),
         ("step", {"repeat": 12, "line": 3}, ["x12", "models.py:3"]),
@@ -268,8 +268,8 @@ def test_boxes_are_nested():
 def test_mermaid_of_a_small_picture():
     assert to_mermaid(small(), direction="LR").splitlines()[:10] == [
         "flowchart LR",
-        "  accTitle: w gets a gradient.",
-        '  s0(["w<br/>f32[3]<br/>gets a gradient"]):::input',
+        "  accTitle: w can get a gradient.",
+        '  s0(["w<br/>f32[3]<br/>can get a gradient"]):::input',
         '  s1("y<br/>f32[]<br/>models.py:2"):::step',
         '  s2("stop_gradient<br/>cut: on purpose<br/>models.py:3"):::cut',
         '  s3["output<br/>f32[]"]:::output',

@@ -13,7 +13,7 @@ from stopgrad_jax.diagnosis.dot import to_dot
 from stopgrad_jax.diagnosis.model import Edge, Picture, Step
 
 PICTURE = Picture(
-    "w gets a gradient.",
+    "w can get a gradient.",
     (Step(0, "input", "w", flows=True), Step(1, "output", "output", flows=True)),
     (Edge(0, 1, "flow"),),
     (),
@@ -85,7 +85,7 @@ def test_no_engine(monkeypatch, missing):
 def test_the_wheel_draws_where_there_is_no_program(monkeypatch):
     without(monkeypatch, "dot")
     assert render.has_engine()
-    assert "gets a gradient" in render.to_svg(DOT, "seen")
+    assert "can get a gradient" in render.to_svg(DOT, "seen")
 
 
 def test_the_wheel_says_what_it_does_not_like(monkeypatch):

@@ -50,7 +50,7 @@ def shift(value: Any, perturbation: Any) -> jax.Array:
     known = not _jax.is_traced(perturbation)
     if known and not np.any(np.asarray(perturbation) != 0):
         return value
-    return shift_p.bind(value, perturbation)
+    return shift_p.bind(value, _jax.sharded_like(perturbation, value))
 
 
 def edited(value: Any, address: str) -> jax.Array:

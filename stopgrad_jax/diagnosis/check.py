@@ -61,7 +61,8 @@ def check_gradients(
     Raises:
       AssertionError: a derivative is wrong; names the leaf or the function, and both
         numbers, and says so where the point is at a kink, or where the differences
-        settle nothing.
+        settle nothing. Its attributes `direction` and `weights` are arrays, where the
+        numbers are along a direction of a leaf, or of a weighed sum of the results.
       ValueError: an unknown mode, order or name in `allow`.
       TypeError: there is nothing to differentiate, or it is traced, complex or narrow;
         or forward mode of a function that has none.

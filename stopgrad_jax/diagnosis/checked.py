@@ -26,19 +26,6 @@ from .readings import groups_of_stops, known_sites
 _KINDS = {4: "float32", 8: "float64"}
 
 
-class WrongDerivative(AssertionError):
-    """What `check_gradients` raises.
-
-    Attributes:
-      direction: what the leaf is moved along, an array like it; None: one entry.
-      weights: an array for each array of floats that the function returns: those with
-        which their sum is differentiated; None: one entry.
-    """
-
-    direction: Any = None
-    weights: Any = None
-
-
 class Checked:
     """One traced function at one point."""
 
@@ -189,7 +176,7 @@ class Checked:
 
     def _wrong_rule(
         self, verdict: Verdict, key: int, direction: Direction
-    ) -> WrongDerivative:
+    ) -> AssertionError:
         site = self.program.sites[key]
         numbers = self._numbers(verdict, direction, "the rule")
         place = self._place(direction)
@@ -256,7 +243,7 @@ class Checked:
 
     def wrong_leaf(
         self, verdict: Verdict, direction: Direction, how: str
-    ) -> WrongDerivative:
+    ) -> AssertionError:
         """Return the error that says what is wrong, or cannot be settled."""
         numbers = self._numbers(verdict, direction, "JAX")
         place = f"{self._place(direction)} ({how}){self._what(direction)}"
@@ -346,8 +333,8 @@ class Checked:
         left, right = f"{found.left / unit:.6g}", f"{found.right / unit:.6g}"
         return f"\n  {_words.AT_KINK.format(left=left, right=right)}"
 
-    def _error(self, said: str, direction: Direction) -> WrongDerivative:
-        error = WrongDerivative(f"{self.called}: {said}")
+    def _error(self, said: str, direction: Direction) -> AssertionError:
+        error: Any = AssertionError(f"{self.called}: {said}")
         if not self._is_entry(direction):
             error.direction = self.along[direction]
         if not self._is_one(self.program.weights):

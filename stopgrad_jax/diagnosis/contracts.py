@@ -134,7 +134,7 @@ def assert_no_gradient(
       it warns if it never is. None, if `args` or `kwargs` are given.
 
     Raises:
-      AssertionError: a leaf gets a gradient; lists each, and the way it takes.
+      AssertionError: a leaf can get a gradient; lists each, and the way it takes.
       AddressError: an address matches nothing.
       TypeError: `fun` returns several arrays and `ys` does not say which.
 
