@@ -27,7 +27,11 @@ PROGRAMS = {
     for name, program in table.items()
 }
 
-pytestmark = pytest.mark.usefixtures("usual_settings")
+pytestmark = [
+    pytest.mark.usefixtures("usual_settings"),
+    # what a package says of its own future
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
