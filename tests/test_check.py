@@ -217,6 +217,13 @@ def test_both_numbers_are_told():
     assert true == pytest.approx(2 * told, rel=1e-3)
 
 
+def test_numbers_that_are_nearly_the_same_are_told_apart():
+    backward = lambda ct, out, x: (ct * 2.000004 * x,)
+    with jax.enable_x64(True), pytest.raises(AssertionError) as caught:
+        sg.check_gradients(sg.with_backward(jnp.square, backward))(jnp.float64(0.5))
+    assert "1 by differences, 1.000002 by the rule" in str(caught.value)
+
+
 def test_rules_of_narrow_and_of_complex_values():
     narrow = sg.with_backward(jnp.sin, lambda ct, out, x: (ct * jnp.cos(x),))
     bf16 = lambda x: narrow(x.astype("bfloat16")).astype("float32")

@@ -328,7 +328,7 @@ class Checked:
 
     def _numbers(self, verdict: Verdict, direction: Direction, whom: str) -> str:
         unit = self._unit(direction)
-        true, told = f"{verdict.value / unit:.6g}", f"{verdict.told / unit:.6g}"
+        true, told = _apart(verdict.value / unit, verdict.told / unit)
         return _words.BY_DIFFERENCES.format(true=true, told=told, whom=whom)
 
     def _what(self, direction: Direction) -> str:
@@ -353,6 +353,12 @@ class Checked:
         if not self._is_one(self.program.weights):
             error.weights = tuple(self.program.weights)
         return error
+
+
+def _apart(one: float, other: float) -> tuple[str, str]:
+    """Write two numbers with the digits that tell them apart."""
+    pairs = [(f"{one:.{n}g}", f"{other:.{n}g}") for n in range(6, 18)]
+    return next((pair for pair in pairs if len({*pair}) == 2), pairs[0])
 
 
 def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:

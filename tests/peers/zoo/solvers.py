@@ -164,7 +164,7 @@ def lasso_loss(theta, penalty, guess, tap=untapped):
         jaxopt.prox.prox_lasso,
         stepsize=0.1,
         maxiter=300,
-        tol=1e-12,
+        tol=0.0,
         implicit_diff_solve=exactly,
     )
     params = solver.run(guess, penalty, theta).params
