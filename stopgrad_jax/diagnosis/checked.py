@@ -161,7 +161,10 @@ class Checked:
         alone = frozenset({key})
 
         def is_right(other: Compared) -> bool:
-            found = other.judge_rule(key, direction, along, carefully=False)
+            try:
+                found = other.judge_rule(key, direction, along, carefully=False)
+            except jax.errors.JaxRuntimeError:  # so read, the function itself raises
+                return False
             return found.kind != WRONG
 
         declared = Declared(self.program.sites, reading)

@@ -36,7 +36,9 @@ def clouds(rng):
 
 
 def sinkhorned(what, solver):
-    return Program("ott-jax", f"Sinkhorn, {what}", transport(solver), clouds, sg.var("moved"))
+    return Program(
+        "ott-jax", f"Sinkhorn, {what}", transport(solver), clouds, sg.var("moved")
+    )
 
 
 OTT = {
