@@ -10,7 +10,6 @@ from peers.zoo.program import Program, untapped
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import e3nn_jax as e3nn
-    import flax.jax_utils
     import flax.linen as nn
     import haiku as hk
     import jraph

@@ -141,8 +141,8 @@ LINEAX = {
 
 # jaxopt
 
-# The tolerances of a solver are errors of its derivative that `check_gradients` sees: in
-# float64 they are small, in float32 the iterations end first.
+# The tolerances of a solver are errors of its derivative, which `check_gradients` sees:
+# in float64 they are small, in float32 the iterations end first.
 exactly = functools.partial(jaxopt.linear_solve.solve_normal_cg, tol=1e-12)
 
 

@@ -49,7 +49,7 @@ def cells():
             yield pytest.param(name, verb, marks=marks, id=f"{name}, {verb}")
 
 
-@pytest.mark.parametrize(("name", "verb"), cells())
+@pytest.mark.parametrize(("name", "verb"), list(cells()))
 def test_zoo(name, verb, record_property):
     record_property("cell", (name, verb))
     VERBS[verb](PROGRAMS[name])

@@ -3,7 +3,6 @@
 import warnings
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
