@@ -6,7 +6,7 @@ FOUND = {}
 
 
 def pytest_runtest_logreport(report):
-    """Keep what became of each verb on each program; the other processes tell this one."""
+    """Keep what became of each verb on each program, in whichever process."""
     cell = dict(report.user_properties).get("cell")
     if cell and (report.when == "call" or report.failed):
         waits = hasattr(report, "wasxfail") and report.skipped

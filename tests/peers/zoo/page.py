@@ -26,14 +26,15 @@ in a small program: `tests/peers/zoo`. The page is written by its tests:
 - contracts: `assert_gradient` and `assert_no_gradient` pass where they are to pass, and
   fail where they are to fail.
 - `find_nonfinite`: nothing on healthy arguments; a nan in an argument is traced to that
-  argument.
+  argument, or the program's own error is told where it raises.
 - born inside: a nan that is born inside the program, forward or backward, is located.
-- `check_gradients`: passes, in float64 for solvers; where a rule differs from its
-  function on purpose it is named, and passes with `allow=`.
+- `check_gradients`: passes, in float64 for solvers; where a rule is not the derivative
+  of what is computed, as of a solver that ends short, it is named, and `allow=` passes.
 - `capture`, `edit`: a value inside is read, left as it is and doubled, as by hand.
 - `gradient_stats`: norms are those of `jax.grad`'s.
 """
-SHORT = {"find_nonfinite, born inside": "born inside"}
+WORDS = {"passed": "yes", "xfailed": "no", "failed": "wrong"}
+HEADS = {"contracts": "contracts", "find_nonfinite, born inside": "born inside"}
 
 
 def page(
@@ -43,21 +44,14 @@ def page(
     known: Mapping[tuple[str, str], str],
 ) -> str:
     """Return the page; `known` says what happens where an outcome is "xfailed"."""
-    heads = [SHORT.get(verb, verb) for verb in verbs]
-    heads = [
-        head if " " in head or head == "contracts" else f"`{head}`" for head in heads
-    ]
-    lines, notes = (
-        [_row("package", "function", *heads), "|" + "---|" * (len(heads) + 2)],
-        {},
-    )
+    heads = [HEADS.get(verb, f"`{verb}`") for verb in verbs]
+    lines = [_row("package", "function", *heads), "|---" * (len(heads) + 2) + "|"]
+    notes = dict[str, int]()
     for name, program in programs.items():
         cells = []
         for verb in verbs:
             outcome = outcomes.get((name, verb), "not run")
-            word = {"passed": "yes", "xfailed": "no", "failed": "wrong"}.get(
-                outcome, outcome
-            )
+            word = WORDS.get(outcome, outcome)
             note = known.get((name, verb), "")
             if verb == "check_gradients" and program.allow:
                 note = f"With `allow={list(program.allow)}`".replace("'", '"') + "."
