@@ -1,6 +1,6 @@
 # Each target sets up what it needs in a local virtual environment.
-.PHONY: demo test check notebooks support-matrix bench test-peers test-oldest \
-  test-oldest-transforms test-strict clean
+.PHONY: demo test check notebooks support-matrix real-code bench test-peers \
+  test-oldest test-oldest-transforms test-strict clean
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
@@ -35,14 +35,18 @@ notebooks: .venv/ready
 support-matrix: .venv/ready
 	cd tests && ../.venv/bin/python test_conformance.py
 
+real-code: .venv-zoo/ready
+	STOPGRAD_REAL_CODE=write .venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo -k 'not page'
+
 bench: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python benchmarks/run.py
 	.venv-peers-torch/bin/python benchmarks/estimators.py
 	.venv-peers-torch/bin/python benchmarks/training.py
 
-test-peers: .venv-peers/ready .venv-peers-torch/ready
-	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch
+test-peers: .venv-peers/ready .venv-peers-torch/ready .venv-zoo/ready
+	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch --ignore tests/peers/zoo
 	.venv-peers-torch/bin/python -m pytest $(PYTEST) tests/peers/torch
+	.venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo
 
 # Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
 OLDEST_PYTEST := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
@@ -99,5 +103,10 @@ test-strict-%: .venv/ready
 	.venv-peers-torch/bin/python -m pip install -q --disable-pip-version-check --no-deps spikingjelly
 	touch $@
 
+.venv-zoo/ready: pyproject.toml
+	$(NEWEST) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install -q --disable-pip-version-check -e '.[zoo]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-peers .venv-peers-torch build
+	rm -rf .venv .venv-oldest .venv-peers .venv-peers-torch .venv-zoo build

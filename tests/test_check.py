@@ -217,6 +217,27 @@ def test_both_numbers_are_told():
     assert true == pytest.approx(2 * told, rel=1e-3)
 
 
+def test_numbers_that_are_nearly_the_same_are_told_apart():
+    backward = lambda ct, out, x: (ct * 2.000004 * x,)
+    with jax.enable_x64(True), pytest.raises(AssertionError) as caught:
+        sg.check_gradients(sg.with_backward(jnp.square, backward))(jnp.float64(0.5))
+    assert "1 by differences, 1.000002 by the rule" in str(caught.value)
+
+
+def test_a_reading_in_which_the_function_raises_settles_nothing():
+    def only_half(x):
+        assert x == 0.5, "as solvers raise that do not get to an end"
+        return x
+
+    @jax.custom_jvp
+    def checked(x):
+        return jax.pure_callback(only_half, x, x)
+
+    checked.defjvp(lambda x, dots: (checked(*x), *dots))
+    with pytest.raises(AssertionError, match="the rule of with_backward"):
+        sg.check_gradients(lambda x: half(x) * checked(lax.stop_gradient(x)))(f32(0.5))
+
+
 def test_rules_of_narrow_and_of_complex_values():
     narrow = sg.with_backward(jnp.sin, lambda ct, out, x: (ct * jnp.cos(x),))
     bf16 = lambda x: narrow(x.astype("bfloat16")).astype("float32")

@@ -229,3 +229,25 @@ def test_a_healthy_function_is_found_healthy(outer, inner):
 def test_what_jax_itself_cannot_nest(outer, inner):
     with pytest.raises(ValueError, match="context mesh"):
         jax.eval_shape(composed(named, outer, inner), W, X, None)
+
+
+def grown(x, n):
+    """Double a number n times, n being known only at run time."""
+    step = lambda c: (c[0] + 1, sg.name(c[1] * 2.0, "h"))
+    return jax.lax.while_loop(lambda c: c[0] < n, step, (0, x))[1]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_while_under_vmap_ends_for_each_example_by_itself(levels):
+    every = grown
+    for _ in range(levels):
+        every = jax.vmap(every)
+    n = np.arange(1, 7).reshape([(6,), (2, 3)][levels - 1])
+    x = np.linspace(0.5, 1.5, 6, dtype="float32").reshape(n.shape)
+    loss = lambda x: jnp.sum(x * every(jax.lax.stop_gradient(x), n))
+    np.testing.assert_allclose(jax.grad(loss)(x), x * 2.0**n)
+    # h + 1 at each of n steps: 2 (2 (2 x + 1) + 1) + 1
+    added = jax.grad(sg.edit(loss, {"h": lambda h: h + 1.0}))(x)
+    np.testing.assert_allclose(added, x * 2.0**n + 2.0**n - 1, rtol=1e-6)
+    sg.check_gradients(loss)(x)
+    sg.check_gradients(lambda x: jnp.sum(every(x, n)), modes=("fwd",))(x)

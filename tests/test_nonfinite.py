@@ -201,3 +201,9 @@ def test_a_large_program_is_searched_only_as_far_as_needed():
     assert sg.find_nonfinite(f)(jnp.ones(3)) is None
     jax.effects_barrier()
     assert len(ran) == 2  # forward, and with the backward pass
+
+
+def test_operands_that_are_not_of_the_results_shape():
+    report = sg.find_nonfinite(lambda x: jnp.sum(x @ x.T))(np.full((2, 3), f32(1e30)))
+    assert (report.primitive, report.expression) == ("dot_general", "x @ x.T")
+    assert "f32[2,3] from 1e+30 to 1e+30" in str(report)

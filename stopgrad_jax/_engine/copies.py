@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 import stopgrad_jax._jax as _jax
 
-from .nested import nested
+from .nested import nested, while_loop
 
 Copy = Sequence[Any]  # operands
 Copies = Sequence[Copy]  # the base first
@@ -67,7 +67,7 @@ def _while(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]
         return list(map(_typed, outs, carries))
 
     init = [[jnp.asarray(x) for x in c[n + m :]] for c in copies]
-    return jax.lax.while_loop(goes_on, step, init)
+    return while_loop(eqn, goes_on, step, init)
 
 
 def _cond(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:

@@ -153,6 +153,33 @@ _DESCRIBE: dict[str, Callable[[Any], Nested | None]] = {
 }
 
 
+def while_loop(
+    eqn: Any,
+    goes_on: Callable[[Any], Any],
+    step: Callable[[Any], Any],
+    init: Any,
+) -> Any:
+    """Run a `while` anew: `jax.lax.while_loop`, whose equation may be under `vmap`.
+
+    Its condition is then one for each example, in the leading axes of what it carries,
+    and an example whose condition is false waits for the others.
+    """
+    (condition,) = eqn.params["cond_jaxpr"].out_avals
+    if not condition.shape:
+        return jax.lax.while_loop(goes_on, step, init)
+
+    def waits(carry: Any) -> Any:
+        going = goes_on(carry)
+
+        def chosen(new: Any, old: Any) -> Any:
+            axes = range(going.ndim, jnp.ndim(old))
+            return jnp.where(jnp.expand_dims(going, axes), new, old)
+
+        return jax.tree.map(chosen, step(carry), carry)
+
+    return jax.lax.while_loop(lambda carry: jnp.any(goes_on(carry)), waits, init)
+
+
 # Shards --------------------------------------------------------------------------
 
 

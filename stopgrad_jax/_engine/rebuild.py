@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats
 
-from .nested import Shards, again, summed_over
+from .nested import Shards, again, summed_over, while_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def _rebuild_while(
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts = operands[:n], operands[n : n + m]
     first = len(slots[0])
-    out = jax.lax.while_loop(
+    out = while_loop(
+        eqn,
         lambda c: call(0, [*cond_consts, *c], perturbations[:first], token)[0][0],
         lambda c: call(1, [*body_consts, *c], perturbations[first:], token)[0],
         operands[n + m :],

@@ -148,7 +148,10 @@ class Checked:
         alone = frozenset({key})
 
         def is_right(other: Compared) -> bool:
-            found = other.judge_rule(key, direction, along, carefully=False)
+            try:
+                found = other.judge_rule(key, direction, along, carefully=False)
+            except jax.errors.JaxRuntimeError:  # so read, the function itself raises
+                return False
             return found.kind != WRONG
 
         declared = Declared(self.program.sites, reading)
@@ -315,7 +318,7 @@ class Checked:
 
     def _numbers(self, verdict: Verdict, direction: Direction, whom: str) -> str:
         unit = self._unit(direction)
-        true, told = f"{verdict.value / unit:.6g}", f"{verdict.told / unit:.6g}"
+        true, told = _apart(verdict.value / unit, verdict.told / unit)
         return _words.BY_DIFFERENCES.format(true=true, told=told, whom=whom)
 
     def _what(self, direction: Direction) -> str:
@@ -340,6 +343,12 @@ class Checked:
         if not self._is_one(self.program.weights):
             error.weights = tuple(self.program.weights)
         return error
+
+
+def _apart(one: float, other: float) -> tuple[str, str]:
+    """Write two numbers with the digits that tell them apart."""
+    pairs = [(f"{one:.{n}g}", f"{other:.{n}g}") for n in range(6, 18)]
+    return next((pair for pair in pairs if len({*pair}) == 2), pairs[0])
 
 
 def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:

@@ -230,9 +230,8 @@ def _shown(x: Any, result: Any, index: tuple[int, ...]) -> str:
         return str(x)[:40]
     if not x.shape:
         return f"{x}"
-    if (
-        x.ndim == result.ndim
-        and np.broadcast_shapes(x.shape, result.shape) == result.shape
+    if x.ndim == result.ndim and all(
+        n in (1, m) for n, m in zip(x.shape, result.shape, strict=True)
     ):
         pairs = zip(index, x.shape, strict=True)
         return f"{x[tuple(k if n > 1 else 0 for k, n in pairs)]}"

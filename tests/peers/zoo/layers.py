@@ -10,7 +10,6 @@ from peers.zoo.program import Program, untapped
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import e3nn_jax as e3nn
-    import flax.jax_utils
     import flax.linen as nn
     import haiku as hk
     import jraph
@@ -105,7 +104,11 @@ def step_loss(params, x, y, keys, tap=untapped):
 
 
 def stepped(rng):
-    shapes = jax.eval_shape(Net().init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, jnp.zeros((1, 3)))
+    shapes = jax.eval_shape(
+        Net().init,
+        {"params": jax.random.key(0), "dropout": jax.random.key(0)},
+        jnp.zeros((1, 3)),
+    )
     return (
         like(rng, shapes["params"]),
         small(rng, 2, 4, 3),
@@ -148,7 +151,7 @@ def quantized(x, tap):
     z = hk.Linear(2)(x)
     quantizer = hk.nets.VectorQuantizer(2, 4, commitment_cost=0.25)
     codes = quantizer(tap(z, "inner"), is_training=True)
-    vq_loss = codes["loss"]
+    vq_loss = 1.0 * codes["loss"]
     recon = jnp.mean((hk.Linear(3)(codes["quantize"]) - x) ** 2)
     return tap(recon, "recon") + tap(vq_loss, "vq_loss")
 
@@ -161,7 +164,9 @@ def vq_loss(params, x, tap=untapped):
 
 
 def vq_args(rng):
-    shapes = jax.eval_shape(lambda: vq.init(jax.random.key(0), jnp.zeros((4, 3)), untapped))
+    shapes = jax.eval_shape(
+        lambda: vq.init(jax.random.key(0), jnp.zeros((4, 3)), untapped)
+    )
     return like(rng, shapes), small(rng, 4, 3)
 
 
@@ -169,7 +174,7 @@ def averaged(x, tap):
     z = hk.Linear(2)(x)
     quantizer = hk.nets.VectorQuantizerEMA(2, 4, commitment_cost=0.25, decay=0.9)
     codes = quantizer(tap(z, "inner"), is_training=True)
-    commit = codes["loss"]
+    commit = 1.0 * codes["loss"]
     recon = jnp.mean((hk.Linear(3)(codes["quantize"]) - x) ** 2)
     return tap(recon, "recon") + tap(commit, "commit")
 
@@ -279,7 +284,11 @@ def graph_loss(params, nodes, edges, targets, tap=untapped):
 
 
 def graph(rng):
-    params = {"edge": small(rng, 7, 2), "node": small(rng, 7, 2), "global": small(rng, 5, 2)}
+    params = {
+        "edge": small(rng, 7, 2),
+        "node": small(rng, 7, 2),
+        "global": small(rng, 5, 2),
+    }
     return params, small(rng, 3, 2), small(rng, 3, 2), small(rng, 1, 2)
 
 

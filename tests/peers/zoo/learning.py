@@ -93,7 +93,10 @@ def impala_loss(actor, critic, batch, tap=untapped):
     value_loss = 0.5 * jnp.mean(vtrace.errors**2)
     entropy_loss = 0.01 * rlax.entropy_loss(policy, ones)
     policy_loss = tap(policy_loss, "policy_loss")
-    value_loss, entropy_loss = tap(value_loss, "value_loss"), tap(entropy_loss, "entropy_loss")
+    value_loss, entropy_loss = (
+        tap(value_loss, "value_loss"),
+        tap(entropy_loss, "entropy_loss"),
+    )
     return policy_loss + value_loss + entropy_loss
 
 
@@ -133,7 +136,9 @@ def mpo(rng):
 def dpg_loss(actor, critic, obs, tap=untapped):
     action = jnp.tanh(obs @ actor["w"] + actor["b"])
     acted = tap(action, "inner")
-    value = lambda action, obs: jnp.sum(jnp.sin(action @ critic["v"])) + obs @ critic["u"]
+    value = lambda action, obs: (
+        jnp.sum(jnp.sin(action @ critic["v"])) + obs @ critic["u"]
+    )
     dq_da = jax.vmap(jax.grad(value))(acted, obs)
     losses = jax.vmap(rlax.dpg_loss)(acted, dq_da)
     return jnp.mean(losses)
@@ -208,14 +213,18 @@ def muzero_loss(net, obs, tap=untapped):
         jax.random.key(0),
         mctx.RootFnOutput(prior_logits=logits, value=value, embedding=state),
         recurrent,
-        num_simulations=3,
+        num_simulations=2,
     )
     weights = jax.lax.stop_gradient(search.action_weights)
     return -jnp.mean(jnp.sum(weights * jax.nn.log_softmax(logits), -1))
 
 
 def muzero(rng):
-    net = {"encode": small(rng, 3, 2), "policy": small(rng, 2, 2), "value": small(rng, 2, 1)}
+    net = {
+        "encode": small(rng, 3, 2),
+        "policy": small(rng, 2, 2),
+        "value": small(rng, 2, 1),
+    }
     return net, small(rng, 2, 3)
 
 
@@ -321,13 +330,21 @@ def elbo_loss(params, key, x, y, tap=untapped):
 
 
 def posterior(rng):
-    params = {"mean": small(rng, 3), "scale": 1 + abs(small(rng, 3)), "center": small(rng)}
+    params = {
+        "mean": small(rng, 3),
+        "scale": 1 + abs(small(rng, 3)),
+        "center": small(rng),
+    }
     return params, jax.random.key(0), small(rng, 4, 3), small(rng, 4)
 
 
 NUMPYRO = {
     "Trace_ELBO": Program(
-        "numpyro", "infer.Trace_ELBO.loss", elbo_loss, posterior, sg.var("elbo_loss.loss")
+        "numpyro",
+        "infer.Trace_ELBO.loss",
+        elbo_loss,
+        posterior,
+        sg.var("elbo_loss.loss"),
     ),
 }
 
@@ -344,7 +361,12 @@ def hmc_loss(position, step_size, precision, key, tap=untapped):
 
 
 def chain(rng):
-    return small(rng, 2), 0.3 + 0.1 * small(rng), jnp.eye(2) + 0.1 * small(rng, 2, 2), jax.random.key(0)
+    return (
+        small(rng, 2),
+        0.3 + 0.1 * small(rng),
+        jnp.eye(2) + 0.1 * small(rng, 2, 2),
+        jax.random.key(0),
+    )
 
 
 BLACKJAX = {

@@ -135,4 +135,6 @@ def added(program: Program, addend: Any, *args: Any) -> Any:
 
 def doubled(program: Program, *args: Any) -> Any:
     """The program with its inner value doubled."""
-    return program.fun(*args, tap=lambda value, at: 2 * value if at == "inner" else value)
+    return program.fun(
+        *args, tap=lambda value, at: 2 * value if at == "inner" else value
+    )

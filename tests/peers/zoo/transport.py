@@ -3,7 +3,6 @@
 import warnings
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from peers.zoo.program import Program, untapped
 
 with warnings.catch_warnings():
@@ -36,7 +35,9 @@ def clouds(rng):
 
 
 def sinkhorned(what, solver):
-    return Program("ott-jax", f"Sinkhorn, {what}", transport(solver), clouds, sg.var("moved"))
+    return Program(
+        "ott-jax", f"Sinkhorn, {what}", transport(solver), clouds, sg.var("moved")
+    )
 
 
 OTT = {
