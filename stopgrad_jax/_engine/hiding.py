@@ -128,13 +128,13 @@ def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> s
             for k in op.reads
         ]
         without = op.run(*operands)
-        inexact = [
-            (k, x) for k, x in zip(op.writes, without, strict=True) if is_inexact(x)
-        ]
+        results = zip(op.writes, without, op.lives, strict=True)
+        # What is handed to the backward pass only is not seen in the value.
+        inexact = [(k, x) for k, x, lives in results if lives and is_inexact(x)]
         reached = {k for k, x in inexact if _cleared(level.values[k], x)}
         tainted |= reached
         if inexact and not reached:
-            found += _inner(runner, level, op, tainted) or [op]
+            found += _inner(runner, level, op, tainted)
     return tainted
 
 
@@ -144,16 +144,21 @@ def _cleared(x: Any, without: Any) -> bool:
 
 
 def _inner(runner: Runner, level: Level, op: Op, tainted: set[int]) -> list[Op]:
-    """Return what inside an operation hides it, if that has a line of its own."""
+    """Return what inside an operation hides it, if that has a line of its own.
+
+    Else it is the operation. It is none if step by step nothing inside hides it: as it
+    is compiled, a product with zero may be a selection.
+    """
     inner = runner.enter(level, op, level.read(op))
     if inner is None:
-        return []
+        return [op]
     start = {n for n, k in inner.given.items() if op.reads[k] in tainted}
     start = {n for n in start if count(inner.values[n])}
     found: list[Op] = []
     _follow(runner, inner, start, found)
     own = op.path.spots
-    return [x for x in found if len(x.path.spots) > len(own) or x.step is not None]
+    lines = [x for x in found if len(x.path.spots) > len(own) or x.step is not None]
+    return lines or [op][: len(found)]
 
 
 # Backward: what has it as a factor ------------------------------------------------

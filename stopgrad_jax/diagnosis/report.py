@@ -130,7 +130,7 @@ def _lines(
     names = ", ".join(found.reaches[:4]) + (", ..." if found.reaches[4:] else "")
     derived = found.program.direction == "backward"
     what = f"the gradient of {names}" if derived else names
-    yield [("nonfinite: ", "cut"), (f"{what}; {_headline(found, fun)}", "")]
+    yield [("nonfinite: ", "cut"), (f"{what}; {_headline(found, at, fun)}", "")]
     if found.given is not None:
         x = found.program.operands[found.given.operand]
         text = _words.others(found.given.others, type_of(x))
@@ -151,24 +151,26 @@ def _lines(
     yield from _hint(words)
 
 
-def _headline(found: Found, fun: Callable[..., Any]) -> str:
+def _index(index: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, index))}]" if index else ""
+
+
+def _headline(found: Found, at: Birth | None, fun: Callable[..., Any]) -> str:
     birth, given = found.birth, found.given
     if given is not None:
         address = found.program.names[given.operand]
-        index = f"[{', '.join(map(str, given.index))}]" if given.index else ""
-        return _words.came_in(f"{address}{index}", _sign(given.value))
+        return _words.came_in(f"{address}{_index(given.index)}", _sign(given.value))
     if birth is None:
         return _words.ONLY_COMPILED
     kind = _kind(birth)
-    if birth.kind != "taken":
+    constant = found.constant
+    if constant is None:
         return _words.born(kind, found.side, birth.op.eqn.primitive.name)
-    constant = birth.constant
-    if constant is None or np.ndim(constant) == 0:
-        return _words.put_in(kind)
-    bad = np.argwhere(~np.isfinite(wide(constant)))[0]
-    name = variable_of(constant, fun) or f"an array of type {type_of(constant)}"
-    index = "".join(["[", ", ".join(map(str, bad)), "]"])
-    return _words.constant(name + index, _sign(np.asarray(constant)[tuple(bad)]))
+    name = variable_of(constant.value, fun, at.op.path.spots if at else ())
+    sign = _sign(np.asarray(constant.value)[constant.index])
+    if name:
+        return _words.constant(name + _index(constant.index), sign)
+    return _words.unnamed(type_of(constant.value), _index(constant.index), sign)
 
 
 def _kind(birth: Birth) -> str:
@@ -188,9 +190,8 @@ def _under(found: Found, at: Birth | None) -> str:
     assert at is not None
     kind = _kind(at)
     if at.kind == "taken":
-        literal = found.given is None and np.ndim(at.constant) == 0
-        return (_words.WRITTEN if literal else _words.TAKEN).format(kind=kind)
-    if found.given is not None and at.kind == "harm":
+        return _words.TAKEN.format(kind=kind)
+    if at.kind == "harm" and (found.given or found.constant):
         return _words.TURNS
     words = _words.IN_DERIVATIVE if found.side == "backward" else _words.HERE
     return words.format(kind=kind)
