@@ -81,6 +81,46 @@ class _Seen:
         )
 
 
+def read_at(
+    runner: Runner, level: Level, constant: Any, outer: tuple[Frame, ...] = ()
+) -> tuple[Frame, ...] | None:
+    """Return where the function's own value reads a constant first, if it does.
+
+    A jitted program holds its constants itself, and the derivative holds them again.
+    """
+    ops = [op for op in level.ops if op.role == VALUE]
+    for k in dict.fromkeys(k for op in ops for k in op.reads):
+        if k in level.maker or k in level.given:
+            continue
+        if _is(level.values[k], constant):
+            return (*outer, Frame(level, Entry(k, ()), {}))
+    for op in ops:
+        inner = nested(op.eqn)
+        bodies = [op.body] if op.body else inner.bodies if inner else []
+        if not any(_holds_constant(body, constant) for body in bodies):
+            continue
+        opened = runner.enter(level, op, level.read(op))
+        if opened is not None:
+            around = Frame(level, Entry(op.writes[0], ()), {})
+            found = read_at(runner, opened, constant, (*outer, around))
+            if found:
+                return found
+    return None
+
+
+def _holds_constant(body: Any, constant: Any) -> bool:
+    inner = (nested(eqn) for eqn in body.jaxpr.eqns)
+    return any(_is(x, constant) for x in body.consts) or any(
+        _holds_constant(b, constant) for held in inner if held for b in held.bodies
+    )
+
+
+def _is(x: Any, constant: Any) -> bool:
+    if _jax.is_key(x) or np.shape(x) != np.shape(constant) or not is_inexact(x):
+        return False
+    return np.array_equal(wide(x), wide(constant), equal_nan=True)
+
+
 def _equal(a: Any, b: Any) -> bool:
     if _jax.is_key(a) or np.shape(a) != np.shape(b):
         return _jax.is_key(a) and _jax.is_key(b)

@@ -107,7 +107,7 @@ def report(found: Found, labels: Labels, fun: Callable[..., Any]) -> Nonfinite:
         step=at.steps[-1] if at and at.steps else None,
         steps=at.steps if at else (),
         index=index,
-        example=index[0] if at and index and "vmap" in at.op.transforms else None,
+        example=_example(at),
         operands=at.operands if at else (),
         result=birth.result if birth else None,
         hidden_by=hidden[0].place if hidden else "",
@@ -204,10 +204,18 @@ def _numbers(at: Birth) -> Iterator[list[Part]]:
     value = _shown(at.result, at.result, index)
     yield [(f"  {name}({operands}) = {value}{place}", "")]
     inside = [f"step {step}" for step in at.steps]
-    if "vmap" in at.op.transforms and index:
-        inside.append(_words.example(index[0]))
+    example = _example(at)
+    if example is not None:
+        inside.append(_words.example(example))
     if inside:
         yield [(f"  in {', '.join(inside)}", "bold")]
+
+
+def _example(at: Birth | None) -> int | None:
+    """Return the example, unless what is alike for all of them stays one."""
+    if at is None or "vmap" not in at.op.transforms:
+        return None
+    return at.index[0] if np.shape(at.result)[:1] > (1,) else None
 
 
 def _placed(ops: Sequence[Op]) -> str:

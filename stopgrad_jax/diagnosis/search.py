@@ -10,7 +10,7 @@ import numpy as np
 
 from stopgrad_jax._engine.blame import Birth, Entry, Frame, find, targets_of
 from stopgrad_jax._engine.entries import Index, index_of, known, places
-from stopgrad_jax._engine.hiding import factor_of, hiders, located
+from stopgrad_jax._engine.hiding import factor_of, hiders, located, read_at
 from stopgrad_jax._engine.levels import Level, Op
 from stopgrad_jax._engine.runner import Runner
 
@@ -71,9 +71,11 @@ def search(program: Program, runner: Runner) -> Found:
         start = frames = (_where_read(level, birth, Entry(value, given.index)),)
     elif frames is None or birth.kind == "taken":
         constant, entry = _constant(level, birth)
-        if entry:
-            start = frames = (_where_read(level, birth, entry),)
-    side = "forward" if frames or not birth.frames else "backward"
+        if entry and constant:
+            start = (_where_read(level, birth, entry),)
+            frames = read_at(runner, level, constant.value)
+    came_in = given or constant or not birth.frames
+    side = "forward" if came_in or frames else "backward"
     factor = factor_of(runner, start)
     hidden: Sequence[Op] = ()
     if factor is not None and frames:
