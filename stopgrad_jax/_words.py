@@ -110,9 +110,11 @@ def constant(name: str, kind: str) -> str:
     return f"{name} is {kind}: a constant of the function"
 
 
-def put_in(kind: str) -> str:
-    """Say that a literal reaches the results, and that no operation makes nan of it."""
-    return f"the {kind} that is written in the function reaches its result"
+def unnamed(type_of: str, index: str, kind: str) -> str:
+    """Say the same of a constant that no variable was found for."""
+    if not index:
+        return f"a constant of the function is {kind}"
+    return f"a constant of the function, an {type_of}, is {kind} at {index}"
 
 
 # The results are finite, step by step.
@@ -128,7 +130,6 @@ HERE = "{kind} here"
 IN_DERIVATIVE = "{kind} here, in its derivative"  # it is no part of the value
 TURNS = "inf turns to nan here"  # its nonfinite operands are inf, its result nan
 TAKEN = "{kind} is taken on here"  # the first operation that reads it
-WRITTEN = "{kind} is written here"  # the same, of a literal
 
 
 def others(entries: int, type_of: str) -> str:
@@ -167,12 +168,15 @@ def double_where(where: str, old: str, new: str, side: str) -> str:
     return f"{where} {hides}. Mask the operand, too: write {new} for {old}"
 
 
-def large_number(old: str, new: str) -> str:
+def large_number(cause: str, old: str, new: str) -> str:
     """Say that a large number does what an infinity was meant to, and more."""
-    return (
-        "a row or slice that is masked as a whole has no largest number to subtract. "
-        f"Write {new} for {old}"
-    )
+    return f"{cause}. Write {new} for {old}"
+
+
+# The largest operand is subtracted, and it is -inf.
+MASKED_ROW = (
+    "a row or slice that is masked as a whole has no largest number to subtract"
+)
 
 
 # The value itself was nan, so it is another one with the remedy.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import nonfinite_cases as cases
 import numpy as np
 import pytest
+from as_printed import mended, remedy
 from nonfinite_cases import HEALTHY, PLANTED
 from programs import f32
 
@@ -71,15 +72,25 @@ def test_us4_is_told_with_its_remedy():
     assert report.reaches == ("w",)
     assert [float(x) for x in report.operands] == [0.5, 0.0]
     assert "masks the value and not the derivative" in report.hint
-    assert "safe = jnp.where(x.sum() > 0, x, 1.0)" in report.hint
-    assert "jnp.where(x.sum() > 0, jnp.linalg.norm(safe), 0.0)" in report.hint
+    assert remedy(report) == (
+        "jnp.where(x.sum() > 0, jnp.linalg.norm(jnp.where(x.sum() > 0, x, 1.0)), 0.0)",
+        "jnp.where(x.sum() > 0, jnp.linalg.norm(x), 0.0)",
+    )
+    safe = mended(cases.safe_norm, report)
+    assert jax.grad(safe)(jnp.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert jax.grad(safe)(f32(3.0, 4.0)).tolist() == pytest.approx([0.6, 0.8])
 
 
 def test_the_remedy_of_a_mask_that_is_true_where_it_is_bad():
-    f = lambda x: jnp.where(x == 0, 0.0, jnp.sqrt(x))
-    hint = sg.find_nonfinite(f)(0.0).hint
-    assert "safe = jnp.where(x == 0, 1.0, x)" in hint
-    assert "jnp.where(x == 0, 0.0, jnp.sqrt(safe))" in hint
+    def root(x):
+        return jnp.where(x == 0, 0.0, jnp.sqrt(x))
+
+    report = sg.find_nonfinite(root)(0.0)
+    assert remedy(report)[0] == (
+        "jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))"
+    )
+    safe = mended(root, report)
+    assert [float(jax.grad(safe)(x)) for x in (0.0, 4.0)] == [0.0, 0.25]
 
 
 @pytest.mark.parametrize("name", ["one_example", "one_example_backward"])
@@ -101,15 +112,25 @@ def test_the_shard_is_told():
 def test_a_value_that_was_given_is_not_born_here():
     f = lambda params, x: jnp.sum(params["w"] * x)
     report = sg.find_nonfinite(f)({"w": f32(1.0, jnp.nan)}, f32(1.0, 1.0))
-    assert (report.primitive, report.line) == ("", 0)
-    assert report.expression == "params/w"
-    assert "params/w is nonfinite when the function is called" in str(report)
+    assert (report.argument, report.entry) == ("params/w", (1,))
+    assert report.reaches == ("return",)
+    assert report.expression == 'params["w"] * x'
+    first, others, *_, hint = str(report).splitlines()
+    assert first.endswith("params/w[1] is nan when the function is called")
+    assert others.strip() == "the only nonfinite entry of f32[2]"
+    assert "nan is taken on here" in str(report)
+    assert hint == "  hint: it came from outside: look at what made it"
 
 
 def test_a_constant_that_is_nan():
     c = f32(1.0, jnp.nan)
     report = sg.find_nonfinite(lambda x: jnp.sum(x * c))(f32(1.0, 1.0))
-    assert "a constant of the function is nonfinite" in report.hint
+    headline = str(report).splitlines()[0]
+    assert headline == "nonfinite: return; c[1] is nan: a constant of the function"
+    assert report.expression == "x * c"
+    assert "nan is taken on here" in str(report)
+    assert report.hint == ""  # the first line has said it all
+    assert "hint" not in str(report)
 
 
 def test_the_first_of_two_births_is_named():
@@ -184,7 +205,7 @@ def test_the_page_of_a_report():
     assert rows[2].strip() == f"{report.line} | return jnp.log(y)"
     assert rows[3].split("|")[1] == "        ^^^^^^^^^^ inf here"
     assert rows[4] == "  log(0.0) = -inf"
-    assert rows[5].startswith("  hint: log of zero is -inf")
+    assert rows[5].startswith("  hint: the logarithm of zero is -inf; say what it is ")
     assert "<pre" in report._repr_html_()
 
 

@@ -81,6 +81,46 @@ class _Seen:
         )
 
 
+def read_at(
+    runner: Runner, level: Level, constant: Any, outer: tuple[Frame, ...] = ()
+) -> tuple[Frame, ...] | None:
+    """Return where the function's own value reads a constant first, if it does.
+
+    A jitted program holds its constants itself, and the derivative holds them again.
+    """
+    ops = [op for op in level.ops if op.role == VALUE]
+    for k in dict.fromkeys(k for op in ops for k in op.reads):
+        if k in level.maker or k in level.given:
+            continue
+        if _is(level.values[k], constant):
+            return (*outer, Frame(level, Entry(k, ()), {}))
+    for op in ops:
+        inner = nested(op.eqn)
+        bodies = [op.body] if op.body else inner.bodies if inner else []
+        if not any(_holds_constant(body, constant) for body in bodies):
+            continue
+        opened = runner.enter(level, op, level.read(op))
+        if opened is not None:
+            around = Frame(level, Entry(op.writes[0], ()), {})
+            found = read_at(runner, opened, constant, (*outer, around))
+            if found:
+                return found
+    return None
+
+
+def _holds_constant(body: Any, constant: Any) -> bool:
+    inner = (nested(eqn) for eqn in body.jaxpr.eqns)
+    return any(_is(x, constant) for x in body.consts) or any(
+        _holds_constant(b, constant) for held in inner if held for b in held.bodies
+    )
+
+
+def _is(x: Any, constant: Any) -> bool:
+    if _jax.is_key(x) or np.shape(x) != np.shape(constant) or not is_inexact(x):
+        return False
+    return np.array_equal(wide(x), wide(constant), equal_nan=True)
+
+
 def _equal(a: Any, b: Any) -> bool:
     if _jax.is_key(a) or np.shape(a) != np.shape(b):
         return _jax.is_key(a) and _jax.is_key(b)
@@ -128,13 +168,13 @@ def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> s
             for k in op.reads
         ]
         without = op.run(*operands)
-        inexact = [
-            (k, x) for k, x in zip(op.writes, without, strict=True) if is_inexact(x)
-        ]
+        results = zip(op.writes, without, op.lives, strict=True)
+        # What is handed to the backward pass only is not seen in the value.
+        inexact = [(k, x) for k, x, lives in results if lives and is_inexact(x)]
         reached = {k for k, x in inexact if _cleared(level.values[k], x)}
         tainted |= reached
         if inexact and not reached:
-            found += _inner(runner, level, op, tainted) or [op]
+            found += _inner(runner, level, op, tainted)
     return tainted
 
 
@@ -144,16 +184,21 @@ def _cleared(x: Any, without: Any) -> bool:
 
 
 def _inner(runner: Runner, level: Level, op: Op, tainted: set[int]) -> list[Op]:
-    """Return what inside an operation hides it, if that has a line of its own."""
+    """Return what inside an operation hides it, if that has a line of its own.
+
+    Else it is the operation. It is none if step by step nothing inside hides it: as it
+    is compiled, a product with zero may be a selection.
+    """
     inner = runner.enter(level, op, level.read(op))
     if inner is None:
-        return []
+        return [op]
     start = {n for n, k in inner.given.items() if op.reads[k] in tainted}
     start = {n for n in start if count(inner.values[n])}
     found: list[Op] = []
     _follow(runner, inner, start, found)
     own = op.path.spots
-    return [x for x in found if len(x.path.spots) > len(own) or x.step is not None]
+    lines = [x for x in found if len(x.path.spots) > len(own) or x.step is not None]
+    return lines or [op][: len(found)]
 
 
 # Backward: what has it as a factor ------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.entries import count, nonfinite, wide
 from stopgrad_jax._engine.labels import Labels, Path, Spot
+from stopgrad_jax._engine.levels import Level, Op
 from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.trial import Change, Replaced, evaluate
 
@@ -162,3 +163,24 @@ def _is_infinity(node: ast.expr) -> bool:
         return False
     inner = node.operand
     return isinstance(inner, ast.Attribute) and inner.attr in ("inf", "Inf")
+
+
+# Shapes and dtypes of a largest number that is subtracted.
+_AS_IT_IS = frozenset(
+    "broadcast_in_dim stop_gradient reshape squeeze convert_element_type max".split()
+)
+
+
+def subtracts_largest(level: Level, op: Op) -> bool:
+    """Tell whether an operation takes the largest of some numbers off them."""
+
+    def is_largest(value: int) -> bool:
+        if value not in level.maker:
+            return False
+        made = level.ops[level.maker[value]]
+        name = made.eqn.primitive.name
+        if name == "reduce_max":
+            return True
+        return name in _AS_IT_IS and any(map(is_largest, made.reads))
+
+    return op.eqn.primitive.name == "sub" and is_largest(op.reads[1])

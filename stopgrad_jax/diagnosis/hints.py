@@ -15,7 +15,7 @@ from stopgrad_jax._engine.entries import has_nan, wide
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.roles import COTANGENT
 
-from .edited import large_number
+from .edited import large_number, subtracts_largest
 from .masking import double_where
 from .search import Found
 from .written import is_constant, numpy_of, operands_of, replaced, written
@@ -28,31 +28,48 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return _words.BEFORE if found.given else _words.ONLY_COMPILED_HINT
     if not birth.frames:
         return _words.BEFORE if found.given else ""
-    if birth.kind == "harm" and not found.given:
-        edit = large_number(found.program, labels)
-        if edit is not None:
-            words = _words.large_number(edit.old, edit.new)
-            return words if found.hidden else words + _words.UNIFORM
-    if found.factor is not None or found.side == "backward":
-        operand = found.given.operand if found.given else None
-        edit = double_where(found.program, labels, birth.op.path, operand)
-        if edit is not None:
-            where, side = edit.where, found.side
-            return _words.double_where(where, edit.old, edit.new, side)
-    if found.hidden or (found.given and found.factor is not None):
-        return _words.factor_hint(_kind(birth))
-    if found.given:
-        return _words.BEFORE
-    if birth.kind == "taken":
-        return ""
+    edited = _edited(found, birth, labels)
+    if edited:
+        return edited
+    came_in = found.given or found.constant
+    if found.hidden or (came_in and found.factor is not None):
+        return _words.factor_hint(_kind(found, birth))
+    if came_in:
+        return _words.BEFORE if found.given else ""
     if found.side == "backward":
         return _backward(birth)
     cause = _cause(birth)
     return "; ".join(filter(None, [cause, _guard(birth, fun)]))
 
 
-def _kind(birth: Birth) -> str:
-    return "nan" if has_nan(birth.result) else "an infinity"
+def _edited(found: Found, birth: Birth, labels: Labels) -> str:
+    """Return an edit of the user's source that was found to do, or ""."""
+    if birth.kind == "harm" and not found.given:
+        edit = large_number(found.program, labels)
+        if edit is not None:
+            row = subtracts_largest(birth.frames[-1].level, birth.op)
+            cause = _words.MASKED_ROW if row else _cause(birth)
+            words = _words.large_number(cause, edit.old, edit.new)
+            return words + _words.UNIFORM if row and not found.hidden else words
+    if found.factor is None and found.side != "backward":
+        return ""
+    operand = found.given.operand if found.given else None
+    ops = [birth.op] if found.factor is None else [birth.op, found.factor]
+    for path in dict.fromkeys(op.path for op in ops):
+        edit = double_where(found.program, labels, path, operand)
+        if edit is not None:
+            where, side = edit.where, found.side
+            return _words.double_where(where, edit.old, edit.new, side)
+    return ""
+
+
+def _kind(found: Found, birth: Birth) -> str:
+    x = birth.result
+    if found.given:
+        x = found.given.value
+    elif found.constant:
+        x = np.asarray(found.constant.value)[found.constant.index]
+    return "nan" if has_nan(x) else "an infinity"
 
 
 def _entries(birth: Birth) -> list[Any]:

@@ -107,7 +107,7 @@ def report(found: Found, labels: Labels, fun: Callable[..., Any]) -> Nonfinite:
         step=at.steps[-1] if at and at.steps else None,
         steps=at.steps if at else (),
         index=index,
-        example=index[0] if at and index and "vmap" in at.op.transforms else None,
+        example=_example(at),
         operands=at.operands if at else (),
         result=birth.result if birth else None,
         hidden_by=hidden[0].place if hidden else "",
@@ -130,7 +130,7 @@ def _lines(
     names = ", ".join(found.reaches[:4]) + (", ..." if found.reaches[4:] else "")
     derived = found.program.direction == "backward"
     what = f"the gradient of {names}" if derived else names
-    yield [("nonfinite: ", "cut"), (f"{what}; {_headline(found, fun)}", "")]
+    yield [("nonfinite: ", "cut"), (f"{what}; {_headline(found, at, fun)}", "")]
     if found.given is not None:
         x = found.program.operands[found.given.operand]
         text = _words.others(found.given.others, type_of(x))
@@ -151,24 +151,26 @@ def _lines(
     yield from _hint(words)
 
 
-def _headline(found: Found, fun: Callable[..., Any]) -> str:
+def _index(index: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, index))}]" if index else ""
+
+
+def _headline(found: Found, at: Birth | None, fun: Callable[..., Any]) -> str:
     birth, given = found.birth, found.given
     if given is not None:
         address = found.program.names[given.operand]
-        index = f"[{', '.join(map(str, given.index))}]" if given.index else ""
-        return _words.came_in(f"{address}{index}", _sign(given.value))
+        return _words.came_in(f"{address}{_index(given.index)}", _sign(given.value))
     if birth is None:
         return _words.ONLY_COMPILED
     kind = _kind(birth)
-    if birth.kind != "taken":
+    constant = found.constant
+    if constant is None:
         return _words.born(kind, found.side, birth.op.eqn.primitive.name)
-    constant = birth.constant
-    if constant is None or np.ndim(constant) == 0:
-        return _words.put_in(kind)
-    bad = np.argwhere(~np.isfinite(wide(constant)))[0]
-    name = variable_of(constant, fun) or f"an array of type {type_of(constant)}"
-    index = "".join(["[", ", ".join(map(str, bad)), "]"])
-    return _words.constant(name + index, _sign(np.asarray(constant)[tuple(bad)]))
+    name = variable_of(constant.value, fun, at.op.path.spots if at else ())
+    sign = _sign(np.asarray(constant.value)[constant.index])
+    if name:
+        return _words.constant(name + _index(constant.index), sign)
+    return _words.unnamed(type_of(constant.value), _index(constant.index), sign)
 
 
 def _kind(birth: Birth) -> str:
@@ -188,9 +190,8 @@ def _under(found: Found, at: Birth | None) -> str:
     assert at is not None
     kind = _kind(at)
     if at.kind == "taken":
-        literal = found.given is None and np.ndim(at.constant) == 0
-        return (_words.WRITTEN if literal else _words.TAKEN).format(kind=kind)
-    if found.given is not None and at.kind == "harm":
+        return _words.TAKEN.format(kind=kind)
+    if at.kind == "harm" and (found.given or found.constant):
         return _words.TURNS
     words = _words.IN_DERIVATIVE if found.side == "backward" else _words.HERE
     return words.format(kind=kind)
@@ -203,10 +204,18 @@ def _numbers(at: Birth) -> Iterator[list[Part]]:
     value = _shown(at.result, at.result, index)
     yield [(f"  {name}({operands}) = {value}{place}", "")]
     inside = [f"step {step}" for step in at.steps]
-    if "vmap" in at.op.transforms and index:
-        inside.append(_words.example(index[0]))
+    example = _example(at)
+    if example is not None:
+        inside.append(_words.example(example))
     if inside:
         yield [(f"  in {', '.join(inside)}", "bold")]
+
+
+def _example(at: Birth | None) -> int | None:
+    """Return the example, unless what is alike for all of them stays one."""
+    if at is None or "vmap" not in at.op.transforms:
+        return None
+    return at.index[0] if np.shape(at.result)[:1] > (1,) else None
 
 
 def _placed(ops: Sequence[Op]) -> str:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from stopgrad_jax._engine.blame import Birth, Entry, Frame, find, targets_of
-from stopgrad_jax._engine.entries import places
-from stopgrad_jax._engine.hiding import factor_of, hiders, located
+from stopgrad_jax._engine.entries import Index, index_of, known, places
+from stopgrad_jax._engine.hiding import factor_of, hiders, located, read_at
 from stopgrad_jax._engine.levels import Level, Op
 from stopgrad_jax._engine.runner import Runner
 
 from .programs import Given, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A nonfinite entry of a constant of the function; `value` is all of it."""
+
+    value: Any
+    index: Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +32,7 @@ class Found:
     Attributes:
       program: the program, and `reaches` its nonfinite results.
       given: the entry of an argument that was nonfinite before, if that is the cause.
+      constant: that of a constant, if that is.
       birth: where it was born, or where what was given does harm; None if the program
         is finite step by step.
       side: "forward", or "backward" if it was born in a derivative.
@@ -33,6 +43,7 @@ class Found:
     program: Program
     reaches: tuple[str, ...]
     given: Given | None = None
+    constant: Constant | None = None
     birth: Birth | None = None
     side: str = "forward"
     hidden: tuple[Op, ...] = ()
@@ -54,16 +65,24 @@ def search(program: Program, runner: Runner) -> Found:
     if given is None and birth.kind != "birth" and birth.source in program.names:
         given = _given(program, birth.source)
     frames = located(runner, birth)
-    side = "forward" if given or frames or not birth.frames else "backward"
-    start = birth.frames
+    start, constant = birth.frames, None
     if given:
-        start = frames = _where_given(level, birth, given)
+        (value,) = (n for n, k in level.given.items() if k == given.operand)
+        start = frames = (_where_read(level, birth, Entry(value, given.index)),)
+    elif frames is None or birth.kind == "taken":
+        constant, entry = _constant(level, birth)
+        if entry and constant:
+            start = (_where_read(level, birth, entry),)
+            frames = read_at(runner, level, constant.value)
+    came_in = given or constant or not birth.frames
+    side = "forward" if came_in or frames else "backward"
     factor = factor_of(runner, start)
     hidden: Sequence[Op] = ()
     if factor is not None and frames:
         hidden, everywhere = hiders(runner, frames)
         hidden = hidden if everywhere else ()
-    return Found(program, reaches, given, birth, side, tuple(hidden), factor)
+    hidden = tuple(hidden)
+    return Found(program, reaches, given, constant, birth, side, hidden, factor)
 
 
 def _given(program: Program, operand: int) -> Given:
@@ -75,10 +94,35 @@ def _given(program: Program, operand: int) -> Given:
     return Given(operand, index, value, len(numbers) - 1, program.operands)
 
 
-def _where_given(level: Level, birth: Birth, given: Given) -> tuple[Frame, ...]:
-    (value,) = (n for n, k in level.given.items() if k == given.operand)
+def _where_read(level: Level, birth: Birth, exact: Entry) -> Frame:
+    """Return where a value that came in is read: this entry of it, or another one."""
     after = birth.frames[0].after if birth.frames else {}
-    entries = [entry for entry in after if entry.value == value]
-    exact = Entry(value, given.index)
+    entries = [entry for entry in after if entry.value == exact.value]
     entry = exact if exact in entries or not entries else entries[0]
-    return (Frame(level, entry, after),)
+    return Frame(level, entry, after)
+
+
+def _constant(level: Level, birth: Birth) -> tuple[Constant | None, Entry | None]:
+    """Return the constant that is to blame, and its entry if the whole program has it.
+
+    A single number that turns to nan, as the infinity of a mask, is put in on purpose.
+    """
+    for entry in birth.frames[0].after if birth.frames else ():
+        if entry.value in level.maker or entry.value in level.given:
+            continue
+        x = known(level.values[entry.value])
+        if (birth.kind == "taken" or np.ndim(x)) and _leads(birth.frames[0], entry):
+            return Constant(x, entry.index), entry
+    x = birth.constant
+    if birth.kind != "taken" or x is None:
+        return None, None
+    return Constant(x, index_of(places(x)[0], np.shape(x))), None
+
+
+def _leads(frame: Frame, entry: Entry) -> bool:
+    """Tell whether an entry is one of those that made what a frame went back from."""
+    while entry != frame.entry:
+        if entry not in frame.after:
+            return False
+        entry = frame.after[entry]
+    return True

@@ -7,7 +7,7 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -123,33 +123,49 @@ def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
     return ast.unparse(Replace().visit(copy.deepcopy(node)))
 
 
-def variable_of(array: np.ndarray, fun: Any) -> str:
-    """Return the variable that a function takes a constant from, or ""."""
+def variable_of(array: np.ndarray, fun: Any, spots: Sequence[Spot]) -> str:
+    """Return the variable that a constant is taken from, or "".
+
+    It is one of the function, or of one of the functions that took it on, as far as
+    these read it from their module.
+    """
+    for name, x in _scope(fun, spots):
+        same = isinstance(x, np.ndarray | np.generic | jax.Array)
+        if same and not _jax.is_traced(x) and x.shape == array.shape:
+            if x.dtype == array.dtype and np.array_equal(x, array, equal_nan=True):
+                return name
+    return ""
+
+
+def _scope(fun: Any, spots: Sequence[Spot]) -> Iterator[tuple[str, Any]]:
+    for spot in reversed(spots):
+        code = spot.frame.code
+        names = code.co_names if code is not None else ()
+        for space in _modules(spot):
+            yield from ((name, space[name]) for name in names if name in space)
     while (inner := getattr(fun, "__wrapped__", None)) is not None:
         fun = inner
     code = getattr(fun, "__code__", None)
-    if code is None:
-        return ""
-    cells = zip(code.co_freevars, fun.__closure__ or (), strict=False)
-    scope = {name: fun.__globals__.get(name) for name in code.co_names}
-    scope |= {name: cell.cell_contents for name, cell in cells if cell != _EMPTY}
-    for name, x in scope.items():
-        same = isinstance(x, np.ndarray | jax.Array) and not _jax.is_traced(x)
-        if same and x.shape == array.shape and x.dtype == array.dtype:
-            if np.array_equal(x, array, equal_nan=True):
-                return name
-    return ""
+    if code is not None:
+        space, cells = fun.__globals__, fun.__closure__ or ()
+        yield from ((name, space[name]) for name in code.co_names if name in space)
+        pairs = zip(code.co_freevars, cells, strict=False)
+        yield from ((name, x.cell_contents) for name, x in pairs if x != _EMPTY)
 
 
 _EMPTY = types.CellType()
 
 
-def numpy_of(spot: Spot, fun: Callable[..., Any]) -> str:
-    """Return what `jax.numpy` is called in the module of an expression, or ""."""
+def _modules(spot: Spot) -> list[dict[str, Any]]:
+    """Return what the names of the module mean that an expression is in."""
     modules = list(sys.modules.values())
     same = [m for m in modules if getattr(m, "__file__", None) == spot.frame.file]
-    scopes = [vars(module) for module in same] or [getattr(fun, "__globals__", {})]
-    for scope in scopes:
+    return [vars(module) for module in same]
+
+
+def numpy_of(spot: Spot, fun: Callable[..., Any]) -> str:
+    """Return what `jax.numpy` is called in the module of an expression, or ""."""
+    for scope in _modules(spot) or [getattr(fun, "__globals__", {})]:
         for name, value in list(scope.items()):
             if value is jnp:
                 return name
