@@ -1,6 +1,6 @@
 # Each target sets up what it needs in a local virtual environment.
 .PHONY: demo test check notebooks support-matrix real-code bench test-peers \
-  test-oldest test-oldest-transforms test-strict clean
+  test-oldest test-oldest-core test-strict test-strict-core clean
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
@@ -10,7 +10,8 @@ STRICT := x64 dtype rank checks leaks
 SWITCHES := remat3 custom_vjp3 custom_jvp3 use_direct_linearize \
   use_simplified_jaxpr_constants mutable_array_checks softmax_custom_jvp \
   use_shardy_partitioner
-CORE := conformance flow nested points query rules scopes var
+CORE := check conformance edge flow gates jax nested nonfinite perturb points query \
+  references rules scopes statistics trees var wildcards
 # Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
 LARQ := larq terminaltables tf-keras
 
@@ -50,18 +51,17 @@ test-peers: .venv-peers/ready .venv-peers-torch/ready .venv-zoo/ready
 
 # Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
 OLDEST_PYTEST := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-  .venv-oldest/bin/python -m pytest $(PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
+  .venv-oldest/bin/python -m pytest $(PYTEST)
 
 test-oldest: .venv-oldest/ready
-	$(OLDEST_PYTEST)
+	$(OLDEST_PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
 
-# The same but for each estimator's definition and statistics, for CI: what an estimator
-# does under JAX's transformations is in `tests/test_estimators.py`, which runs.
-DEFINITIONS := codebook fsq nearest quantize quantize_borders quantize_recipes \
-  sample sample_claims sample_means score score_variance surrogate undrawable
+# What depends most on JAX's version and settings, for CI; the rest is in the whole runs.
+test-oldest-core: .venv-oldest/ready
+	$(OLDEST_PYTEST) $(CORE:%=tests/test_%.py) tests/test_estimators.py tests/test_train.py stopgrad_jax
 
-test-oldest-transforms: .venv-oldest/ready
-	$(OLDEST_PYTEST) $(DEFINITIONS:%=--ignore tests/test_%.py)
+test-strict-core: .venv/ready
+	STOPGRAD_STRICT="$(STRICT)" .venv/bin/python -m pytest $(PYTEST) $(CORE:%=tests/test_%.py)
 
 # The switches together on both versions, then one by one on the newest.
 test-strict: test-strict-together test-strict-together-oldest $(STRICT:%=test-strict-%) \
