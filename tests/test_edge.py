@@ -18,7 +18,7 @@ import stopgrad_jax as sg
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 BEATS = r"[\s\S]*got: [\s\S]*write: "
-W, X = jnp.ones(3), jnp.ones(3)
+W = X = jnp.ones(3, jnp.float32)
 
 
 def loss(w, x):
