@@ -109,7 +109,7 @@ def steady(rng):
 
 
 def falling(t, y, gravity):
-    height, speed = y
+    _, speed = y
     return speed, -gravity
 
 
