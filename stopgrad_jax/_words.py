@@ -165,6 +165,8 @@ def double_where(where: str, old: str, new: str, side: str) -> str:
     hides = "masks the value and not the derivative"
     if side == "forward":
         hides = "hides it from the value, and the gradient multiplies by it"
+    if not new:
+        return f"{where} {hides}. Mask {old} before it is used, too"
     return f"{where} {hides}. Mask the operand, too: write {new} for {old}"
 
 

@@ -6,7 +6,10 @@ import re
 import sys
 import textwrap
 
-WRITE = re.compile(r"[Ww]rite (?P<new>.+) for (?P<old>.+?)(?:; such a row .*)?$")
+WRITE = re.compile(
+    r"(?:[Ww]rite|it is to be there:) (?P<new>.+?) for (?P<old>.+?)"
+    r"(?:; such a row .*|, with your number for value)?$"
+)
 
 
 def remedy(report):

@@ -13,9 +13,11 @@ from .entries import (
     critical,
     index_of,
     is_bad,
+    is_nan,
     only,
     ordinary,
     places,
+    wide,
 )
 from .levels import Level, Op
 
@@ -32,7 +34,8 @@ class Suspects:
 
     def __init__(self, level: Level, op: Op, entry: Entry) -> None:
         self._level, self._op = level, op
-        self._position, self._index = op.writes.index(entry.value), entry.index
+        self._value, self._index = entry
+        self._position = op.writes.index(entry.value)
         self._shape = np.shape(level.values[entry.value])
         self._bad = [k for k in dict.fromkeys(op.reads) if count(level.values[k])]
         self._fill = ""
@@ -59,6 +62,10 @@ class Suspects:
         if same is not None and self._fails({k: same}):
             return Entry(k, self._index)
         numbers = places(x)
+        if is_nan(self._level.values[self._value], self._index):
+            # Of an infinity and a nan that would both do, nan is the one that did.
+            is_inf = np.isinf(wide(x).reshape(-1)[numbers])
+            numbers = numbers[np.argsort(is_inf, kind="stable")]
 
         def fails(count: int) -> bool:
             return self._fails({k: only(shape, numbers[:count])})

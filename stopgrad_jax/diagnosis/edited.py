@@ -27,7 +27,11 @@ MOST = 4  # edits that are tried out: each compiles the program once more
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """What to write instead of an expression, and the `where` that hides its result."""
+    """What to write instead of an expression, and the `where` that hides its result.
+
+    `new` is "" where it is known what to mask and not how it is written: under `vmap`
+    an array has one axis more than it has for its author, if it is mapped at all.
+    """
 
     old: str
     new: str
@@ -70,12 +74,14 @@ def _agree(x: Any, y: Any) -> bool:
 class Body:
     """A jaxpr of a program, and the user's calls that made its equations.
 
-    `blamed` holds the variables that depend on the operand that is to blame.
+    `blamed` holds the variables that depend on the operand that is to blame; `mapped`
+    tells whether a `vmap` is around.
     """
 
     jaxpr: Any
     paths: Sequence[Path]
     blamed: frozenset[Any]
+    mapped: bool
 
     def at(self, spots: Sequence[Spot]) -> list[int]:
         """Return the equations that were made during these calls."""
@@ -83,19 +89,27 @@ class Body:
         return [k for k, p in enumerate(self.paths) if p.spots[:n] == tuple(spots)]
 
 
-def bodies(jaxpr: Any, labels: Labels, outer: Path, blamed: set[Any]) -> Iterator[Body]:
+def bodies(
+    jaxpr: Any, labels: Labels, outer: Path, blamed: set[Any], mapped: bool = False
+) -> Iterator[Body]:
     """Yield a jaxpr and all that are inside it and can be changed."""
     paths = [labels.path(eqn, outer) for eqn in jaxpr.eqns]
     for eqn in jaxpr.eqns:
         if blamed.intersection(variables(eqn.invars)):
             blamed.update(eqn.outvars)
-    yield Body(jaxpr, paths, frozenset(blamed))
+    yield Body(jaxpr, paths, frozenset(blamed), mapped)
     for eqn, path in zip(jaxpr.eqns, paths, strict=True):
         inner = nested(eqn)
         for body in inner.bodies if inner and not inner.rule else ():
             wired = zip(body.jaxpr.invars, body.operands, strict=True)
             inside = {v for v, k in wired if is_in(eqn.invars[k], blamed)}
-            yield from bodies(body.jaxpr, labels, path, inside)
+            under = mapped or is_mapped(eqn)
+            yield from bodies(body.jaxpr, labels, path, inside, under)
+
+
+def is_mapped(eqn: Any) -> bool:
+    """Tell an equation under `vmap`."""
+    return "vmap" in _jax.transforms_of(eqn)
 
 
 def variables(atoms: Sequence[Any]) -> list[Any]:

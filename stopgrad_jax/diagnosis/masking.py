@@ -15,7 +15,7 @@ from stopgrad_jax._engine.roles import is_backward
 from stopgrad_jax._engine.syntax import is_within
 from stopgrad_jax._engine.trial import Masked
 
-from .edited import MOST, Body, Edit, bodies, is_in, tried, variables
+from .edited import MOST, Body, Edit, bodies, is_in, is_mapped, tried, variables
 from .programs import Program
 from .written import names_in, operands_of, place, replaced, written
 
@@ -104,13 +104,17 @@ class _Masking:
             whole = inline and isinstance(operand, ast.Name)
             region = written_there if whole else node
             users = self._readers(variable, place(region))
-            for index in _indices(condition.aval.shape, variable.aval.shape):
+            shape = condition.aval.shape
+            mapped = self._body.mapped or is_mapped(self._where)
+            is_open = mapped and shape not in ((), variable.aval.shape)
+            for index in _indices(shape, variable.aval.shape):
                 change = Masked(
                     self._body.jaxpr, users, variable, condition, branch == 1, index
                 )
                 if change.is_possible:
                     outer = self._node if inline else node
-                    yield change, self._writer(outer, region, operand, branch, index)
+                    write = self._writer(outer, region, operand, branch, index)
+                    yield change, self._told(operand) if is_open else write
 
     def _branch(self) -> int | None:
         """Return which operand of the `where` comes from the expression."""
@@ -170,6 +174,10 @@ class _Masking:
             if inside and any(v is variable for v in self._body.jaxpr.eqns[k].invars):
                 found.add(k)
         return frozenset(found)
+
+    def _told(self, operand: ast.expr) -> Any:
+        edit = Edit(ast.unparse(operand), "", ast.unparse(self._node))
+        return lambda number: edit
 
     def _writer(
         self, outer: Any, region: Any, operand: ast.expr, branch: int, index: Any
