@@ -1,5 +1,5 @@
 # Each target sets up what it needs in a local virtual environment.
-.PHONY: demo test check notebooks support-matrix real-code bench test-peers \
+.PHONY: demo test check notebooks support-matrix real-code bench test-peers test-zoo \
   test-oldest test-oldest-core test-strict test-strict-core clean
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
@@ -44,9 +44,11 @@ bench: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers-torch/bin/python benchmarks/estimators.py
 	.venv-peers-torch/bin/python benchmarks/training.py
 
-test-peers: .venv-peers/ready .venv-peers-torch/ready .venv-zoo/ready
+test-peers: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch --ignore tests/peers/zoo
 	.venv-peers-torch/bin/python -m pytest $(PYTEST) tests/peers/torch
+
+test-zoo: .venv-zoo/ready
 	.venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo
 
 # Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.

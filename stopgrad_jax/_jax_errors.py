@@ -9,16 +9,21 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+_LOGGERS = ("jax._src.callback", "jax._src.debugging")
+
 
 @contextlib.contextmanager
 def quiet_callbacks() -> Iterator[None]:
     """Keep JAX from logging the traceback of each callback that raises."""
-    logger = logging.getLogger("jax._src.callback")
-    before, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.disabled = before
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
 
 
 def message_of(error: Exception) -> str:

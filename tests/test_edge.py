@@ -62,6 +62,9 @@ WRONG = {
     "surrogate": lambda: jax.jit(sg.surrogate.spike)(jnp.arange(3)),
     "frozen": lambda: sg.freeze(optax.sgd(1.0), "b").init({"a": W}),
     "step": lambda: sg.train.make_step(loss, optax.sgd(1.0), frozen="b").init({"a": W}),
+    "nonfinite, address": lambda: sg.find_nonfinite(loss, "q")(W, X),
+    "nonfinite, call": lambda: sg.find_nonfinite(loss, argnums=0),
+    "nonfinite, traced": lambda: jax.jit(sg.find_nonfinite(loss))(W, X),
 }
 
 
@@ -113,6 +116,7 @@ CALLS = {
     "edit": lambda: sg.edit(W, {"h": jnp.sin}),
     "perturb": lambda: sg.perturb(W, "h"),
     "contract": lambda: sg.assert_gradient(loss(W, X), "w"),
+    "nonfinite": lambda: sg.find_nonfinite(loss(W, X)),
     "straight-through": lambda: sg.straight_through(jnp.round(W), W),
     "with-backward": lambda: sg.with_backward(jnp.sin, None),
 }
@@ -127,7 +131,9 @@ def test_a_value_in_place_of_a_function(case):
 
 
 @pytest.mark.parametrize("fun", [slowly, yielding], ids=["async", "generator"])
-@pytest.mark.parametrize("verb", [sg.gradients, sg.gradient_stats, sg.assert_gradient])
+@pytest.mark.parametrize(
+    "verb", [sg.gradients, sg.gradient_stats, sg.assert_gradient, sg.find_nonfinite]
+)
 def test_functions_that_return_no_arrays(verb, fun):
     with pytest.raises(TypeError, match=f"{fun.__name__}, a"):
         verb(fun, "w")
@@ -144,6 +150,7 @@ def test_functions_that_return_no_arrays(verb, fun):
         (lambda: sg.flow(loss, W), r"xs must be addresses.*\n  got:   f32\[3\] "),
         (lambda: sg.flow(loss)(), r"loss\(w, x\): the arguments that it takes"),
         (lambda: sg.gradients(loss, "w")(W, y=X), "unexpected keyword argument 'y'"),
+        (lambda: sg.find_nonfinite(loss, W), "xs must be addresses"),
         (lambda: sg.edit(loss, ["h"]), "edits are a dict"),
         (lambda: sg.edit(loss, {"h": 3.0}), "edits are a dict"),
         (lambda: sg.perturb(loss, "h")(W, X), "the perturbations are a dict"),

@@ -11,8 +11,8 @@ import stopgrad_jax as sg
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
-LEVELS = jnp.array([1.0, 2.0, 3.0])
-X = jnp.array([0.4, -0.7, 1.2])
+LEVELS = jnp.float32([1.0, 2.0, 3.0])
+X = jnp.float32([0.4, -0.7, 1.2])
 
 
 def times(function, rule):

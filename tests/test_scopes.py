@@ -9,7 +9,7 @@ import stopgrad_jax as sg
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
-X = jnp.array([0.4, -0.7, 1.2])
+X = jnp.float32([0.4, -0.7, 1.2])
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import stopgrad_jax as sg
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
-PARAMS = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 4.0])}
+PARAMS = {"w": jnp.float32([3.0, 0.0]), "b": jnp.float32([0.0, 4.0])}
 
 
 def loss(p, x):
     return jnp.sum(sg.name(p["w"] * 1.0, "h") * x) + jnp.sum(p["b"] * x)
 
 
-X = jnp.array([1.0, 1.0])
+X = jnp.float32([1.0, 1.0])
 
 
 @pytest.mark.parametrize(

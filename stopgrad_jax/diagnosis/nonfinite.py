@@ -10,6 +10,8 @@ import jax
 
 import stopgrad_jax._jax_errors as _jax_errors
 import stopgrad_jax._words as _words
+from stopgrad_jax._checks import require_function
+from stopgrad_jax._edge import public
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.raised import raised
 from stopgrad_jax._engine.runner import Runner
@@ -24,6 +26,7 @@ from .search import Found, search
 P = ParamSpec("P")
 
 
+@public
 def find_nonfinite(
     fun: Callable[P, Any], xs: Any = None, *, ys: Any = None
 ) -> Callable[P, Nonfinite | None]:
@@ -67,10 +70,12 @@ def find_nonfinite(
         >>> print(sg.find_nonfinite(loss)(1.0))
         None
     """
+    require_function(fun, "find_nonfinite")
     called = f"find_nonfinite({function_name(fun)})"
     wanted = None if xs is None else listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
 
+    @public
     @functools.wraps(fun)
     def find_in(*args: P.args, **kwargs: P.kwargs) -> Nonfinite | None:
         require_known(jax.tree.leaves((args, kwargs)), called, "find_nonfinite")
@@ -89,7 +94,8 @@ def find_nonfinite(
 def _search(program: Program, labels: Labels, called: str) -> Found | None:
     runner = Runner(labels)
     try:
-        wrong = program.wrong
+        with _jax_errors.quiet_callbacks():  # what raises is told once
+            wrong = program.wrong
     except Exception as error:
         raise _of_function(program, runner, called) or error from None
     return search(program, runner) if wrong else None

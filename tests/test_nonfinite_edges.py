@@ -1,0 +1,220 @@
+"""`find_nonfinite` where the function raises, on many devices, and at a prompt."""
+
+import logging
+import pathlib
+import re
+import traceback
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify, io_callback
+from programs import f32
+
+import stopgrad_jax as sg
+
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
+
+# A function that raises by itself -----------------------------------------------------
+
+
+class GaveUp(Exception):
+    pass
+
+
+def solver(x):
+    if np.any(x > 1):
+        raise GaveUp(f"no solution for {float(x)}")
+    return np.float32(x)
+
+
+FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def pure(x):
+    return x * jax.pure_callback(solver, FLOAT, jax.lax.stop_gradient(x))
+
+
+def impure(x):
+    return x * io_callback(solver, FLOAT, jax.lax.stop_gradient(x))
+
+
+def debugged(x):
+    jax.debug.callback(solver, x)
+    return x * x
+
+
+def in_a_scan(x):
+    def step(total, k):
+        jax.debug.callback(solver, total * k)
+        return total + k, None
+
+    return jax.lax.scan(step, x, jnp.arange(4.0))[0]
+
+
+def checked(x):
+    def inner(x):
+        checkify.check(x < 1.0, "x is too large")
+        return x * x
+
+    error, y = checkify.checkify(inner)(x)
+    checkify.check_error(error)
+    return y
+
+
+def by_equinox(x):
+    eqx = pytest.importorskip("equinox")
+    return eqx.error_if(x, x > 1.0, "x is too large") ** 2
+
+
+RAISING = {
+    pure: ("GaveUp: no solution for 2.0", "jax.pure_callback("),
+    impure: ("GaveUp: no solution for 2.0", "io_callback("),
+    debugged: ("GaveUp: no solution for 2.0", "jax.debug.callback("),
+    in_a_scan: ("GaveUp: no solution for 2.0", "jax.debug.callback("),
+    checked: ("x is too large", "checkify.check_error("),
+    by_equinox: ("x is too large", "eqx.error_if("),
+}
+
+
+@pytest.mark.parametrize("function", RAISING, ids=lambda f: f.__name__)
+def test_a_function_that_raises_is_told_with_its_line(function, run, caplog):
+    message, call = RAISING[function]
+    code = pathlib.Path(__file__).read_text().splitlines()
+    first = function.__code__.co_firstlineno
+    line = next(k for k, text in enumerate(code, 1) if k > first and call in text)
+    with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError) as caught:
+        sg.find_nonfinite(run(function))(jnp.float32(2.0))
+    text = str(caught.value)
+    assert "the function must run to its end: it raised by itself" in text
+    assert message in text
+    assert re.search(
+        rf"at .*test_nonfinite_edges\.py:{line}, in {re.escape(call)}", text
+    )
+    assert "write: the call without find_nonfinite" in text
+    assert "Traceback" not in text
+    assert caplog.text == ""
+    shown = "".join(traceback.format_exception(caught.value))
+    assert str(pathlib.Path(sg.__file__).parent) not in shown
+
+
+# JAX itself does not stage `checkify.check_error`.
+STAGED = [function for function in RAISING if function is not checked]
+
+
+@pytest.mark.parametrize("function", STAGED, ids=lambda f: f.__name__)
+def test_the_same_function_where_it_does_not_raise(function):
+    x = -4.0 if function is in_a_scan else 0.5
+    assert sg.find_nonfinite(function)(jnp.float32(x)) is None
+
+
+# Many devices -------------------------------------------------------------------------
+
+
+def layers(n, wrong):
+    """Layers on eight devices, with a wrong line after them."""
+
+    def loss(w, x):
+        for k in range(n):
+            x = jnp.tanh(x @ w[k])
+        return jax.lax.pmean(wrong(x), "i")
+
+    step = jax.pmap(loss, axis_name="i", in_axes=(None, 0))
+    return lambda w, x: jnp.sum(step(w, x))
+
+
+def log_of_zero(x):
+    return jnp.log(jnp.sum(x) - jnp.sum(x))
+
+
+@pytest.fixture
+def compiled():
+    """What is compiled during a test."""
+    found = []
+
+    def listener(name, *_, **__):
+        if name.endswith("backend_compile_duration"):
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_the_work_under_pmap_does_not_grow_with_the_layers(compiled):
+    x, counts = jnp.ones((8, 4)), []
+    for n in (1, 3, 9):
+        w = 0.3 * jnp.ones((n, 4, 4))
+        function = layers(n, log_of_zero)
+        jax.clear_caches()
+        compiled.clear()
+        report = sg.find_nonfinite(function)(w, x)
+        assert report.expression == "jnp.log(jnp.sum(x) - jnp.sum(x))"
+        counts.append(len(compiled))
+    assert counts[0] > 0
+    assert max(counts) <= counts[0] + 2
+
+
+def test_an_infinite_argument_under_pmap_is_named():
+    w = (0.3 * jnp.ones((3, 4, 4))).at[1, 2, 0].set(jnp.inf)
+    x = jnp.ones((8, 4)).at[5].set(0.0)  # tanh(0) * inf: nan on one device
+    report = sg.find_nonfinite(layers(3, jnp.sum))(w, x)
+    assert (report.argument, report.entry) == ("w", (1, 2, 0))
+    assert report.expression == "x @ w[k]"
+    assert "inf turns to nan here" in str(report)
+
+
+# At a prompt --------------------------------------------------------------------------
+
+
+class Printer:
+    """What IPython hands to `_repr_pretty_`, as far as it is used."""
+
+    def __init__(self):
+        self.output = ""
+
+    def text(self, text):
+        self.output += text
+
+
+def test_a_prompt_shows_what_print_gives():
+    report = sg.find_nonfinite(jnp.log)(0.0)
+    printer = Printer()
+    report._repr_pretty_(printer, False)
+    assert printer.output == str(report) == repr(report)
+    assert printer.output.startswith("nonfinite: return; inf is born forward, in log")
+
+
+def test_the_prompt_of_ipython_itself():
+    pretty = pytest.importorskip("IPython.lib.pretty")
+    report = sg.find_nonfinite(jnp.log)(0.0)
+    assert pretty.pretty(report) == str(report)
+
+
+# Constants without a variable ---------------------------------------------------------
+
+
+def test_a_constant_that_no_variable_holds():
+    holder = types.SimpleNamespace(table=f32(1.0, jnp.inf))
+    report = sg.find_nonfinite(lambda x: jnp.sum(x * holder.table))(f32(1.0, 1.0))
+    headline = str(report).splitlines()[0]
+    assert headline.endswith("a constant of the function, an f32[2], is inf at [1]")
+
+
+def test_a_number_that_is_written_out():
+    report = sg.find_nonfinite(lambda x: x * jnp.nan)(1.0)
+    headline = str(report).splitlines()[0]
+    assert headline == "nonfinite: return; a constant of the function is nan"
+    assert report.expression == "x * jnp.nan"
+
+
+SCALE = np.float32(np.inf)
+
+
+def test_a_number_that_a_variable_holds():
+    report = sg.find_nonfinite(lambda x: x * SCALE)(1.0)
+    headline = str(report).splitlines()[0]
+    assert headline == "nonfinite: return; SCALE is inf: a constant of the function"
