@@ -82,8 +82,14 @@ def of_integers(x):
     ids=lambda f: f.__name__,
 )
 def test_references(f):
-    gradient = jax.grad(f)(X)
     (row,) = sg.flow(f)(X).inputs
+    try:
+        gradient = jax.grad(f)(X)
+    except AttributeError:  # JAX 0.10 fails where nothing comes back to a reference
+        assert jax.__version_info__ < (0, 11)
+        assert jax.jvp(f, (X,), (jnp.float32([1.0, 3.0, 7.0]),))[1] == 0
+        assert row.status != "flows"
+        return
     assert (row.status == "flows") == bool(jnp.any(gradient != 0))
     assert row.status != "unknown"
     check = sg.assert_gradient if jnp.any(gradient != 0) else sg.assert_no_gradient
