@@ -33,7 +33,10 @@ for switch in os.environ.get("STOPGRAD_SWITCH", "").split():
 
 # Programs in these keep traced values where leak checking looks for them: in the
 # attributes of models, in lists and in closures of the tests.
-KEEPING = ["test_flow_labels.py", "test_flow_soundness.py", "test_flow_zoo.py"]
+KEEPING = [
+    *("test_flow_labels.py", "test_flow_soundness.py", "test_flow_zoo.py"),
+    *("test_references.py", "test_rules.py"),
+]
 # The estimators are compositions of what is checked for leaks; their statistics and
 # compiled programs would take half an hour more with it.
 COMPOSED = [

@@ -66,7 +66,7 @@ def find_nonfinite(
         >>> print(report.direction, report.expression)
         backward jnp.sqrt(w)
         >>> print(report.hint)
-        jnp.where(w > 0, jnp.sqrt(w), 0.0) ... masks the value and not the derivative...
+        jnp.where(w > 0, jnp.sqrt(w), 0.0) masks the value and not the derivative...
         >>> print(sg.find_nonfinite(loss)(1.0))
         None
     """
