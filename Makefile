@@ -62,7 +62,7 @@ test-oldest: .venv-oldest/ready
 test-oldest-core: .venv-oldest/ready
 	$(OLDEST_PYTEST) $(CORE:%=tests/test_%.py) tests/test_estimators.py tests/test_train.py stopgrad_jax
 
-# With leak checking the suite leaves out those that are filtered out, and nested takes long.
+# With leak checking the suite leaves out those that are filtered out, and the pairs.
 test-strict-core: .venv/ready
 	STOPGRAD_STRICT="$(STRICT)" .venv/bin/python -m pytest $(PYTEST) $(patsubst %,tests/test_%.py,$(filter-out check nested nonfinite references rules,$(CORE)))
 
