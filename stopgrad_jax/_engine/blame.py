@@ -13,7 +13,7 @@ program puts in on purpose, as in a mask), the operation that makes nan of it do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,22 @@ def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
         shown = known(level.values[entry.value])
         return Birth("taken", (), (), shown, *_source(level, entry.value))
     entry = min(takers, key=lambda e: level.maker[e.value])
+    while entry in way.after and _hands_on(runner, level, entry):
+        entry = way.after[entry]
     return _inside(runner, way, entry, "taken")
+
+
+def _hands_on(runner: Runner, level: Level, entry: Entry) -> bool:
+    """Whether it leaves an operation as it came in: then a later one is the first.
+
+    JAX 0.10 has a `cond` return what its derivative will read.
+    """
+    op = level.ops[level.maker[entry.value]]
+    inner = runner.enter(level, op, level.read(op), entry.index)
+    if inner is None or op.body is not None:
+        return False
+    targets = inner_targets(level, op, inner, entry)
+    return bool(targets) and all(e.value in inner.given for e in targets)
 
 
 def targets_of(level: Level, results: Iterable[int]) -> list[Entry]:
@@ -189,7 +204,7 @@ def _inside(runner: Runner, way: Way, entry: Entry, kind: str) -> Birth:
         operands = cleaned(level, op, {})
     source = constant = None
     if kind == "taken":
-        taken = next((e.value for e in way.before[entry] if e in way.given), None)
+        taken = next((e.value for e in _before(way, entry) if e in way.given), None)
         source, constant = _source(level, taken)
     birth = None
     inner = runner.enter(level, op, operands, entry.index)
@@ -205,6 +220,17 @@ def _inside(runner: Runner, way: Way, entry: Entry, kind: str) -> Birth:
     shown = tuple(map(known, level.read(op)))
     result = known(level.values[entry.value])
     return Birth(kind, (frame,), shown, result, source, constant)
+
+
+def _before(way: Way, entry: Entry) -> Iterator[Entry]:
+    """Yield what made an entry nonfinite, back to what was there before."""
+    seen, waiting = {entry}, [entry]
+    while waiting:
+        for earlier in way.before.get(waiting.pop(), ()):
+            if earlier not in seen:
+                seen.add(earlier)
+                waiting.append(earlier)
+                yield earlier
 
 
 def _source(level: Level, value: int | None) -> tuple[int | None, Any]:
