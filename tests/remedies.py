@@ -30,37 +30,33 @@ def suggestions(error):
     return found + re.findall(r'"([^"]+)"', rest)
 
 
-def install():
-    """Try the suggestions of every refusal from now on."""
-    look_up, selected = select.look_up, _where.selected
+def trying(refuse, kind, asked):
+    """Wrap what refuses addresses; `asked` makes its second argument of one of them."""
 
-    def trying_look_up(traced, addresses, called):
+    def tried_out(subject, wanted, called):
         try:
-            return look_up(traced, addresses, called)
+            return refuse(subject, wanted, called)
         except sg.AddressError as error:
             for address in suggestions(error):
-                tried["address"] += 1
+                tried[kind] += 1
                 try:
-                    look_up(traced, [address], "the suggestion")
+                    refuse(subject, asked(address), "the suggestion")
                 except Exception as again:
                     raise Unworkable(f"{error}\n-> {address!r}: {again}") from error
             raise
 
-    def trying_selected(tree, where, called):
-        try:
-            return selected(tree, where, called)
-        except sg.AddressError as error:
-            for path in suggestions(error):
-                tried["where"] += 1
-                try:
-                    selected(tree, path, "the suggestion")
-                except Exception as again:
-                    raise Unworkable(f"{error}\n-> {path!r}: {again}") from error
-            raise
+    return tried_out
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("stopgrad_jax"):
-            if getattr(module, "look_up", None) is look_up:
-                module.look_up = trying_look_up
-            if getattr(module, "selected", None) is selected:
-                module.selected = trying_selected
+
+def install():
+    """Try the suggestions of every refusal from now on."""
+    wrapped = {
+        "look_up": (select.look_up, "address", lambda address: [address]),
+        "selected": (_where.selected, "where", lambda path: path),
+    }
+    for name, (refuse, kind, asked) in wrapped.items():
+        replacement = trying(refuse, kind, asked)
+        for key, module in list(sys.modules.items()):
+            ours = key.startswith("stopgrad_jax")
+            if ours and getattr(module, name, None) is refuse:
+                setattr(module, name, replacement)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from programs import f32, layer, mesh
 
-from stopgrad_jax import _jax
+from stopgrad_jax import _jax, _jax_errors
 from stopgrad_jax._engine.nested import nested
 
 P = jax.sharding.PartitionSpec
@@ -291,3 +291,32 @@ def test_results_of_a_donating_program_share_no_memory():
         results = f(own + 0, given)
         places = [x.unsafe_buffer_pointer() for x in (*results, constant, given)]
         assert len(set(places)) == len(places)
+
+
+def _refuse(x):
+    raise OSError("full of eels")
+
+
+CALLBACKS = {
+    "pure": lambda x: jax.pure_callback(_refuse, jax.typeof(x), x),
+    "debug": lambda x: [jax.debug.callback(_refuse, x), x][1],
+}
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_what_a_callback_raises_comes_out_as_text_and_in_the_log(kind, caplog):
+    def run():
+        jax.block_until_ready(jax.jit(CALLBACKS[kind])(f32(2)))
+        jax.effects_barrier()
+
+    def raised():
+        with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+            run()
+        return caught.value
+
+    assert _jax_errors.message_of(raised()) == "OSError: full of eels"
+    assert "full of eels" in caplog.text
+    caplog.clear()
+    with _jax_errors.quiet_callbacks():
+        raised()
+    assert not caplog.text

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import models_unedited as models
 import pytest
+import remedies
 from programs import f32
 
 import stopgrad_jax as sg
@@ -28,6 +29,21 @@ def model(params, batch, temperature=2.0):
 
 
 ARGS = ({"w": X, "b": {"deep": X, "n": 2}}, {"x": X, "0": X})
+
+
+def test_suggestions_are_tried_where_they_are_printed():
+    before = dict(remedies.tried)
+    with pytest.raises(sg.AddressError):
+        sg.gradients(model, "params/v")(*ARGS)
+    with pytest.raises(sg.AddressError):
+        sg.stop_gradient(ARGS[0], "v")
+    assert all(remedies.tried[kind] > count for kind, count in before.items())
+
+    def refuse(subject, wanted, called):
+        raise sg.AddressError('f(x): "v"\n  got:   none\n  write: one of "w"')
+
+    with pytest.raises(remedies.Unworkable, match="'w'"):
+        remedies.trying(refuse, "where", lambda path: path)({}, "v", "f(x)")
 
 
 class Block(nn.Module):

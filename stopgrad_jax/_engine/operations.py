@@ -24,6 +24,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Op
 
 from .calls import Call, Calls
+from .variables import users_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class Operations:
         return self._groups[id(jaxpr)][1]
 
     def _found(self, jaxpr: Any) -> Iterator[Group]:
-        calls, users = Calls(), _readers(jaxpr)
+        calls, users = Calls(), users_of(jaxpr, backward=True)
         for index, eqn in enumerate(jaxpr.eqns):
             stack = _jax.stack_of(eqn)
             calls.step()
@@ -139,18 +140,6 @@ class Operations:
             _around(_jax.stack_of(call.eqns[0])[: call.level]),
             call.level,
         )
-
-
-def _readers(jaxpr: Any) -> dict[Any, list[int]]:
-    users: dict[Any, list[int]] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        for atom in eqn.invars:
-            if not isinstance(atom, _jax.Literal):
-                users.setdefault(atom, []).append(index)
-    for atom in jaxpr.outvars:
-        if not isinstance(atom, _jax.Literal):
-            users.setdefault(atom, []).append(-1)
-    return users
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -229,11 +229,14 @@ def is_backward(eqn: Any) -> bool:
     return "transpose" in _jax.transforms_of(eqn)
 
 
-def users_of(jaxpr: Any) -> dict[Any, list[int]]:
-    """Equations that read each variable, without backward passes; -1: a result."""
+def users_of(jaxpr: Any, backward: bool = False) -> dict[Any, list[int]]:
+    """Equations that read each variable; -1: a result.
+
+    Those of a backward pass only if asked: no assignment of the source is one.
+    """
     users: dict[Any, list[int]] = {}
     for index, eqn in enumerate(jaxpr.eqns):
-        if not is_backward(eqn):
+        if backward or not is_backward(eqn):
             for atom in eqn.invars:
                 if not isinstance(atom, _jax.Literal):
                     users.setdefault(atom, []).append(index)
