@@ -90,6 +90,14 @@ def _bad_call(function: Callable[..., Any], message: str) -> str:
     return beats(f"{name}(...)", f"parameters {', '.join(shown)}", got, write)
 
 
+def warn(message: str) -> None:
+    """Warn at the line of the user's that is running, however deep this is called."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and _jax.is_own(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level + 1)
+
+
 # Checks that are called later -----------------------------------------------------
 
 

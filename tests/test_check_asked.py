@@ -332,8 +332,10 @@ def test_right_roots_and_solutions_pass():
 
 def test_draws_by_rejection_are_left_out_with_a_word():
     draw = lambda a: jax.random.gamma(jax.random.key(0), a) * a**2
-    with pytest.warns(UserWarning, match="random_gamma .*draws at random until it"):
+    said = "random_gamma .*draws at random until it"
+    with pytest.warns(UserWarning, match=said) as caught:
         sg.check_gradients(draw)(1.7)
+    assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sg.check_gradients(draw, allow=["random_gamma"])(1.7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as _words
+from stopgrad_jax._edge import warn
 from stopgrad_jax._engine.declared import Declared, Reading
 from stopgrad_jax._engine.measured import Program, Values
 from stopgrad_jax._engine.sites import best_name, sites_in
@@ -175,7 +175,7 @@ class Checked:
         site = self.program.sites[key]
         name = best_name(site, self.program.sites)
         text = _words.DRAWN.format(called=self.called, rule=site.shown, name=name)
-        warnings.warn(text, stacklevel=5)
+        warn(text)
 
     def _wrong_rule(
         self, verdict: Verdict, key: int, direction: Direction

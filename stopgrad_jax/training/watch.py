@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
 
-import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as words
+from stopgrad_jax._edge import warn
 from stopgrad_jax._errors import beats, shortened
 from stopgrad_jax._where import Where
 
@@ -91,7 +89,7 @@ class Watch:
         """Give the warnings that came up, at the line of the user's that called."""
         waiting, self._waiting = self._waiting, []
         for message in waiting:
-            warnings.warn(message, UserWarning, stacklevel=_users_level())
+            warn(message)
 
     def _examined(self, split: Split, batch: Any, key: Any) -> Examined:
         return Examined(self._objective, split, batch, key)
@@ -140,11 +138,3 @@ class Watch:
         if which not in self._told:
             self._told.add(which)
             self._waiting.append(beats(self._objective.called, *told))
-
-
-def _users_level() -> int:
-    """Return the stack level, for the caller, of the first frame that is a user's."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and _jax.is_own(frame.f_code.co_filename):
-        frame, level = frame.f_back, level + 1
-    return level
