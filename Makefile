@@ -58,11 +58,13 @@ OLDEST_PYTEST := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 test-oldest: .venv-oldest/ready
 	$(OLDEST_PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py
 
-# What depends most on JAX's version and settings, for CI; the rest is in the whole runs.
+# What depends most on JAX's version and settings, for CI, without what takes long; the
+# rest is in the whole runs.
 test-oldest-core: .venv-oldest/ready
-	$(OLDEST_PYTEST) $(CORE:%=tests/test_%.py) tests/test_estimators.py tests/test_train.py stopgrad_jax
+	$(OLDEST_PYTEST) $(patsubst %,tests/test_%.py,$(filter-out conformance nested,$(CORE)))
 
-# With leak checking the suite leaves out those that are filtered out, and the pairs.
+# With leak checking the suite leaves out those that are filtered out, but for
+# the pairs, which take long.
 test-strict-core: .venv/ready
 	STOPGRAD_STRICT="$(STRICT)" .venv/bin/python -m pytest $(PYTEST) $(patsubst %,tests/test_%.py,$(filter-out check nested nonfinite references rules,$(CORE)))
 
