@@ -1,5 +1,7 @@
 """Columns of the table: what a loss is a sum of, however the sum is written."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -119,6 +121,87 @@ def tuple_of_a_call(p, x):
     return recon + BETA * kl
 
 
+def tuple_kept_whole(p, x):
+    both = pair(p, x)
+    return both[0] + BETA * both[1]
+
+
+def tuple_taken_apart_later(p, x):
+    both = pair(p, x)
+    recon, kl = both
+    return recon + BETA * kl
+
+
+class Out(NamedTuple):
+    recon: jax.Array
+    kl: jax.Array
+
+
+def fields_of_a_result(p, x):
+    out = Out(*pair(p, x))
+    return out.recon + BETA * out.kl
+
+
+def entries(p, x):
+    divergence_of_codes = divergence(p, x)
+    return {"recon": reconstruction(p, x), "kl": divergence_of_codes}
+
+
+def entries_of_a_result(p, x):
+    losses = entries(p, x)
+    return losses["recon"] + BETA * losses["kl"]
+
+
+def entries_given_to_variables(p, x):
+    losses = entries(p, x)
+    recon = losses["recon"]
+    kl = losses["kl"]
+    return recon + BETA * kl
+
+
+def entries_of_several_results(p, x):
+    first, second = entries(p, x), entries(p, 2 * x)
+    return first["recon"] + BETA * second["kl"]
+
+
+def entries_in_calls(p, x):
+    losses = entries(p, x)
+    return jnp.mean(losses["recon"]) + BETA * losses["kl"].mean()
+
+
+def entries_mapped(p, x):
+    losses = jax.tree.map(jnp.mean, entries(p, x))
+    return losses["recon"] + BETA * losses["kl"]
+
+
+def sum_of_a_result(p, x):
+    losses = entries(p, x)
+    return sum(losses.values())
+
+
+def loop_over_a_result(p, x):
+    total = 0.0
+    for loss in entries(p, x).values():
+        total += loss
+    return total
+
+
+def tree_reduced(p, x):
+    return jax.tree.reduce(lambda a, b: a + b, Out(*pair(p, x)))
+
+
+def list_of_expressions(p, x):
+    losses = [reconstruction(p, x), divergence(p, x)]
+    return sum(losses)
+
+
+def one_entry_beside(p, x):
+    recon = reconstruction(p, x)
+    codes = {"loss": divergence(p, x), "codes": of(p, x)}
+    vq_loss = codes["loss"]
+    return recon + vq_loss
+
+
 def tuple_written_out(p, x):
     recon, kl = reconstruction(p, x), divergence(p, x)
     return recon + BETA * kl
@@ -153,7 +236,20 @@ WAYS = {
     outer_mean: ("recon", "kl"),
     vmapped: ("recon", "kl"),
     jitted: ("recon", "kl"),
-    tuple_of_a_call: ("a", "b"),
+    tuple_of_a_call: ("recon", "kl"),
+    tuple_kept_whole: ("both[0]", "both[1]"),
+    tuple_taken_apart_later: ("recon", "kl"),
+    fields_of_a_result: ("out.recon", "out.kl"),
+    entries_of_a_result: ('losses["recon"]', 'losses["kl"]'),
+    entries_given_to_variables: ("recon", "kl"),
+    entries_of_several_results: ('first["recon"]', 'second["kl"]'),
+    entries_in_calls: ('losses["recon"]', 'losses["kl"]'),
+    entries_mapped: ('losses["recon"]', 'losses["kl"]'),
+    sum_of_a_result: ("recon", "divergence_of_codes"),
+    loop_over_a_result: ("recon", "divergence_of_codes"),
+    tree_reduced: ("a", "b"),
+    list_of_expressions: ("reconstruction(p, x)", "divergence(p, x)"),
+    one_entry_beside: ("recon", "vq_loss"),
     tuple_written_out: ("recon", "kl"),
     optax_losses: ("recon", "kl"),
     named_points: ("recon", "kl"),
@@ -169,6 +265,16 @@ def test_each_part_has_a_column(loss):
     assert cells["p/enc"] == ("flows", "flows")
     assert cells["p/dec"] == ("flows", "unused")
     assert flow.terms == WAYS[loss]
+
+
+def test_the_side_that_a_sum_reads_is_found_by_its_place():
+    def loss(p, x):
+        both = pair(p, x)
+        return both[1] - BETA * both[0]
+
+    flow = sg.flow(loss, xs="p")(PARAMS, BATCH)
+    cells = {row.path: dict(row.terms) for row in flow.inputs if row.terms}
+    assert cells["p/dec"] == {"both[1]": "unused", "both[0]": "flows"}
 
 
 def test_a_loop_over_layers_is_one_column():

@@ -339,3 +339,27 @@ def head_of(node: Any) -> Position:
 def is_within(inner: Position, outer: Position) -> bool:
     """Tell whether one place lies in the other."""
     return outer[:2] <= inner[:2] and inner[2:] <= outer[2:]
+
+
+def root_of(chain: ast.expr) -> ast.Name | None:
+    """Return the variable that `v`, `v.a`, `v["a"]` or `v[0].a` is read from."""
+    while isinstance(chain, ast.Attribute | ast.Subscript):
+        if isinstance(chain, ast.Subscript) and not isinstance(chain.slice, _WRITTEN):
+            return None
+        chain = chain.value
+    return chain if isinstance(chain, ast.Name) else None
+
+
+def chains_of(node: ast.AST) -> Iterator[ast.expr]:
+    """Yield each variable that is read, with all of `.a` and `["a"]` behind it."""
+    if isinstance(node, ast.expr) and root_of(node) is not None:
+        yield node
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        for child in (node.func.value, *node.args, *node.keywords):
+            yield from chains_of(child)  # `v.a.mean()` reads `v.a`
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from chains_of(child)
+
+
+_WRITTEN = ast.Constant | ast.UnaryOp  # `-1`

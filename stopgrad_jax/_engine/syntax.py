@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .bindings import (
@@ -24,11 +24,13 @@ from .bindings import (
     Binding,
     Function,
     Position,
+    chains_of,
     functions_of,
     head_of,
     is_within,
     names_of,
     place_of,
+    root_of,
 )
 
 
@@ -195,6 +197,33 @@ class Source:
     def spells(self, place: Position, name: str) -> bool:
         """Tell whether a variable is read in the expression there."""
         return any(is_within(p, place) for p in self._reads.get(name, ()))
+
+    def read_of(self, variables: Iterable[str], place: Position, side: int) -> str:
+        """Return the one thing that an expression reads of some variables, or "".
+
+        `v["a"]` and `v.a` are told as they are spelled, or by the name of the variable
+        that was given it. Of `a + b` only the one side is looked at, 0 or 1.
+        """
+        node = self._expressions.get(place)
+        if isinstance(node, ast.BinOp) and side in (0, 1):
+            node = (node.left, node.right)[side]
+        read = {self._part_of(variables, n) for n in chains_of(node)} if node else set()
+        return read.pop() if len(read := read - {""}) == 1 else ""
+
+    def _part_of(self, variables: Iterable[str], chain: ast.expr) -> str:
+        """Return how a part of one of the variables is called that is read, or ""."""
+        place = place_of(chain)
+        known = self.expression(place)
+        for _ in range(8):  # variables that were given one another
+            root = root_of(chain)
+            if root is None or root.id in variables:
+                return known if root else ""
+            given = self.function(place).binding(root.id)
+            before = [b.assigned for b in given if b.place < place]
+            if chain is not root or not before or before[-1] is None:
+                return ""
+            chain = self._expressions.get(before[-1].value, chain)
+        return ""
 
     def call(self, place: Position) -> tuple[str, str]:
         """Return the function and the only argument of the call there, or ""s."""

@@ -14,7 +14,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis
 from stopgrad_jax._engine.dependence import is_linear
-from stopgrad_jax._engine.graph import Op, Value
+from stopgrad_jax._engine.graph import Graph, Op, Value
 from stopgrad_jax._engine.labels import Spot
 from stopgrad_jax._engine.syntax import is_within
 
@@ -39,8 +39,8 @@ def terms(
 
     `inputs` holds the paths of what is differentiated by.
     """
-    parts = list(_Sum(analysis, inputs).parts(sink))
     graph = analysis.graph
+    parts = _told_apart(graph, list(_Sum(analysis, inputs).parts(sink)))
     shape = graph.avals[sink].shape
     alike = all(p.named and graph.avals[p.value].shape == shape for p in parts)
     if not parts[1:] or (shape and not alike) or not _independent(analysis, parts):
@@ -124,8 +124,7 @@ class _Sum:
             return Part(value, path, True, path)
         spot = _apart(op, reader) or op.spot
         text = spot.expression if spot else op.name
-        short = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-        return Part(value, short or op.name, False, spot or op.name)
+        return Part(value, _shortened(text) or op.name, False, spot or op.name)
 
     def _name(self, value: Value, reader: Op | None) -> tuple[str, Any] | None:
         """Return the variable or the point that a value is, and where that is."""
@@ -140,16 +139,62 @@ class _Sum:
             return None
         if other is not None and other.statement == statement:
             return None
+        targets = statement.targets
+        if statement.parts:
+            pairs = zip(targets, statement.parts, strict=True)
+            targets = [t for t, place in pairs if is_within(spot.position, place)]
+        if other is not None and reader is not None and other.is_current:
+            side = reader.inputs.index(value) if len(reader.inputs) == 2 else -1
+            read = spot.source.read_of(targets, other.position, side)
+            if read:
+                return read, (statement.line, read)
         key = spot.source.key(spot.position)
         if key:
             return key, spot.position
         if statement.parts:
-            pairs = zip(statement.targets, statement.parts, strict=True)
-            held = [t for t, place in pairs if is_within(spot.position, place)]
-            return (held[0], spot.position) if len(held) == 1 else None
+            return (targets[0], spot.position) if len(targets) == 1 else None
         if len(statement.targets) > 1:
             return _returned_name(op, spot)
         return statement.label, (statement.line, statement.label)
+
+
+def _told_apart(graph: Graph, parts: Sequence[Part]) -> list[Part]:
+    """Name what came out of one container by where in it each part was made."""
+    groups: dict[Any, list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.label, part.site), []).append(part)
+    out = []
+    for part in parts:
+        made = [_spots(graph, p) for p in groups[part.label, part.site]]
+        own = _spots(graph, part)
+        depth = 0
+        while depth < min(map(len, made)) and len({p[depth] for p in made}) == 1:
+            depth += 1
+        if all(other == own for other in made) or depth >= len(own):
+            out.append(part)
+            continue
+        label, site = _made_as(own[depth])
+        out.append(dataclasses.replace(part, label=label, site=site))
+    return out
+
+
+def _spots(graph: Graph, part: Part) -> tuple[Spot, ...]:
+    number = graph.maker[part.value]
+    return () if number < 0 else graph.ops[number].path.spots
+
+
+def _made_as(spot: Spot) -> tuple[str, Any]:
+    """Name one entry of a container, by what its author called it there."""
+    statement, key = spot.statement, spot.source.key(spot.position)
+    label = key or _shortened(spot.expression)
+    if statement and statement.kind == "assignment" and len(statement.targets) == 1:
+        whole = statement.value == spot.position
+        label = statement.label if whole else label
+    return label, spot.position
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _apart(op: Op | None, other: Op | None) -> Spot | None:

@@ -151,7 +151,7 @@ def quantized(x, tap):
     z = hk.Linear(2)(x)
     quantizer = hk.nets.VectorQuantizer(2, 4, commitment_cost=0.25)
     codes = quantizer(tap(z, "inner"), is_training=True)
-    vq_loss = 1.0 * codes["loss"]
+    vq_loss = codes["loss"]
     recon = jnp.mean((hk.Linear(3)(codes["quantize"]) - x) ** 2)
     return tap(recon, "recon") + tap(vq_loss, "vq_loss")
 
@@ -174,7 +174,7 @@ def averaged(x, tap):
     z = hk.Linear(2)(x)
     quantizer = hk.nets.VectorQuantizerEMA(2, 4, commitment_cost=0.25, decay=0.9)
     codes = quantizer(tap(z, "inner"), is_training=True)
-    commit = 1.0 * codes["loss"]
+    commit = codes["loss"]
     recon = jnp.mean((hk.Linear(3)(codes["quantize"]) - x) ** 2)
     return tap(recon, "recon") + tap(commit, "commit")
 
