@@ -1,6 +1,6 @@
 # Each target sets up what it needs in a local virtual environment.
-.PHONY: demo test check notebooks support-matrix real-code bench test-peers test-zoo \
-  test-oldest test-oldest-core test-strict test-strict-core clean
+.PHONY: demo test check notebooks support-matrix real-code bench test-peers \
+  test-oracles test-zoo test-peers-core test-oldest test-oldest-core test-strict test-strict-core clean
 
 NEWEST := $(shell .ci/find-python 3.14 3.13 3.12 3.11)
 OLDEST := $(shell .ci/find-python 3.11)
@@ -12,6 +12,8 @@ SWITCHES := remat3 custom_vjp3 custom_jvp3 use_direct_linearize \
   use_shardy_partitioner
 CORE := check conformance edge flow gates jax nested nonfinite perturb points query \
   references rules scopes statistics trees var wildcards
+# Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
+QUICK_XLA := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 # Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
 LARQ := larq terminaltables tf-keras
 
@@ -34,26 +36,31 @@ notebooks: .venv/ready
 	.venv/bin/python notebooks/run.py --update
 
 support-matrix: .venv/ready
+	STOPGRAD_FULL=1 .venv/bin/python -m pytest $(PYTEST) tests/test_conformance.py -k test_float32
 	cd tests && ../.venv/bin/python test_conformance.py
 
 real-code: .venv-zoo/ready
-	STOPGRAD_REAL_CODE=write .venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo -k 'not page'
+	$(QUICK_XLA) STOPGRAD_REAL_CODE=write .venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo -k 'not page'
 
 bench: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python benchmarks/run.py
 	.venv-peers-torch/bin/python benchmarks/estimators.py
 	.venv-peers-torch/bin/python benchmarks/training.py
 
-test-peers: .venv-peers/ready .venv-peers-torch/ready
+test-peers: test-oracles test-zoo
+
+test-oracles: .venv-peers/ready .venv-peers-torch/ready
 	.venv-peers/bin/python -m pytest $(PYTEST) tests/peers --ignore tests/peers/torch --ignore tests/peers/zoo
 	.venv-peers-torch/bin/python -m pytest $(PYTEST) tests/peers/torch
 
 test-zoo: .venv-zoo/ready
-	.venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo
+	$(QUICK_XLA) .venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo
 
-# Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
-OLDEST_PYTEST := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-  .venv-oldest/bin/python -m pytest $(PYTEST)
+# What CI runs of it: each program, with one of the verbs in turn.
+test-peers-core: test-oracles .venv-zoo/ready
+	$(QUICK_XLA) .venv-zoo/bin/python -m pytest $(PYTEST) tests/peers/zoo -m core
+
+OLDEST_PYTEST := $(QUICK_XLA) .venv-oldest/bin/python -m pytest $(PYTEST)
 
 test-oldest: .venv-oldest/ready
 	$(OLDEST_PYTEST) tests stopgrad_jax --ignore tests/test_notebooks.py

@@ -143,6 +143,23 @@ def test_a_program_that_cannot_be_searched_is_named():
     raises(sg.AddressError, "holds a program that cannot be searched", other)
 
 
+@pytest.mark.parametrize(
+    ("combine", "told"),
+    [
+        (lambda x: x.at[0].add(1.0)[:2], False),
+        (lambda x: x.at[jnp.array([0, 2])].max(x[1], unique_indices=True)[:2], False),
+        (lambda x: jax.lax.reduce(x, 1.0, jax.lax.mul, (0,)), False),
+        (lambda x: jax.lax.reduce(x, 0.0, lambda a, b: a + 2 * b, (0,)), True),
+        (lambda x: jax.lax.reduce(x, 0.0, jax.jit(lambda a, b: a + 2 * b), (0,)), True),
+    ],
+)
+def test_a_combining_operation_is_no_program_to_search(combine, told):
+    with pytest.raises(sg.AddressError) as caught:
+        sg.capture(combine, "nowhere")(f32(1, 2, 3))
+    message = " ".join(str(caught.value).split())
+    assert ("holds a program that cannot be searched" in message) == told
+
+
 def test_an_operation_edit_of_the_wrong_arity():
     g = lambda x: jax.lax.top_k(x, 2)[0]
     for edit in (lambda top, x: top(x)[0], lambda top, x: (*top(x), x)):

@@ -104,7 +104,8 @@ class Analysis:
         """The sources that reach a value through an operation whose rule raises."""
         graph = self.graph
         pairs = [(op, self._refuses(op)) for op in graph.ops if not op.known]
-        start = [(v, bits) for op, bits in pairs for v in op.values]
+        # JAX raises where a tangent is to be handed back, as of a loop's other carries.
+        start = [(v, bits & self.tangent[v]) for op, bits in pairs for v in op.values]
         return graph.forward(start, graph.grads) if start else [0] * len(graph.maker)
 
     @functools.cached_property
@@ -121,8 +122,12 @@ class Analysis:
             for op in self.graph.ops
             if not op.known
             and self._refuses(op) & source
-            and (op.always or any(self.arrives[v] for v in op.values))
+            and (op.always or any(self._comes_back(v, source) for v in op.values))
         ]
+
+    def _comes_back(self, value: Value, source: Bits) -> bool:
+        """Tell whether a gradient comes to a value that moves with a source."""
+        return bool(self.arrives[value] and self.tangent[value] & source)
 
     def _refuses(self, op: Op) -> Bits:
         """The sources by which an operation cannot be differentiated."""

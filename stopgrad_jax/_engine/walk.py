@@ -121,12 +121,14 @@ class Search:
     def _peek(self, eqn: Any, context: _Context) -> None:
         """Note a program that cannot be opened, and the wanted names in it."""
         line = _jax.line_of(eqn)
-        self.opaque[eqn.primitive.name] = line
+        programs = [_jax.opened(jaxpr) for jaxpr in _jax.inner_jaxprs(eqn)]
         outside, self.names = self.names, {}
-        for jaxpr in map(_jax.opened, _jax.inner_jaxprs(eqn)):
+        for jaxpr in programs:
             names = self._plan(*jaxpr, dataclasses.replace(context, ops=frozenset()))
             for found in names.found:
                 self.unreachable[found.name] = f'"{eqn.primitive.name}" at {line}'
+        if self.names or not all(_is_one_operation(jaxpr) for jaxpr, _ in programs):
+            self.opaque[eqn.primitive.name] = line
         self.buried |= self.names
         self.names = outside | self.names
 
@@ -313,3 +315,8 @@ def live(
             eqns.append(eqn)
             used.update(v for v in eqn.invars if not isinstance(v, _jax.Literal))
     return eqns[::-1], used
+
+
+def _is_one_operation(jaxpr: Any) -> bool:
+    """Tell what nobody looks into, as the sum of two values of a scatter-add."""
+    return not jaxpr.eqns[1:] and not any(map(_jax.programs_in, jaxpr.eqns))

@@ -96,6 +96,7 @@ class Look:
                 sources[leaf.bit.bit_length() - 1] = leaf.values
         self.analysis = Analysis(self.graph, sources, sinks)
         self._tried: dict[int, tuple[bool, str]] = {}
+        self._raised: dict[Any, str] = {}
 
     def serves(self, other: Look) -> bool:
         """Tell whether the graph of this look serves for another one, too."""
@@ -220,10 +221,29 @@ class Look:
         Returns whether the gradient depends on what comes in, and what JAX raised.
         """
         if bits not in self._tried:
-            xs = [leaf.place for leaf in self.leaves if leaf.bit & bits]
-            ys = [place for _, place in self._ends]
-            self._tried[bits] = try_gradient(self._program, xs, ys, self.called)
+            asked = self._asked_to_raise(bits)
+            if asked not in self._raised:
+                xs = [leaf.place for leaf in self.leaves if leaf.bit & bits]
+                ys = [place for _, place in self._ends]
+                connected, error = try_gradient(self._program, xs, ys, self.called)
+                if not error:
+                    self._tried[bits] = connected, ""
+                    return self._tried[bits]
+                self._raised[asked] = error
+            self._tried[bits] = False, self._raised[asked]
         return self._tried[bits]
+
+    def _asked_to_raise(self, bits: int) -> Any:
+        """Which operands move of each rule that raises.
+
+        Where they are the same ones it raises the same, and to try it costs a run
+        of the function.
+        """
+        moving = self.analysis.tangent
+        return tuple(
+            (op, tuple(v is not None and bool(moving[v] & bits) for v in op.inputs))
+            for op in self.analysis.refusing(bits)
+        )
 
     def verdict(self, bits: int) -> str:
         """Say how the outputs fare, together."""

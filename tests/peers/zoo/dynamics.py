@@ -39,7 +39,7 @@ def fitted(rng):
     return network(rng), small(rng, 2), small(rng, 2)
 
 
-def neural_ode(adjoint, max_steps=16):
+def neural_ode(adjoint, max_steps=4):
     """The end of a trajectory, fitted to a target."""
 
     def loss(net, start, target, tap=untapped):
@@ -48,7 +48,7 @@ def neural_ode(adjoint, max_steps=16):
             dfx.Tsit5(),
             t0=0.0,
             t1=1.0,
-            dt0=0.2,
+            dt0=0.3,
             y0=start,
             args=net,
             adjoint=adjoint,
@@ -67,11 +67,11 @@ def saved_loss(net, start, times, targets, tap=untapped):
         dfx.Tsit5(),
         t0=times[0],
         t1=times[-1],
-        dt0=0.2,
+        dt0=0.4,
         y0=start,
         args=net,
         saveat=dfx.SaveAt(ts=times),
-        max_steps=16,
+        max_steps=4,
     )
     error = solution.ys - targets
     return jnp.mean(tap(error, "inner") ** 2)
