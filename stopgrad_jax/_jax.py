@@ -159,6 +159,15 @@ def programs_in(eqn: Any) -> list[Any]:
     return found
 
 
+def calls_back(jaxpr: Any) -> bool:
+    """Tell a program that calls a function on the host and uses what it returns."""
+    return any(
+        eqn.primitive.name in ("pure_callback", "io_callback")
+        or any(map(calls_back, programs_in(eqn)))
+        for eqn in opened(jaxpr)[0].eqns
+    )
+
+
 def is_foreign(primitive: Any) -> bool:
     """Tell a primitive whose evaluation or derivative another library wrote."""
     functions = [primitive.impl, ad.primitive_jvps.get(primitive)]

@@ -117,12 +117,18 @@ def unnamed(type_of: str, index: str, kind: str) -> str:
     return f"a constant of the function, an {type_of}, is {kind} at {index}"
 
 
-# The results are finite, step by step.
+# The results are finite, step by step, and nothing in it is called on the host.
 ONLY_COMPILED = (
     "every operation by itself has a finite result: it is nonfinite only as it is "
     "compiled, in another order"
 )
 ONLY_COMPILED_HINT = "the numbers are at the edge of their range: look at it in float64"
+# The same, where a callback is in it, which JAX cannot see into.
+CALLED_BACK = (
+    "every operation by itself has a finite result, when it is run once more: a "
+    "callback may return another value for the same arguments"
+)
+CALLED_BACK_HINT = "look at what the callback returned in the first call"
 
 # Under an expression: what happens in it. ------------------------------------------
 

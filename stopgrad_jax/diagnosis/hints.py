@@ -25,7 +25,9 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
     """Return the remedy, where one is known to do, or else the cause."""
     birth = found.birth
     if birth is None:
-        return _words.BEFORE if found.given else _words.ONLY_COMPILED_HINT
+        back = found.program.calls_back
+        again = _words.CALLED_BACK_HINT if back else _words.ONLY_COMPILED_HINT
+        return _words.BEFORE if found.given else again
     if not birth.frames:
         return _words.BEFORE if found.given else ""
     edited = _edited(found, birth, labels)

@@ -79,6 +79,11 @@ class Program:
 
         return jax.jit(run)
 
+    @property
+    def calls_back(self) -> bool:
+        """Whether a callback may give another result when it is run once more."""
+        return _jax.calls_back(self.jaxpr)
+
     def bad(self, operands: Sequence[Any]) -> list[int]:
         """Run it, and return which of its results are nonfinite."""
         out = self._run(*operands)

@@ -161,7 +161,8 @@ def _headline(found: Found, at: Birth | None, fun: Callable[..., Any]) -> str:
         address = found.program.names[given.operand]
         return _words.came_in(f"{address}{_index(given.index)}", _sign(given.value))
     if birth is None:
-        return _words.ONLY_COMPILED
+        back = found.program.calls_back
+        return _words.CALLED_BACK if back else _words.ONLY_COMPILED
     kind = _kind(birth)
     constant = found.constant
     if constant is None:
@@ -238,16 +239,21 @@ def _shown(x: Any, result: Any, index: tuple[int, ...]) -> str:
     if not isinstance(x, np.ndarray):
         return str(x)[:40]
     if not x.shape:
-        return f"{x}"
+        return _number(x)
     if x.ndim == result.ndim and all(
         n in (1, m) for n, m in zip(x.shape, result.shape, strict=True)
     ):
         pairs = zip(index, x.shape, strict=True)
-        return f"{x[tuple(k if n > 1 else 0 for k, n in pairs)]}"
+        return _number(x[tuple(k if n > 1 else 0 for k, n in pairs)])
     if x.size <= 4:
-        return str(x.tolist())
+        return _number(x)
     if not jnp.issubdtype(x.dtype, jnp.number):
         return type_of(x)
     numbers = wide(x)
     least, most = np.abs(numbers).min(), np.abs(numbers).max()
     return f"{type_of(x)} from {least:.4g} to {most:.4g}"
+
+
+def _number(x: Any) -> str:
+    """Print entries with the digits of their own dtype, and not of Python's float."""
+    return f"[{', '.join(map(_number, x))}]" if np.ndim(x) else str(x)
