@@ -171,9 +171,12 @@ class _Unfolding:
         op.masks, op.always = answer.masks, answer.always
         if _jax.gate_name(eqn) == "prevent_gradient":
             op.refusing = inputs
+        passes = answer.dependence
+        if wanted == 0 and moves:  # nothing comes back, and what reads it moves
+            passes = self._rules.moving(eqn)
         op.overwrites = kept is not None
         results: list[Value | None] = []
-        for var, bits in zip(eqn.outvars, answer.dependence, strict=True):
+        for var, bits in zip(eqn.outvars, passes, strict=True):
             grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
             if kept is not None:
                 grads = kept

@@ -1,0 +1,88 @@
+"""Rules that raise in code whose results nobody reads: JAX runs them all the same."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import f32
+
+import stopgrad_jax as sg
+
+pytestmark = pytest.mark.usefixtures("usual_settings")
+RAISED = "y must not be differentiated"
+
+
+def by_its_first():
+    """Make the rule anew: where it has raised, JAX keeps what makes it fail again."""
+
+    @jax.custom_vjp
+    def f(x, y):
+        return jnp.cos(x) * y
+
+    def forward(x, y):
+        if y.perturbed:
+            raise TypeError(RAISED)
+        return f(x.value, y.value), (x.value, y.value)
+
+    backward = lambda residuals, ct: (jnp.zeros(3), jnp.zeros(3))
+    f.defvjp(forward, backward, symbolic_zeros=True)
+    return f
+
+
+def error_of(call):
+    try:
+        call()
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+BEFORE = {
+    "nothing": lambda x: x,
+    "sine": jnp.sin,
+    "jit": jax.jit(lambda x: jnp.sum(jnp.stack([x, x]), 0)),
+    "stop": jax.lax.stop_gradient,
+    "round": jnp.round,
+    "cast": lambda x: x.astype(jnp.int32).astype(x.dtype),
+    "straight through": sg.straight_through(jnp.round),
+    "remat": jax.checkpoint(jnp.tanh),
+    "relu": jax.nn.relu,
+    "logsumexp": lambda x: x - jax.nn.logsumexp(x),
+    "scan": lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, None, length=2)[0],
+    "cond": lambda x: jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, x),
+    "vmap": lambda x: jax.vmap(jax.jit(jnp.sin))(x),
+}
+WITHIN = {
+    "alone": lambda f: f,
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "cond": lambda f: lambda x, y: jax.lax.cond(x[0] > -9, f, lambda x, y: x, x, y),
+    "scan": lambda f: (
+        lambda x, y: jax.lax.scan(lambda c, _: (f(c, y), None), x, None, length=2)[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_rule_that_raises_where_nothing_is_computed_from_it(before, within):
+    """JAX runs it all the same, with what moves there."""
+    used = BEFORE[before]
+
+    def made():
+        other = WITHIN[within](by_its_first())
+
+        def fun(a, b, c):
+            other(used(b * 0.5), used(a * c))
+            other(used(a), jnp.ones(3))
+            return jnp.sum(a) + jnp.sum(c)
+
+        return fun
+
+    args = tuple(f32(0.1, 0.2, k) for k in range(3))
+    flow = sg.flow(made())(*args)
+    for k, row in enumerate(flow.inputs):
+        raised = error_of(lambda k=k: jax.grad(made(), k)(*args))
+        assert raised in (None, RAISED)
+        works = "unused" if k == 1 else "flows"
+        assert row.status == (works if raised is None else "unknown")
+        assert raised is None or raised in str(flow.explain(row.path))
