@@ -241,7 +241,12 @@ ALIKE = "infinities of the same sign are subtracted"
 ZERO_TIMES_INFINITY = "zero times an infinity is nan"
 SINGULAR = "the matrix is singular, or too close to it"
 OVERFLOWS = "the result leaves the range of {dtype}"
-OTHER = "{name} has no finite result for these operands"
+OTHER = "{name} has no finite result in {dtype} for these operands"
+# The operand is smaller than any normal number of its dtype, and not zero.
+SUBNORMAL = (
+    "{name} of a number below {tiny:.3g}, the smallest normal one of {dtype}: XLA may "
+    "take it for zero"
+)
 
 # An error was raised while the function ran, and so it is, step by step.
 RUNS = "the function must run to its end: it raised by itself"

@@ -1,4 +1,7 @@
-"""Rules that raise in code whose results nobody reads: JAX runs them all the same."""
+"""Rules that raise where no gradient flows: JAX runs them all the same.
+
+In code whose results nobody reads, and where a zero is handed on as a tangent.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +65,14 @@ WITHIN = {
 }
 
 
-@pytest.mark.parametrize("within", WITHIN)
-@pytest.mark.parametrize("before", BEFORE)
+EACH_IN_TWO = [
+    (before, within)
+    for k, before in enumerate(BEFORE)
+    for within in ("alone", list(WITHIN)[1 + k % (len(WITHIN) - 1)])
+]
+
+
+@pytest.mark.parametrize(("before", "within"), EACH_IN_TWO)
 def test_a_rule_that_raises_where_nothing_is_computed_from_it(before, within):
     """JAX runs it all the same, with what moves there."""
     used = BEFORE[before]
@@ -86,3 +95,62 @@ def test_a_rule_that_raises_where_nothing_is_computed_from_it(before, within):
         works = "unused" if k == 1 else "flows"
         assert row.status == (works if raised is None else "unknown")
         assert raised is None or raised in str(flow.explain(row.path))
+
+
+def leaves_out(x, y):
+    """A custom_jvp with a tangent of zeros by its second argument."""
+    f = jax.custom_jvp(lambda x, y: x * y)
+    f.defjvp(lambda xs, ts: (xs[0] * xs[1], ts[0] * xs[1]))
+    return f(x, y)
+
+
+def returns_zeros(x, y):
+    f = jax.custom_vjp(lambda x, y: x * y)
+    f.defvjp(lambda x, y: (x * y, y), lambda y, ct: (ct * y, jnp.zeros_like(y)))
+    return f(x, y)
+
+
+ZEROS = {"custom_jvp": leaves_out, "custom_vjp": returns_zeros}
+
+
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("after", ["sine", "stop", "remat"])
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_a_rule_that_raises_where_a_zero_is_a_tangent(zeros, after, within):
+    """JAX takes the result of a custom_vjp to move, though nothing flows."""
+
+    def made():
+        strict = WITHIN[within](by_its_first())
+
+        def fun(a, b, c):
+            return jnp.sum(strict(a, BEFORE[after](ZEROS[zeros](b, c))))
+
+        return fun
+
+    args = tuple(f32(0.1, 0.2, k) for k in range(3))
+    flow = sg.flow(made())(*args)
+    for k, row in enumerate(flow.inputs):
+        raised = error_of(lambda k=k: jax.grad(made(), k)(*args))
+        assert raised in (None, RAISED)
+        assert (row.status == "unknown") == (raised is not None)
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint, jax.vmap])
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_a_loop_without_a_reverse_mode_where_a_zero_is_a_tangent(zeros, around):
+    def fun(a, b):
+        start = (0, jnp.sin(around(ZEROS[zeros])(a, b)))
+        step = lambda c: (c[0] + 1, c[1] * 2.0)
+        return jnp.sum(jax.lax.while_loop(lambda c: c[0] < 3, step, start)[1])
+
+    flow = sg.flow(fun)(f32(1, 2), f32(3, 4))
+    statuses = [row.status for row in flow.inputs]
+    if zeros == "custom_vjp":
+        assert statuses == ["unknown", "unknown"]
+        with pytest.raises(ValueError, match="Reverse-mode"):
+            jax.grad(fun, 1)(f32(1, 2), f32(3, 4))
+    else:
+        assert statuses == ["unknown", "cut"]
+        assert not jax.grad(fun, 1)(f32(1, 2), f32(3, 4)).any()
+    with pytest.raises(ValueError, match="Reverse-mode"):
+        jax.grad(fun, 0)(f32(1, 2), f32(3, 4))

@@ -100,12 +100,23 @@ class Analysis:
         return graph.forward(self._start, through, graph.cases)
 
     @functools.cached_property
+    def moving(self) -> list[Bits]:
+        """The sources with which JAX takes a value to move, as all of a custom_vjp."""
+        graph = self.graph
+        if not graph.moves:
+            return self.tangent
+        through = list(graph.grads)
+        for value, sources in graph.moves.items():
+            through[value] = sources
+        return graph.forward(self._start, through)
+
+    @functools.cached_property
     def refused(self) -> list[Bits]:
         """The sources that reach a value through an operation whose rule raises."""
         graph = self.graph
         pairs = [(op, self._refuses(op)) for op in graph.ops if not op.known]
         # JAX raises where a tangent is to be handed back, as of a loop's other carries.
-        start = [(v, bits & self.tangent[v]) for op, bits in pairs for v in op.values]
+        start = [(v, bits & self.moving[v]) for op, bits in pairs for v in op.values]
         return graph.forward(start, graph.grads) if start else [0] * len(graph.maker)
 
     @functools.cached_property
@@ -127,12 +138,12 @@ class Analysis:
 
     def _comes_back(self, value: Value, source: Bits) -> bool:
         """Tell whether a gradient comes to a value that moves with a source."""
-        return bool(self.arrives[value] and self.tangent[value] & source)
+        return bool(self.arrives[value] and self.moving[value] & source)
 
     def _refuses(self, op: Op) -> Bits:
         """The sources by which an operation cannot be differentiated."""
         values = [*op.refusing, *(op.inputs if op.refuses < 0 else ())]
-        moving = self.reached(self.tangent, (v for v in values if v is not None))
+        moving = self.reached(self.moving, (v for v in values if v is not None))
         return moving | max(op.refuses, 0)
 
     def lost_on_the_way(self, source: Bits, bits: Sequence[Bits]) -> list[Op]:

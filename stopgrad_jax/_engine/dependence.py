@@ -59,9 +59,12 @@ class Rules:
         return self.answer(eqn, moved).dependence
 
     def moving(self, eqn: Any, moved: Bits | None = None) -> Sequence[Bits]:
-        """Return, for each result, the operands with which JAX takes it to move."""
-        if not self.by_pattern(eqn) and _jax.kind_of(eqn) not in _jax.CUSTOM:
-            return self(eqn)
+        """Return, for each result, the operands with which JAX takes it to move.
+
+        All results of a custom_vjp do, whatever its rule will return.
+        """
+        if _jax.kind_of(eqn) != "custom_vjp_call":
+            return self(eqn, moved)
         everything = sum(1 << k for k in _moved(eqn, None))
         floats = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
         return [everything if is_float else 0 for is_float in floats]

@@ -90,6 +90,8 @@ class Graph:
         self.maker: list[int] = []
         self.grads: list[Sequence[Value]] = []
         self.feeds: list[Sequence[Value]] = []
+        # Results of a custom_vjp, which JAX takes to move with all that it reads.
+        self.moves: dict[Value, Sequence[Value]] = {}
         self.loops: list[tuple[Value, Value]] = []  # first value and last one of each
         self.inputs: Sequence[Value] = ()
         self.outputs: Sequence[Value | None] = ()

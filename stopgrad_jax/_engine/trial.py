@@ -6,7 +6,6 @@ So an edit of the user's source can be tried out before it is recommended.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,33 +39,31 @@ class Masked:
     kept: bool
     index: tuple[Any, ...] | None = None
 
-    @functools.cached_property
-    def order(self) -> list[int]:
-        """The equations, those that the condition needs first."""
-        count = len(self.jaxpr.eqns)
-        first = _ancestors(self.jaxpr, [self.operand, self.condition])
-        return [*sorted(first), *(k for k in range(count) if k not in first)]
+    @property
+    def needs(self) -> tuple[Any, ...]:
+        """What its users read besides their operands."""
+        return self.operand, self.condition
 
     @property
     def is_possible(self) -> bool:
         """Whether the condition is known before the operand is used."""
-        return not self.users & _ancestors(self.jaxpr, [self.operand, self.condition])
+        return not self.users & _ancestors(self.jaxpr, self.needs)
 
-    def operands(self, index: int, read: Read, number: Any, spread: Any) -> list[Any]:
-        """Return the operands of an equation.
+    def changed(
+        self, eqn: Any, values: list[Any], read: Read, number: Any, spread: Any
+    ) -> list[Any]:
+        """Return other operands of one of its users.
 
         What is put in is the number; with another `spread` than zero, others as well.
         """
-        eqn = self.jaxpr.eqns[index]
-        if index not in self.users:
-            return [read(atom) for atom in eqn.invars]
         x, condition = read(self.operand), read(self.condition)
         condition = condition if self.index is None else condition[self.index]
         places = jnp.arange(x.size).reshape(x.shape)
         wobble = 1.0 + spread * jnp.sin(1.0 + places)
         safe = (number + (number + 0.25) * (wobble - 1.0)).astype(x.dtype)
         masked = jnp.where(condition, *((x, safe) if self.kept else (safe, x)))
-        return [masked if atom is self.operand else read(atom) for atom in eqn.invars]
+        pairs = zip(eqn.invars, values, strict=True)
+        return [masked if atom is self.operand else value for atom, value in pairs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +73,18 @@ class Replaced:
     jaxpr: Any
     users: frozenset[int]
     literal: float
+    needs: tuple[Any, ...] = ()
 
-    @property
-    def order(self) -> range:
-        """The equations as they are."""
-        return range(len(self.jaxpr.eqns))
-
-    def operands(self, index: int, read: Read, number: Any, spread: Any) -> list[Any]:
-        """Return the operands of an equation."""
+    def changed(
+        self, eqn: Any, values: list[Any], read: Read, number: Any, spread: Any
+    ) -> list[Any]:
+        """Return other operands of one of its users."""
         found = []
-        for atom in self.jaxpr.eqns[index].invars:
-            x = read(atom)
+        for atom, x in zip(eqn.invars, values, strict=True):
             literal = isinstance(atom, _jax.Literal) and np.ndim(x) == 0
-            if index in self.users and literal and x == self.literal:
-                x = jnp.asarray(number * (1.0 - spread), jnp.result_type(x))
-            found.append(x)
+            new = literal and x == self.literal
+            other = jnp.asarray(number * (1.0 - spread), jnp.result_type(x))
+            found.append(other if new else x)
         return found
 
 
@@ -98,24 +92,29 @@ Change = Masked | Replaced
 
 
 def evaluate(
-    change: Change, number: Any, spread: Any, jaxpr: Any, consts: Any, operands: Any
+    changes: Sequence[Change],
+    number: Any,
+    spread: Any,
+    jaxpr: Any,
+    consts: Any,
+    operands: Any,
 ) -> list[Any]:
-    """Run a program with a change somewhere in it."""
+    """Run a program with changes somewhere in it."""
     variables, values = [*jaxpr.constvars, *jaxpr.invars], [*consts, *operands]
     env = dict(zip(variables, values, strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, _jax.Literal) else env[atom]
 
-    here = jaxpr is change.jaxpr
-    for index in change.order if here else range(len(jaxpr.eqns)):
+    here = [change for change in changes if change.jaxpr is jaxpr]
+    for index in _order(jaxpr, here):
         eqn = jaxpr.eqns[index]
-        if here:
-            values = change.operands(index, read, number, spread)
-        else:
-            values = [read(atom) for atom in eqn.invars]
-        if holds(eqn, change.jaxpr):
-            results = _around(change, number, spread, eqn, values)
+        values = [read(atom) for atom in eqn.invars]
+        for change in here:
+            if index in change.users:
+                values = change.changed(eqn, values, read, number, spread)
+        if any(holds(eqn, change.jaxpr) for change in changes):
+            results = _around(changes, number, spread, eqn, values)
         else:
             results = _jax.bind(eqn, *values)
         env.update(zip(eqn.outvars, results, strict=True))
@@ -123,16 +122,54 @@ def evaluate(
 
 
 def _around(
-    change: Change, number: Any, spread: Any, eqn: Any, operands: Sequence[Any]
+    changes: Sequence[Change],
+    number: Any,
+    spread: Any,
+    eqn: Any,
+    operands: Sequence[Any],
 ) -> list[Any]:
     inner = nested(eqn)
     bodies = inner.bodies if inner else ()
 
     def call(k: int, operands: Any, *_: Any) -> tuple[list[Any], list[Any]]:
         jaxpr, consts = bodies[k].jaxpr, bodies[k].consts
-        return evaluate(change, number, spread, jaxpr, consts, operands), []
+        return evaluate(changes, number, spread, jaxpr, consts, operands), []
 
     return list(rebuild(eqn, call, [[] for _ in bodies], operands, [], None)[0])
+
+
+def _order(jaxpr: Any, changes: Sequence[Change]) -> list[int]:
+    """Order the equations, those first that a change needs before its users.
+
+    Raises ValueError where what it needs is computed from its users.
+    """
+    count = len(jaxpr.eqns)
+    if not any(change.needs for change in changes):
+        return list(range(count))
+    makers = {v: k for k, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+    reads = [list(eqn.invars) for eqn in jaxpr.eqns]
+    for change in changes:
+        for index in change.users:
+            reads[index] += change.needs
+    order, done, open_, stack = list[int](), set[int](), set[int](), [*range(count)]
+    stack.reverse()
+    while stack:
+        index = stack[-1]
+        if index in done:
+            stack.pop()
+            continue
+        atoms = (a for a in reads[index] if not isinstance(a, _jax.Literal))
+        missing = [k for k in (makers.get(a) for a in atoms) if k is not None]
+        missing = [k for k in missing if k not in done]
+        if not missing:
+            order.append(stack.pop())
+            done.add(index)
+        elif index in open_:
+            raise ValueError("it is computed from what it changes")
+        else:
+            open_.add(index)
+            stack += missing
+    return order
 
 
 def holds(eqn: Any, jaxpr: Any) -> bool:

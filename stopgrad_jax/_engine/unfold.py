@@ -181,6 +181,8 @@ class _Unfolding:
             if kept is not None:
                 grads = kept
             results.append(self._result(op, var.aval, grads, inputs))
+            if moves and carries(var.aval) and _jax.kind_of(eqn) == "custom_vjp_call":
+                self.graph.moves[op.values[-1]] = _values(inputs)
         if eqn.primitive.name == "select_n" and case is None:
             self.graph.cases[op.values[0]] = inputs[1:]
         if not results:

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.trial import Change, Replaced, evaluate
 
 from .programs import Program
-from .written import replaced, written
+from .written import replaced, with_finfo, written
 
 MOST = 4  # edits that are tried out: each compiles the program once more
 
@@ -38,14 +38,70 @@ class Edit:
     where: str = ""
 
 
-def tried(program: Program, change: Change, numbers: Sequence[float]) -> float | None:
-    """Return the first number with which a change makes all results finite.
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A change of the program, and the edit of the source that it stands for.
+
+    Attributes:
+      change: what is tried out.
+      write: returns the edit, with the number that did it.
+      spots: the calls that lead to the expression that is written anew, and that.
+      key: what the edits at all places have in common where their text is one.
+      numbers: those to try.
+    """
+
+    change: Change
+    write: Callable[[float], Edit]
+    spots: tuple[Spot, ...]
+    key: Any
+    numbers: Sequence[float]
+
+
+def first_that_does(
+    program: Program, labels: Labels, candidates: Iterable[Candidate]
+) -> Edit | None:
+    """Return the first edit that makes all results finite, tried out.
+
+    The text is changed for every call of the function that it is in, so it is tried
+    with all of them changed.
+    """
+    groups: dict[Any, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault((candidate.spots[-1], candidate.key), []).append(candidate)
+    for group in itertools.islice(groups.values(), MOST):
+        first = group[0]
+        calls = set(
+            _calls_of(program.source[0], labels, labels.nowhere, first.spots[-1])
+        )
+        if {c.spots for c in group} != calls:
+            continue
+        number = tried(program, [c.change for c in group], first.numbers)
+        if number is not None:
+            return first.write(number)
+    return None
+
+
+def _calls_of(
+    jaxpr: Any, labels: Labels, outer: Path, spot: Spot
+) -> Iterator[tuple[Spot, ...]]:
+    """Yield the calls that lead to an expression, wherever the program has it."""
+    for eqn in _jax.opened(jaxpr)[0].eqns:
+        path = labels.path(eqn, outer)
+        yield from (path.spots[: k + 1] for k, s in enumerate(path.spots) if s is spot)
+        for inner in _jax.programs_in(eqn):
+            yield from _calls_of(inner, labels, path, spot)
+
+
+def tried(
+    program: Program, changes: Sequence[Change], numbers: Sequence[float]
+) -> float | None:
+    """Return the first number with which changes make all results finite.
 
     What was finite before must not change, and nothing must depend on the number.
     """
 
     def run(number: Any, spread: Any, *operands: Any) -> list[Any]:
-        changed = functools.partial(evaluate, change, number, spread)
+        changed = functools.partial(evaluate, changes, number, spread)
         return program.remade(changed)(*operands)
 
     compiled = jax.jit(run)
@@ -56,7 +112,7 @@ def tried(program: Program, change: Change, numbers: Sequence[float]) -> float |
             finite = not any(count(one[k]) for k in program.results)
             if finite and all(map(_agree, before, one)) and all(map(_agree, one, two)):
                 return number
-    except Exception:  # the change does not fit the program
+    except Exception:  # they do not fit the program
         return None
     return None
 
@@ -128,17 +184,14 @@ def is_in(atom: Any, variables: Any) -> bool:
 def large_number(program: Program, labels: Labels) -> Edit | None:
     """Return the edit that puts in the lowest finite number for -inf."""
     found = (
-        pair
+        candidate
         for body in bodies(program.source[0], labels, labels.nowhere, set())
-        for pair in _infinities(body)
+        for candidate in _infinities(body)
     )
-    for change, edit, number in itertools.islice(found, MOST):
-        if tried(program, change, [number]) is not None:
-            return edit
-    return None
+    return first_that_does(program, labels, found)
 
 
-def _infinities(body: Body) -> Iterator[tuple[Replaced, Edit, float]]:
+def _infinities(body: Body) -> Iterator[Candidate]:
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
         if -np.inf not in literals or not spots:
@@ -153,18 +206,20 @@ def _infinities(body: Body) -> Iterator[tuple[Replaced, Edit, float]]:
         aval = eqn.outvars[0].aval
         if len(every) != 1 or not _jax.is_differentiable(aval):
             continue
-        module = ast.unparse(node.func.value)
+        module = with_finfo(spots[-1], ast.unparse(node.func.value))
+        if not module:
+            continue
         new = f"{module}.finfo({module}.{aval.dtype}).min"
         if aval.weak_type:
             new = f"float({new})"
         text = replaced(node, every[0], new)
         users = frozenset(k for k in body.at(spots))
         lowest = float(jax.numpy.finfo(aval.dtype).min)
-        yield (
-            Replaced(body.jaxpr, users, -np.inf),
+        edit, change = (
             Edit(ast.unparse(node), text),
-            lowest,
+            Replaced(body.jaxpr, users, -np.inf),
         )
+        yield Candidate(change, lambda _, edit=edit: edit, spots, text, [lowest])
 
 
 def _literal(atom: Any) -> Any:

@@ -88,13 +88,12 @@ def _entries(birth: Birth) -> list[Any]:
 
 def _backward(birth: Birth) -> str:
     entries = _entries(birth)
-    name = birth.op.eqn.primitive.name
     if birth.op.role == COTANGENT:
         if 0 in entries and np.isnan(wide(birth.result)[birth.index]):
             return _words.ZERO_COMES_BACK
         if entries and 0 not in entries:
             return _words.BACK_OVERFLOWS.format(dtype=birth.result.dtype)
-        return _words.SLOPE if entries else _words.OTHER.format(name=name)
+        return _words.SLOPE if entries else _other(birth)
     return _words.SLOPE
 
 
@@ -109,10 +108,13 @@ def _cause(birth: Birth) -> str:
         log = {"exp2": 2.0}.get(name, np.e)
         limit = float(np.log(float(jnp.finfo(dtype).max)) / np.log(log))
         return _words.EXP.format(name=name, dtype=dtype, limit=limit)
+    if name in _AT_ZERO and last is not None and _is_subnormal(last, dtype):
+        tiny = float(jnp.finfo(dtype).tiny)
+        return _words.SUBNORMAL.format(name=name, tiny=tiny, dtype=dtype)
     if name == "log" and first is not None:
         return _words.LOG_OF_ZERO if first == 0 else _words.LOG_OF_NEGATIVE
     if name in ("div", "rem") and last == 0:
-        return _words.ZERO_BY_ZERO if nan else _words.BY_ZERO
+        return _words.ZERO_BY_ZERO if first == 0 else _words.BY_ZERO
     if name in ("sqrt", "rsqrt") and first is not None and not np.iscomplexobj(first):
         return _words.ROOT_OF_NEGATIVE if first < 0 else _words.ROOT_OF_ZERO
     if name in ("add", "sub", "mul") and nan and birth.kind == "harm":
@@ -123,16 +125,27 @@ def _cause(birth: Birth) -> str:
         }[name]
     if name in ("custom_linear_solve", "triangular_solve"):
         return _words.SINGULAR
-    if name in _OVERFLOW and not nan:
+    if not nan and (name in _OVERFLOW or (name == "div" and last)):
         return _words.OVERFLOWS.format(dtype=dtype)
-    return _words.OTHER.format(name=name)
+    return _other(birth)
+
+
+def _other(birth: Birth) -> str:
+    name, dtype = birth.op.eqn.primitive.name, birth.result.dtype
+    return _words.OTHER.format(name=name, dtype=dtype)
+
+
+def _is_subnormal(x: Any, dtype: str) -> bool:
+    return bool(0 < abs(x) < float(jnp.finfo(dtype).tiny))
 
 
 _OVERFLOW = frozenset(
     "mul add sub reduce_sum dot_general integer_pow square convert_element_type".split()
 )
+_AT_ZERO = ("log", "div", "rem", "rsqrt")  # singular there
 
-# Where these have a finite value and a finite slope; b is a divisor.
+# Where these have a finite value and a finite slope; b is a divisor. Complex numbers
+# have no order, and are only kept from zero.
 _DOMAINS = {
     "log": ("> 0", "1.0"),
     "log1p": ("> -1", "0.0"),
@@ -148,12 +161,21 @@ def _guard(birth: Birth, fun: Callable[..., Any]) -> str:
     name, spot = op.eqn.primitive.name, op.path.spots[-1] if op.path.spots else None
     if birth.kind != "birth" or name not in _DOMAINS or spot is None:
         return ""
+    entries, dtype = _entries(birth), str(birth.result.dtype)
+    if not entries or (name == "div" and entries[-1] != 0):
+        return ""
+    if name in _AT_ZERO and _is_subnormal(entries[-1], dtype):
+        return ""
     function, module = written(spot), numpy_of(spot, fun)
     node = function.expression(spot) if function else None
     if node is None or not module or not _is_only(node, name):
         return ""
     operand = node.right if isinstance(node, ast.BinOp) else operands_of(node)[0]
     domain, number = _DOMAINS[name]
+    if np.issubdtype(birth.result.dtype, np.complexfloating):
+        if name not in _AT_ZERO:
+            return ""
+        domain = "!= 0"
     inside = ast.unparse(operand)
     tight = isinstance(operand, ast.Name | ast.Call | ast.Attribute | ast.Subscript)
     where = f"{inside if tight else f'({inside})'} {domain}"

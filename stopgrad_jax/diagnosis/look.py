@@ -239,7 +239,7 @@ class Look:
         Where they are the same ones it raises the same, and to try it costs a run
         of the function.
         """
-        moving = self.analysis.tangent
+        moving = self.analysis.moving
         return tuple(
             (op, tuple(v is not None and bool(moving[v] & bits) for v in op.inputs))
             for op in self.analysis.refusing(bits)

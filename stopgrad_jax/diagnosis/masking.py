@@ -15,8 +15,18 @@ from stopgrad_jax._engine.roles import is_backward
 from stopgrad_jax._engine.syntax import is_within
 from stopgrad_jax._engine.trial import Masked
 
-from .edited import MOST, Body, Edit, bodies, is_in, is_mapped, tried, variables
+from .edited import (
+    Body,
+    Candidate,
+    Edit,
+    bodies,
+    first_that_does,
+    is_in,
+    is_mapped,
+    variables,
+)
 from .programs import Program
+from .settled import binds, is_plain, is_settled
 from .written import names_in, operands_of, place, replaced, written
 
 
@@ -32,18 +42,14 @@ def double_where(
     jaxpr, _ = program.source
     blamed = set() if operand is None else {jaxpr.invars[operand]}
     candidates = (
-        pair
+        candidate
         for body in bodies(jaxpr, labels, labels.nowhere, blamed)
-        for pair in _maskings(body, path)
+        for candidate in _maskings(body, path, numbers)
     )
-    for change, written_as in itertools.islice(candidates, MOST):
-        number = tried(program, change, numbers)
-        if number is not None:
-            return written_as(number)
-    return None
+    return first_that_does(program, labels, candidates)
 
 
-def _maskings(body: Body, path: Path) -> Iterator[tuple[Masked, Any]]:
+def _maskings(body: Body, path: Path, numbers: Sequence[float]) -> Iterator[Candidate]:
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots = body.paths[index].spots
         if not _is_where(eqn) or not spots:
@@ -57,7 +63,10 @@ def _maskings(body: Body, path: Path) -> Iterator[tuple[Masked, Any]]:
         calls = (body.paths[k].spots for k in body.at(spots[:-1]))
         around = {call[depth] for call in calls if len(call) > depth}
         for spot in around.intersection(path.spots) - {spots[-1]}:
-            yield from _Masking(body, index, function, where, spots, spot).edits()
+            masking = _Masking(body, index, function, where, spots, spot)
+            for change, write, outer, key in masking.edits():
+                calls = (*spots[:-1], outer)
+                yield Candidate(change, write, calls, (spots[-1], key), numbers)
 
 
 def _is_where(eqn: Any) -> bool:
@@ -87,8 +96,8 @@ class _Masking:
         self._node, self._spots, self._spot = node, spots, spot
         self._group = body.at([*spots[:-1], spot])
 
-    def edits(self) -> Iterator[tuple[Masked, Any]]:
-        """Yield what to try out, and how it is written with the number that does it."""
+    def edits(self) -> Iterator[tuple[Masked, Any, Spot, Any]]:
+        """Yield what to try, how it is written with a number, where, and its key."""
         node = self._function.expression(self._spot)
         branch = self._branch()
         condition = self._where.invars[0]
@@ -96,8 +105,7 @@ class _Masking:
             return
         written_there = self._node.args[branch]
         inline = is_within(place(node), place(written_there))
-        if not inline and not self._is_known(node):
-            return
+        known = self._is_known(node, inline)
         pairs = list(self._operands(node))
         pairs.sort(key=lambda pair: pair[0] not in self._body.blamed)
         for variable, operand in pairs:
@@ -107,6 +115,8 @@ class _Masking:
             shape = condition.aval.shape
             mapped = self._body.mapped or is_mapped(self._where)
             is_open = mapped and shape not in ((), variable.aval.shape)
+            means = names_in(operand) | names_in(self._node.args[0])
+            is_open = is_open or not known or bool(means & binds(region))
             for index in _indices(shape, variable.aval.shape):
                 change = Masked(
                     self._body.jaxpr, users, variable, condition, branch == 1, index
@@ -114,7 +124,9 @@ class _Masking:
                 if change.is_possible:
                     outer = self._node if inline else node
                     write = self._writer(outer, region, operand, branch, index)
-                    yield change, self._told(operand) if is_open else write
+                    write = self._told(operand) if is_open else write
+                    spot = self._spots[-1] if inline else self._spot
+                    yield change, write, spot, (place(operand), branch, str(index))
 
     def _branch(self) -> int | None:
         """Return which operand of the `where` comes from the expression."""
@@ -127,11 +139,13 @@ class _Masking:
         found = [k for k, v in enumerate(self._where.invars) if is_in(v, reached)]
         return found[0] if found in ([1], [2]) else None
 
-    def _is_known(self, node: ast.expr) -> bool:
-        """Whether the condition means the same where the expression stands."""
-        names = names_in(self._node.args[0])
-        walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(self._node.args[0]))
-        return not walrus and self._function.is_settled(names, place(node))
+    def _is_known(self, node: ast.expr, inline: bool) -> bool:
+        """Whether the condition can be written where the expression stands."""
+        condition = self._node.args[0]
+        if not is_plain(condition, self._spot):
+            return False
+        function = self._function.function
+        return inline or is_settled(function, condition, self._node, node, self._spot)
 
     def _operands(self, node: ast.expr) -> Iterator[tuple[Any, ast.expr]]:
         """Yield the variables that the expression reads, and how they are written."""

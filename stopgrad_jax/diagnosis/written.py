@@ -39,14 +39,6 @@ class Written:
         nodes = (n for n in ast.walk(self.function) if isinstance(n, ast.expr))
         return next((n for n in nodes if place(n) == spot.position), None)
 
-    def is_settled(self, names: set[str], before: Position) -> bool:
-        """Tell whether names mean the same from there to the end of the function."""
-        return all(
-            place(node)[:2] < before[:2]
-            for node in ast.walk(self.function)
-            if names.intersection(_bound(node))
-        )
-
 
 def written(spot: Spot) -> Written | None:
     """Return the function that an expression is in; None without its source."""
@@ -64,17 +56,6 @@ def _parsed(rows: tuple[str, ...]) -> ast.Module:
 def place(node: Any) -> Position:
     """Return where a node of a syntax tree is."""
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
-
-
-def _bound(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-        yield node.id
-    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        yield node.name
-    elif isinstance(node, ast.ExceptHandler) and node.name:
-        yield node.name
-    elif isinstance(node, ast.alias):
-        yield (node.asname or node.name).split(".")[0]
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -109,15 +90,16 @@ def operands_of(node: ast.expr) -> list[ast.expr]:
 def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
     """Write an expression with another one for a part of it.
 
-    A name is replaced wherever it is used, anything else where it stands.
+    A variable, an attribute or an item is replaced wherever it is read, anything else
+    where it stands.
     """
     inside = ast.parse(f"({new})", mode="eval").body
+    is_read = isinstance(old, ast.Name | ast.Attribute | ast.Subscript)
 
     class Replace(ast.NodeTransformer):
         def visit(self, node: ast.AST) -> ast.AST:
             same = isinstance(node, ast.expr) and place(node) == place(old)
-            if isinstance(old, ast.Name) and isinstance(node, ast.Name):
-                same = node.id == old.id
+            same = same or (is_read and ast.dump(node) == ast.dump(old))
             return inside if same else self.generic_visit(node)
 
     return ast.unparse(Replace().visit(copy.deepcopy(node)))
@@ -141,7 +123,7 @@ def _scope(fun: Any, spots: Sequence[Spot]) -> Iterator[tuple[str, Any]]:
     for spot in reversed(spots):
         code = spot.frame.code
         names = code.co_names if code is not None else ()
-        for space in _modules(spot):
+        for space in modules(spot):
             yield from ((name, space[name]) for name in names if name in space)
     while (inner := getattr(fun, "__wrapped__", None)) is not None:
         fun = inner
@@ -156,16 +138,28 @@ def _scope(fun: Any, spots: Sequence[Spot]) -> Iterator[tuple[str, Any]]:
 _EMPTY = types.CellType()
 
 
-def _modules(spot: Spot) -> list[dict[str, Any]]:
+def modules(spot: Spot) -> list[dict[str, Any]]:
     """Return what the names of the module mean that an expression is in."""
     modules = list(sys.modules.values())
     same = [m for m in modules if getattr(m, "__file__", None) == spot.frame.file]
     return [vars(module) for module in same]
 
 
-def numpy_of(spot: Spot, fun: Callable[..., Any]) -> str:
+def with_finfo(spot: Spot, module: str) -> str:
+    """Return how `finfo` is reached where a function of a module is called, or ""."""
+    first, *rest = module.split(".")
+    for scope in modules(spot):
+        value = scope.get(first)
+        for name in rest:
+            value = getattr(value, name, None)
+        if hasattr(value, "finfo"):
+            return module
+    return numpy_of(spot, None)
+
+
+def numpy_of(spot: Spot, fun: Callable[..., Any] | None) -> str:
     """Return what `jax.numpy` is called in the module of an expression, or ""."""
-    for scope in _modules(spot) or [getattr(fun, "__globals__", {})]:
+    for scope in modules(spot) or [getattr(fun, "__globals__", {})]:
         for name, value in list(scope.items()):
             if value is jnp:
                 return name
