@@ -117,6 +117,8 @@ def unnamed(type_of: str, index: str, kind: str) -> str:
     return f"a constant of the function, an {type_of}, is {kind} at {index}"
 
 
+# The compiled program's results are finite, and those of its operations one by one not.
+BY_STEPS = "only where its operations run one by one: compiled as a whole it is finite"
 # The results are finite, step by step, and nothing in it is called on the host.
 ONLY_COMPILED = (
     "every operation by itself has a finite result: it is nonfinite only as it is "
@@ -213,10 +215,7 @@ def factor_hint(kind: str) -> str:
 BEFORE = "it came from outside: look at what made it"
 
 # A slope has no finite value for finite operands.
-SLOPE = (
-    "the slope is not finite at this point, though the value is: keep the operand away "
-    "from it"
-)
+SLOPE = "the slope is not finite at this point: keep the operand away from it"
 # Of what comes back and a slope one is zero and the other one infinite.
 ZERO_COMES_BACK = (
     "zero comes back, and zero times an infinite slope is nan: keep the operand away "

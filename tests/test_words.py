@@ -63,8 +63,13 @@ FORWARD = {
         lambda x: x.astype("float16"),
         f32(1, 1e6),
     ),
-    _words.OTHER.format(name="acos"): (jnp.arccos, f32(0, 2)),
-    _words.OTHER.format(name="lgamma"): (jax.lax.lgamma, f32(1, 0)),
+    _words.OTHER.format(name="acos", dtype="float32"): (jnp.arccos, f32(0, 2)),
+    _words.OTHER.format(name="sinh", dtype="float32"): (jnp.sinh, f32(0, 100)),
+    _words.SUBNORMAL.format(name="log", dtype="float32", tiny=1.18e-38): (
+        jnp.log,
+        f32(1, 1e-40),
+    ),
+    _words.OTHER.format(name="lgamma", dtype="float32"): (jax.lax.lgamma, f32(1, 0)),
     # The largest finite logarithms are ln(2**128) and ln(2**16), but for one rounding.
     _words.EXP.format(name="exp", dtype="float32", limit=88.72): (jnp.exp, f32(1, 89)),
     _words.EXP.format(name="exp", dtype="float16", limit=11.09): (
@@ -116,6 +121,24 @@ def test_of_what_is_nonfinite_only_as_it_is_compiled():
     assert _words.ONLY_COMPILED in report
     assert _words.ONLY_COMPILED_HINT in report
     assert _words.CALLED_BACK not in report
+
+
+def deviation(w):
+    """Of equal numbers: the root of a zero that XLA, fusing, makes a little more."""
+    return jnp.std(w * jnp.ones(3))
+
+
+@pytest.mark.parametrize("w", [2.0, 0.3])
+def test_of_what_is_nonfinite_only_step_by_step(w):
+    assert np.isnan(jax.grad(deviation)(w))
+    assert np.isfinite(jax.jit(jax.grad(deviation))(w))
+    report = sg.find_nonfinite(deviation)(w)
+    assert _words.BY_STEPS in " ".join(str(report).split())
+    assert report.direction == "backward"
+    assert report.expression == "jnp.std(w * jnp.ones(3))"
+    assert sg.find_nonfinite(jax.jit(deviation))(w) is None
+    both = told(lambda x: jnp.log(x), f32(0))  # so either way
+    assert _words.BY_STEPS not in both
 
 
 @pytest.mark.parametrize("within", [lambda f: f, jax.jit, jax.checkpoint])

@@ -30,6 +30,8 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return _words.BEFORE if found.given else again
     if not birth.frames:
         return _words.BEFORE if found.given else ""
+    if found.by_steps:  # compiled, as edits are tried out, it is finite anyway
+        return _backward(birth) if found.side == "backward" else _cause(birth)
     edited = _edited(found, birth, labels)
     if edited:
         return edited

@@ -82,10 +82,13 @@ def find_nonfinite(
         traced = trace(fun, args, kwargs)
         labels = Labels(fun)
         with jax.debug_nans(False), jax.debug_infs(False):
-            found = _search(forward(traced), labels, called)
+            program: Program | None = forward(traced)
+            found = _search(program, labels, called)
             if found is None and wanted != []:
-                program = backward(traced, wanted, asked, called)
-                found = _search(program, labels, called) if program else None
+                program = backward(traced, wanted, asked, called) or program
+                found = _search(program, labels, called)
+            if found is None and program.wrong_by_steps:
+                found = search(program, Runner(labels), by_steps=True)
             return None if found is None else report(found, labels, fun)
 
     return find_in

@@ -95,6 +95,12 @@ class Program:
         return self.bad(self.operands)
 
     @functools.cached_property
+    def wrong_by_steps(self) -> list[int]:
+        """Which are nonfinite where the operations run one by one, as without `jit`."""
+        out = _jax.evaluate(self.jaxpr, self.consts, self.operands)
+        return [k for k in self.results if count(out[k])]
+
+    @functools.cached_property
     def every(self) -> list[Any]:
         """All results, also those without a name."""
         return jax.jit(self.remade(_jax.evaluate))(*self.operands)

@@ -20,7 +20,7 @@ from stopgrad_jax._errors import type_of
 from .hints import hint
 from .page import Page, Part, page, snippet
 from .search import Found
-from .written import variable_of
+from .written import variables_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -135,6 +135,8 @@ def _lines(
         x = found.program.operands[found.given.operand]
         text = _words.others(found.given.others, type_of(x))
         yield [(f"  {text}", "dim")]
+    if found.by_steps:
+        yield [(f"  {_words.BY_STEPS}", "dim")]
     if spot is not None:
         yield [(f"  --> {spot.place} in {_function(spot)}()", "dim")]
         yield from snippet(spot, _under(found, at), 2)
@@ -167,10 +169,11 @@ def _headline(found: Found, at: Birth | None, fun: Callable[..., Any]) -> str:
     constant = found.constant
     if constant is None:
         return _words.born(kind, found.side, birth.op.eqn.primitive.name)
-    name = variable_of(constant.value, fun, at.op.path.spots if at else ())
+    names = variables_of(constant.value, fun, at.op.path.spots if at else ())
     sign = _sign(np.asarray(constant.value)[constant.index])
-    if name:
-        return _words.constant(name + _index(constant.index), sign)
+    if names:
+        each = (name + _index(constant.index) for name in names)
+        return _words.constant(" or ".join(each), sign)
     return _words.unnamed(type_of(constant.value), _index(constant.index), sign)
 
 

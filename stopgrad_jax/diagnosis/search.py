@@ -38,6 +38,7 @@ class Found:
       side: "forward", or "backward" if it was born in a derivative.
       hidden: the operations that hide it from the function's value, if any do.
       factor: the operation of a backward pass that has it as a factor, if one does.
+      by_steps: it is so only where the operations run one by one.
     """
 
     program: Program
@@ -48,17 +49,19 @@ class Found:
     side: str = "forward"
     hidden: tuple[Op, ...] = ()
     factor: Op | None = None
+    by_steps: bool = False
 
 
-def search(program: Program, runner: Runner) -> Found:
-    """Find out why results of a program are nonfinite."""
-    reaches = tuple(program.results[k] for k in program.wrong)
-    given = program.given()
+def search(program: Program, runner: Runner, by_steps: bool = False) -> Found:
+    """Find out why results of a program are nonfinite, as compiled or step by step."""
+    wrong = program.wrong_by_steps if by_steps else program.wrong
+    reaches = tuple(program.results[k] for k in wrong)
+    given = None if by_steps else program.given()
     operands = given.operands if given else program.operands
     level = runner.top(
         program.jaxpr, program.consts, operands, cotangents=program.cotangents
     )
-    targets = targets_of(level, program.wrong)
+    targets = targets_of(level, wrong)
     if not targets:  # it is so only as it is compiled
         return Found(program, reaches, given)
     birth = find(runner, level, targets)
@@ -82,7 +85,9 @@ def search(program: Program, runner: Runner) -> Found:
         hidden, everywhere = hiders(runner, frames)
         hidden = hidden if everywhere else ()
     hidden = tuple(hidden)
-    return Found(program, reaches, given, constant, birth, side, hidden, factor)
+    return Found(
+        program, reaches, given, constant, birth, side, hidden, factor, by_steps
+    )
 
 
 def _given(program: Program, operand: int) -> Given:

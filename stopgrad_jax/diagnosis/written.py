@@ -105,18 +105,22 @@ def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
     return ast.unparse(Replace().visit(copy.deepcopy(node)))
 
 
-def variable_of(array: np.ndarray, fun: Any, spots: Sequence[Spot]) -> str:
-    """Return the variable that a constant is taken from, or "".
+def variables_of(array: np.ndarray, fun: Any, spots: Sequence[Spot]) -> list[str]:
+    """Return the variables that a constant may be taken from: all with its numbers.
 
-    It is one of the function, or of one of the functions that took it on, as far as
+    They are of the function, or of one of the functions that took it on, as far as
     these read it from their module.
     """
-    for name, x in _scope(fun, spots):
-        same = isinstance(x, np.ndarray | np.generic | jax.Array)
-        if same and not _jax.is_traced(x) and x.shape == array.shape:
-            if x.dtype == array.dtype and np.array_equal(x, array, equal_nan=True):
-                return name
-    return ""
+    named = (name for name, x in _scope(fun, spots) if _is_same(x, array))
+    return list(dict.fromkeys(named))
+
+
+def _is_same(x: Any, array: np.ndarray) -> bool:
+    if not isinstance(x, np.ndarray | np.generic | jax.Array) or _jax.is_traced(x):
+        return False
+    if x.shape != array.shape or x.dtype != array.dtype:
+        return False
+    return np.array_equal(x, array, equal_nan=True)
 
 
 def _scope(fun: Any, spots: Sequence[Spot]) -> Iterator[tuple[str, Any]]:
