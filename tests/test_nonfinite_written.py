@@ -288,3 +288,53 @@ def test_a_quotient_that_leaves_the_range_has_no_divisor_of_zero():
 def test_a_complex_number_by_zero():
     report = sg.find_nonfinite(lambda z: 1.0 / z)(jnp.complex64(0))
     assert report.hint.startswith("a number divided by zero is inf")
+
+
+def by_a_norm(a):
+    return jnp.sum(a * 2.0) / jnp.linalg.norm(a)
+
+
+def by_a_norm_of_a_name(a):
+    size = jnp.sqrt(jnp.sum(a * a))
+    return jnp.sum(a / size)
+
+
+def by_a_deviation(a):
+    return jnp.sum(((a - a.mean()) / a.std()) ** 2)
+
+
+def by_a_sum(a):
+    return jnp.sum(a * 2.0) / jnp.sum(a * a)
+
+
+def by_an_entry(a):
+    return jnp.sum((a + 1.0) / a)
+
+
+@pytest.mark.parametrize(
+    ("function", "does"),
+    [
+        (by_a_norm, False),
+        (by_a_norm_of_a_name, False),
+        (by_a_deviation, False),
+        (by_a_sum, True),
+        (by_an_entry, True),
+    ],
+)
+def test_a_guard_keeps_the_gradient_finite_too_or_is_not_written(function, does):
+    """A norm at zero has no slope, whatever divides by it."""
+    x = f32(0, 0)
+    report = sg.find_nonfinite(function)(x)
+    assert "divided by zero" in report.hint
+    assert (remedy(report) is not None) == does
+    if does:
+        edited = mended_with(function, report, 7.0)
+        assert np.isfinite(edited(x))
+        assert np.isfinite(jax.grad(edited)(x)).all()
+
+
+def mended_with(function, report, value):
+    """The remedy asks for a number of the user's own."""
+    edited = mended(function, report)
+    edited.__globals__["value"] = value
+    return edited

@@ -88,7 +88,27 @@ class Replaced:
         return found
 
 
-Change = Masked | Replaced
+@dataclasses.dataclass(frozen=True)
+class Guarded:
+    """An operand gets an ordinary number where a test of its own says so."""
+
+    jaxpr: Any
+    users: frozenset[int]
+    operand: Any
+    is_fine: Callable[[Any], Any]
+    needs: tuple[Any, ...] = ()
+
+    def changed(
+        self, eqn: Any, values: list[Any], read: Read, number: Any, spread: Any
+    ) -> list[Any]:
+        """Return other operands of one of its users."""
+        x = read(self.operand)
+        safe = jnp.where(self.is_fine(x), x, jnp.asarray(number, x.dtype))
+        pairs = zip(eqn.invars, values, strict=True)
+        return [safe if atom is self.operand else value for atom, value in pairs]
+
+
+Change = Masked | Replaced | Guarded
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from stopgrad_jax._engine.entries import count, nonfinite, wide
 from stopgrad_jax._engine.labels import Labels, Path, Spot
 from stopgrad_jax._engine.levels import Level, Op
 from stopgrad_jax._engine.nested import nested
-from stopgrad_jax._engine.trial import Change, Replaced, evaluate
+from stopgrad_jax._engine.trial import Change, Guarded, Replaced, evaluate
 
 from .programs import Program
 from .written import replaced, with_finfo, written
@@ -176,6 +176,58 @@ def variables(atoms: Sequence[Any]) -> list[Any]:
 def is_in(atom: Any, variables: Any) -> bool:
     """Tell whether an operand is one of some variables."""
     return not isinstance(atom, _jax.Literal) and atom in variables
+
+
+# A value where a function has none --------------------------------------------------
+
+
+def guards(
+    program: Program,
+    labels: Labels,
+    eqn: Any,
+    operand: Any,
+    is_fine: Any,
+    number: float,
+) -> bool:
+    """Tell whether a guard of an operand keeps the gradient finite as well.
+
+    That is not so where the operand itself has no finite slope there, as a norm.
+    """
+    places = [
+        (body.jaxpr, k)
+        for body in bodies(program.source[0], labels, labels.nowhere, set())
+        for k, other in enumerate(body.jaxpr.eqns)
+        if other is eqn
+    ]
+    if not places:
+        return False
+    changes = [Guarded(j, frozenset({k}), operand, is_fine) for j, k in places]
+    floats = [k for k, x in enumerate(program.operands) if _is_float(x)]
+
+    @jax.jit
+    def run(values: list[Any]) -> tuple[list[Any], list[Any]]:
+        def total(values: list[Any]) -> tuple[Any, list[Any]]:
+            operands = list(program.operands)
+            for k, x in zip(floats, values, strict=True):
+                operands[k] = x
+            changed = functools.partial(evaluate, changes, number, 0.0)
+            out = program.remade(changed)(*operands)
+            sums = [jax.numpy.sum(x.real) for x in out if _is_float(x)]
+            return sum(sums), out
+
+        grads, out = jax.grad(total, has_aux=True)(values)
+        return grads, [out[k] for k in program.results]
+
+    try:
+        grads, out = run([jax.numpy.asarray(program.operands[k]) for k in floats])
+    except Exception:  # it has no gradient
+        return True
+    # A value that is nonfinite for another reason tells nothing of its gradient.
+    return any(map(count, out)) or not any(map(count, grads))
+
+
+def _is_float(x: Any) -> bool:
+    return _jax.is_differentiable(jax.typeof(x))
 
 
 # A large number for an infinity ---------------------------------------------------

@@ -15,7 +15,7 @@ from stopgrad_jax._engine.entries import has_nan, wide
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.roles import COTANGENT
 
-from .edited import large_number, subtracts_largest
+from .edited import guards, large_number, subtracts_largest
 from .masking import double_where
 from .search import Found
 from .written import is_constant, numpy_of, operands_of, replaced, written
@@ -43,7 +43,7 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
     if found.side == "backward":
         return _backward(birth)
     cause = _cause(birth)
-    return "; ".join(filter(None, [cause, _guard(birth, fun)]))
+    return "; ".join(filter(None, [cause, _guard(found, birth, labels, fun)]))
 
 
 def _edited(found: Found, birth: Birth, labels: Labels) -> str:
@@ -157,7 +157,14 @@ _DOMAINS = {
 }
 
 
-def _guard(birth: Birth, fun: Callable[..., Any]) -> str:
+_TESTS: dict[str, Callable[[Any], Any]] = {
+    "> 0": lambda x: x > 0,
+    "> -1": lambda x: x > -1,
+    "!= 0": lambda x: x != 0,
+}
+
+
+def _guard(found: Found, birth: Birth, labels: Labels, fun: Callable[..., Any]) -> str:
     """Say in the user's own words how to give an operation a value everywhere."""
     op = birth.op
     name, spot = op.eqn.primitive.name, op.path.spots[-1] if op.path.spots else None
@@ -178,6 +185,9 @@ def _guard(birth: Birth, fun: Callable[..., Any]) -> str:
         if name not in _AT_ZERO:
             return ""
         domain = "!= 0"
+    variable, test = op.eqn.invars[-1], _TESTS[domain]
+    if not guards(found.program, labels, op.eqn, variable, test, float(number)):
+        return ""
     inside = ast.unparse(operand)
     tight = isinstance(operand, ast.Name | ast.Call | ast.Attribute | ast.Subscript)
     where = f"{inside if tight else f'({inside})'} {domain}"
