@@ -77,6 +77,7 @@ FLOORS = [
     {"diagnosis/compare", "diagnosis/readings"},
     {"diagnosis/checked", "diagnosis/edited", "diagnosis/search"},
     {"diagnosis/second"},
+    {"diagnosis/settled"},
     {"diagnosis/masking"},
     {"diagnosis/hints"},
     {"diagnosis/report"},

@@ -20,7 +20,7 @@ from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.trial import Change, Guarded, Replaced, evaluate
 
 from .programs import Program
-from .written import replaced, with_finfo, written
+from .written import replaced, scopes, with_finfo, written
 
 MOST = 4  # edits that are tried out: each compiles the program once more
 
@@ -233,17 +233,17 @@ def _is_float(x: Any) -> bool:
 # A large number for an infinity ---------------------------------------------------
 
 
-def large_number(program: Program, labels: Labels) -> Edit | None:
+def large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
     """Return the edit that puts in the lowest finite number for -inf."""
     found = (
         candidate
         for body in bodies(program.source[0], labels, labels.nowhere, set())
-        for candidate in _infinities(body)
+        for candidate in _infinities(body, fun)
     )
     return first_that_does(program, labels, found)
 
 
-def _infinities(body: Body) -> Iterator[Candidate]:
+def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
         if -np.inf not in literals or not spots:
@@ -258,7 +258,7 @@ def _infinities(body: Body) -> Iterator[Candidate]:
         aval = eqn.outvars[0].aval
         if len(every) != 1 or not _jax.is_differentiable(aval):
             continue
-        module = with_finfo(spots[-1], ast.unparse(node.func.value))
+        module = with_finfo(node.func.value, scopes(spots[-1], fun))
         if not module:
             continue
         new = f"{module}.finfo({module}.{aval.dtype}).min"

@@ -18,7 +18,7 @@ from stopgrad_jax._engine.roles import COTANGENT
 from .edited import guards, large_number, subtracts_largest
 from .masking import double_where
 from .search import Found
-from .written import is_constant, numpy_of, operands_of, replaced, written
+from .written import is_constant, numpy_of, operands_of, replaced, scopes, written
 
 
 def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
@@ -32,7 +32,7 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return _words.BEFORE if found.given else ""
     if found.by_steps:  # compiled, as edits are tried out, it is finite anyway
         return _backward(birth) if found.side == "backward" else _cause(birth)
-    edited = _edited(found, birth, labels)
+    edited = _edited(found, birth, labels, fun)
     if edited:
         return edited
     came_in = found.given or found.constant
@@ -46,10 +46,10 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
     return "; ".join(filter(None, [cause, _guard(found, birth, labels, fun)]))
 
 
-def _edited(found: Found, birth: Birth, labels: Labels) -> str:
+def _edited(found: Found, birth: Birth, labels: Labels, fun: Any) -> str:
     """Return an edit of the user's source that was found to do, or ""."""
     if birth.kind == "harm" and not found.given:
-        edit = large_number(found.program, labels)
+        edit = large_number(found.program, labels, fun)
         if edit is not None:
             row = subtracts_largest(birth.frames[-1].level, birth.op)
             cause = _words.MASKED_ROW if row else _cause(birth)
@@ -60,7 +60,7 @@ def _edited(found: Found, birth: Birth, labels: Labels) -> str:
     operand = found.given.operand if found.given else None
     ops = [birth.op] if found.factor is None else [birth.op, found.factor]
     for path in dict.fromkeys(op.path for op in ops):
-        edit = double_where(found.program, labels, path, operand)
+        edit = double_where(found.program, labels, path, operand, fun)
         if edit is not None:
             where, side = edit.where, found.side
             return _words.double_where(where, edit.old, edit.new, side)
@@ -175,7 +175,7 @@ def _guard(found: Found, birth: Birth, labels: Labels, fun: Callable[..., Any]) 
         return ""
     if name in _AT_ZERO and _is_subnormal(entries[-1], dtype):
         return ""
-    function, module = written(spot), numpy_of(spot, fun)
+    function, module = written(spot), numpy_of(scopes(spot, fun))
     node = function.expression(spot) if function else None
     if node is None or not module or not _is_only(node, name):
         return ""

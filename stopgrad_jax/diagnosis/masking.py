@@ -27,16 +27,16 @@ from .edited import (
 )
 from .programs import Program
 from .settled import binds, is_plain, is_settled
-from .written import names_in, operands_of, place, replaced, written
+from .written import names_in, operands_of, place, replaced, scopes, written
 
 
 def double_where(
-    program: Program, labels: Labels, path: Path, operand: int | None
+    program: Program, labels: Labels, path: Path, operand: int | None, fun: Any
 ) -> Edit | None:
     """Return the edit that masks the operand of an expression as its result is masked.
 
     `path` holds the calls that lead to the expression, `operand` is that operand of the
-    program that was nonfinite itself, if one was.
+    program that was nonfinite itself, if one was, and `fun` the user's function.
     """
     numbers = (1.0, 0.5, 2.0, 0.0) if operand is None else (0.0, 1.0, 0.5, 2.0)
     jaxpr, _ = program.source
@@ -44,12 +44,14 @@ def double_where(
     candidates = (
         candidate
         for body in bodies(jaxpr, labels, labels.nowhere, blamed)
-        for candidate in _maskings(body, path, numbers)
+        for candidate in _maskings(body, path, numbers, fun)
     )
     return first_that_does(program, labels, candidates)
 
 
-def _maskings(body: Body, path: Path, numbers: Sequence[float]) -> Iterator[Candidate]:
+def _maskings(
+    body: Body, path: Path, numbers: Sequence[float], fun: Any
+) -> Iterator[Candidate]:
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots = body.paths[index].spots
         if not _is_where(eqn) or not spots:
@@ -63,7 +65,7 @@ def _maskings(body: Body, path: Path, numbers: Sequence[float]) -> Iterator[Cand
         calls = (body.paths[k].spots for k in body.at(spots[:-1]))
         around = {call[depth] for call in calls if len(call) > depth}
         for spot in around.intersection(path.spots) - {spots[-1]}:
-            masking = _Masking(body, index, function, where, spots, spot)
+            masking = _Masking(body, index, function, where, spots, spot, fun)
             for change, write, outer, key in masking.edits():
                 calls = (*spots[:-1], outer)
                 yield Candidate(change, write, calls, (spots[-1], key), numbers)
@@ -91,7 +93,9 @@ class _Masking:
         node: Any,
         spots: Sequence[Spot],
         spot: Spot,
+        fun: Any,
     ) -> None:
+        self._names = scopes(spot, fun)
         self._body, self._where, self._function = body, body.jaxpr.eqns[where], function
         self._node, self._spots, self._spot = node, spots, spot
         self._group = body.at([*spots[:-1], spot])
@@ -142,10 +146,10 @@ class _Masking:
     def _is_known(self, node: ast.expr, inline: bool) -> bool:
         """Whether the condition can be written where the expression stands."""
         condition = self._node.args[0]
-        if not is_plain(condition, self._spot):
+        if not is_plain(condition, self._names):
             return False
         function = self._function.function
-        return inline or is_settled(function, condition, self._node, node, self._spot)
+        return inline or is_settled(function, condition, self._node, node, self._names)
 
     def _operands(self, node: ast.expr) -> Iterator[tuple[Any, ast.expr]]:
         """Yield the variables that the expression reads, and how they are written."""

@@ -50,6 +50,9 @@ class Given:
     operands: Sequence[Any]
 
 
+MOST_HELD = 2**28  # bytes: 256 MiB
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A program, its operands, and what these and its results are called.
@@ -96,9 +99,22 @@ class Program:
 
     @functools.cached_property
     def wrong_by_steps(self) -> list[int]:
-        """Which are nonfinite where the operations run one by one, as without `jit`."""
+        """Which are nonfinite where the operations run one by one, as without `jit`.
+
+        Not looked at where that would have an effect once more, or hold what a compiled
+        program need not.
+        """
+        if self.jaxpr.effects or self._held > MOST_HELD:
+            return []
         out = _jax.evaluate(self.jaxpr, self.consts, self.operands)
         return [k for k in self.results if count(out[k])]
+
+    @property
+    def _held(self) -> int:
+        """Bytes of all values that the operations make."""
+        avals = (v.aval for eqn in self.jaxpr.eqns for v in eqn.outvars)
+        sizes = (a for a in avals if hasattr(a, "size") and not _jax.is_key(a))
+        return sum(a.size * a.dtype.itemsize for a in sizes)
 
     @functools.cached_property
     def every(self) -> list[Any]:

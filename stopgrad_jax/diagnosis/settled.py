@@ -7,16 +7,15 @@ a lambda. Where that might be another value, or have an effect, it is not writte
 from __future__ import annotations
 
 import ast
-import builtins
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-from stopgrad_jax._engine.labels import Spot
+from .written import meaning, names_in, place
 
-from .written import modules, names_in, place
+Names = Sequence[dict[str, Any]]  # what the names of a module mean, by scope
 
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 # What these hold is evaluated elsewhere, or has an effect.
@@ -42,7 +41,7 @@ def binds(node: ast.AST) -> set[str]:
     return arguments.union(*map(_bound, ast.walk(node)))
 
 
-def is_plain(node: ast.expr, spot: Spot) -> bool:
+def is_plain(node: ast.expr, names: Names) -> bool:
     """Tell an expression that is the same value however often it is written.
 
     It calls functions of JAX, NumPy and Python alone, and methods of arrays.
@@ -50,7 +49,7 @@ def is_plain(node: ast.expr, spot: Spot) -> bool:
     parts = list(ast.walk(node))
     if any(isinstance(part, _NOT_PLAIN) for part in parts):
         return False
-    return all(_is_pure(n, spot) for n in parts if isinstance(n, ast.Call))
+    return all(_is_pure(n, names) for n in parts if isinstance(n, ast.Call))
 
 
 def is_settled(
@@ -58,7 +57,7 @@ def is_settled(
     condition: ast.expr,
     where: ast.expr,
     before: ast.expr,
-    spot: Spot,
+    names: Names,
 ) -> bool:
     """Tell whether a condition means the same at a place before its own.
 
@@ -67,21 +66,21 @@ def is_settled(
       condition: the plain expression.
       where: the call that it is an argument of.
       before: the expression at the earlier place.
-      spot: the place of one of them.
+      names: what names of the module mean.
     """
-    names = names_in(condition)
+    used = names_in(condition)
     after = [n for n in ast.walk(function) if place_of(n) >= place(before)[:2]]
-    if names.intersection(*[set().union(*map(_bound, after))]):
+    if used.intersection(*[set().union(*map(_bound, after))]):
         return False
     declared = (
         n for n in ast.walk(function) if isinstance(n, ast.Global | ast.Nonlocal)
     )
-    if any(names.intersection(n.names) for n in declared):
+    if any(used.intersection(n.names) for n in declared):
         return False
     parts = [
         n for n in ast.walk(condition) if isinstance(n, ast.Attribute | ast.Subscript)
     ]
-    if all(_is_of_a_module(n, spot) for n in parts):
+    if all(_is_of_a_module(n, names) for n in parts):
         return True
     # What holds the value may be given another one: by a store, or by a call.
     inside = {n for f in ast.walk(function) if f is not function for n in _body_of(f)}
@@ -89,8 +88,8 @@ def is_settled(
     if any(_is_stored(n) for n in stores):
         return False
     between = [n for n in after if place_of(n) < place(where)[:2]]
-    calls = [n for n in between if isinstance(n, ast.Call) and not _is_pure(n, spot)]
-    return not any(names & names_in(call) for call in calls)
+    calls = [n for n in between if isinstance(n, ast.Call) and not _is_pure(n, names)]
+    return not any(used & names_in(call) for call in calls)
 
 
 def place_of(node: ast.AST) -> tuple[int, int]:
@@ -118,42 +117,30 @@ def _bound(node: ast.AST) -> set[str]:
     return set()
 
 
-def _is_pure(call: ast.Call, spot: Spot) -> bool:
-    value = _meaning(call.func, spot)
+def _is_pure(call: ast.Call, names: Names) -> bool:
+    value = meaning(call.func, names)
     if isinstance(value, types.BuiltinFunctionType | type) and value in _BUILTINS:
         return True
     module = value and getattr(value, "__module__", None)
     if str(module).split(".")[0] in _PURE:
         return True
-    if isinstance(call.func, ast.Attribute) and not _is_of_a_module(call.func, spot):
+    if isinstance(call.func, ast.Attribute) and not _is_of_a_module(call.func, names):
         return hasattr(jax.Array, call.func.attr)
     return (
         isinstance(call.func, ast.Attribute)
         and value is not None
-        and (_root_module(call.func, spot) in _PURE)
+        and (_root_module(call.func, names) in _PURE)
     )
 
 
-def _is_of_a_module(node: ast.AST, spot: Spot) -> bool:
-    return bool(_root_module(node, spot))
+def _is_of_a_module(node: ast.AST, names: Names) -> bool:
+    return bool(_root_module(node, names))
 
 
-def _root_module(node: Any, spot: Spot) -> str:
+def _root_module(node: Any, names: Names) -> str:
     """Return the package that an attribute is one of, or ""."""
     while isinstance(node, _PARTS):
         node = node.value
-    value = _meaning(node, spot)
+    value = meaning(node, names)
     is_module = isinstance(value, types.ModuleType)
     return value.__name__.split(".")[0] if is_module else ""
-
-
-def _meaning(node: ast.AST, spot: Spot) -> Any:
-    """Return what a name of the module, or an attribute of one, is; or None."""
-    if isinstance(node, ast.Attribute):
-        return getattr(_meaning(node.value, spot), node.attr, None)
-    if not isinstance(node, ast.Name):
-        return None
-    for scope in modules(spot):
-        if node.id in scope:
-            return scope[node.id]
-    return getattr(builtins, node.id, None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -144,26 +145,40 @@ _EMPTY = types.CellType()
 
 def modules(spot: Spot) -> list[dict[str, Any]]:
     """Return what the names of the module mean that an expression is in."""
-    modules = list(sys.modules.values())
-    same = [m for m in modules if getattr(m, "__file__", None) == spot.frame.file]
-    return [vars(module) for module in same]
+    same = getattr(spot.frame, "file", None)
+    found = [m for m in list(sys.modules.values()) if getattr(m, "__file__", 0) == same]
+    return [vars(module) for module in found]
 
 
-def with_finfo(spot: Spot, module: str) -> str:
+def scopes(spot: Spot, fun: Any) -> list[dict[str, Any]]:
+    """Return the same, or what they mean to a function where no module has the file."""
+    while (inner := getattr(fun, "__wrapped__", None)) is not None:
+        fun = inner
+    return modules(spot) or [getattr(fun, "__globals__", {})]
+
+
+def meaning(node: ast.AST, names: Sequence[dict[str, Any]]) -> Any:
+    """Return what a name of a module, or an attribute of one, is; or None."""
+    if isinstance(node, ast.Attribute):
+        return getattr(meaning(node.value, names), node.attr, None)
+    if not isinstance(node, ast.Name):
+        return None
+    for scope in names:
+        if node.id in scope:
+            return scope[node.id]
+    return getattr(builtins, node.id, None)
+
+
+def with_finfo(module: ast.expr, names: Sequence[dict[str, Any]]) -> str:
     """Return how `finfo` is reached where a function of a module is called, or ""."""
-    first, *rest = module.split(".")
-    for scope in modules(spot):
-        value = scope.get(first)
-        for name in rest:
-            value = getattr(value, name, None)
-        if hasattr(value, "finfo"):
-            return module
-    return numpy_of(spot, None)
+    if hasattr(meaning(module, names), "finfo"):
+        return ast.unparse(module)
+    return numpy_of(names)
 
 
-def numpy_of(spot: Spot, fun: Callable[..., Any] | None) -> str:
-    """Return what `jax.numpy` is called in the module of an expression, or ""."""
-    for scope in modules(spot) or [getattr(fun, "__globals__", {})]:
+def numpy_of(names: Sequence[dict[str, Any]]) -> str:
+    """Return what `jax.numpy` is called among some names, or ""."""
+    for scope in names:
         for name, value in list(scope.items()):
             if value is jnp:
                 return name
