@@ -134,6 +134,8 @@ class _Unfolding:
             for k, own in enumerate(match.own if match else ()):
                 if self._held(own):
                     results[k] = self._stop(eqn, path, results[k])
+                elif inner is not None and not inner.rule and not _joins(eqn, inner):
+                    results[k] = self._returned(eqn, path, results[k])
                 found = results[k]
                 if found is not None:
                     own_bits = moved is None or moved[start + split + k]
@@ -194,6 +196,17 @@ class _Unfolding:
         op = self._op(eqn, path)
         op.held = True
         return self._result(op, self.graph.avals[value], (), (value,))
+
+    def _returned(self, eqn: Any, path: Path, value: Value | None) -> Value | None:
+        """A found value that a body returned, apart from what the body does with it.
+
+        The body may read it, too, return it twice, or have been given it.
+        """
+        if value is None:
+            return None
+        op = self._op(eqn, path, join=True)
+        op.copies = True
+        return self._result(op, self.graph.avals[value], (value,), (value,))
 
     def _reference(
         self, eqn: Any, path: Path, inputs: Sequence[Any], env: dict[Any, Any]
@@ -263,7 +276,7 @@ class _Unfolding:
         self.graph.found = outside + [
             value for part in reversed(found) for value in part
         ]
-        if len(inner.bodies) == 1 and not never:
+        if not _joins(eqn, inner):
             only: dict[int, Value | None] = {
                 k: cast(Value, v[0]) for k, v in left.items()
             }
@@ -308,6 +321,11 @@ class _Unfolding:
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)
         if carries(self.graph.avals[joint]):
             self.graph.grads[joint] = (*self.graph.grads[joint], source)
+
+
+def _joins(eqn: Any, inner: Nested) -> bool:
+    """Tell whether a result may be one of several values."""
+    return len(inner.bodies) > 1 or may_run_no_round(eqn, inner)
 
 
 def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
