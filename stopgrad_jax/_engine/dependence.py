@@ -12,6 +12,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .apart import operands_of
 from .connect import Bits, Reach, union
 from .nested import nested
 from .signature import signature
@@ -310,7 +311,7 @@ def all_that_flows(jaxpr: Any) -> Sequence[Bits]:
 def _everything(eqn: Any, moved: Bits | None) -> list[Bits]:
     if eqn.primitive.name == "custom_lin":
         raise TypeError("a custom_vjp has no forward rule to read")
-    return [(1 << len(eqn.invars)) - 1] * len(eqn.outvars)
+    return operands_of(eqn)
 
 
 _PRIMAL, _TANGENT = 1, 2

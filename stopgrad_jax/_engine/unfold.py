@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import stopgrad_jax._jax as _jax
 
+from .apart import operands_of
 from .connect import Bits, Moves, Reach, may_run_no_round, read
 from .dependence import Answer, Rules, chosen
 from .graph import Graph, Op, Value
@@ -178,11 +179,12 @@ class _Unfolding:
             passes = self._rules.moving(eqn)
         op.overwrites = kept is not None
         results: list[Value | None] = []
-        for var, bits in zip(eqn.outvars, passes, strict=True):
+        for var, bits, reads in zip(eqn.outvars, passes, operands_of(eqn), strict=True):
             grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
             if kept is not None:
                 grads = kept
-            results.append(self._result(op, var.aval, grads, inputs))
+            feeds = [x for k, x in enumerate(inputs) if reads >> k & 1]
+            results.append(self._result(op, var.aval, grads, feeds))
         if eqn.primitive.name == "select_n" and case is None:
             self.graph.cases[op.values[0]] = inputs[1:]
         if not results:

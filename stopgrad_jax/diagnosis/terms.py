@@ -60,6 +60,7 @@ class _Sum:
     def __init__(self, analysis: Analysis, inputs: dict[Value, str]) -> None:
         self._analysis, self._graph = analysis, analysis.graph
         self._inputs = inputs
+        self._linear: dict[Op, bool] = {}
 
     def parts(self, sink: Value) -> Iterator[Part]:
         """Yield the parts of the output; itself, if it is no sum."""
@@ -120,9 +121,23 @@ class _Sum:
         )
         if operands[1:] and (bias or len({len(s) for s in shapes}) > 1):
             return []
-        return (
-            [v for v in operands if v is not None] if is_linear(op.eqn, moved) else []
-        )
+        linear = self._is_linear(op, moved)
+        return [v for v in operands if v is not None] if linear else []
+
+    def _is_linear(self, op: Op, moved: list[int]) -> bool:
+        """Tell whether an operation is linear in operands; in all, so it is in each.
+
+        One that hands a whole tree on is asked for all of it at once.
+        """
+        if len(op.eqn.outvars) > 1:
+            if op not in self._linear:
+                moving = self._analysis.tangent
+                pairs = enumerate(op.inputs)
+                every = [k for k, v in pairs if v is not None and moving[v]]
+                self._linear[op] = is_linear(op.eqn, every)
+            if self._linear[op]:
+                return True
+        return is_linear(op.eqn, moved)
 
     def _whole(self, value: Value, reader: Op | None) -> Part:
         """A part that no variable has: named by its expression."""
