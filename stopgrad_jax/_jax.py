@@ -159,6 +159,19 @@ def programs_in(eqn: Any) -> list[Any]:
     return found
 
 
+def held(jaxpr: Any) -> list[Any]:
+    """Every constant that the programs in a jaxpr's equations hold.
+
+    `inner_jaxprs` leaves the constants of a closed jaxpr away on JAX 0.10.
+    """
+    found = list[Any]()
+    for eqn in opened(jaxpr)[0].eqns:
+        found += [x for v in eqn.params.values() for x in getattr(v, "consts", ())]
+        for program in programs_in(eqn):
+            found += held(program)
+    return found
+
+
 def calls_back(jaxpr: Any) -> bool:
     """Tell a program that calls a function on the host and uses what it returns."""
     return any(

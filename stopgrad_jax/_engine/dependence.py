@@ -148,9 +148,12 @@ def chosen(eqn: Any) -> int | None:
 
 def _but_hoisted(eqn: Any) -> Bits:
     """All operands but the arrays that a custom rule's function closes over."""
-    count = len(eqn.invars)
-    hoisted = eqn.params["num_consts"] if eqn.primitive.name in _jax.CUSTOM else 0
-    return (1 << count) - (1 << hoisted)
+    return (1 << len(eqn.invars)) - (1 << _hoisted(eqn))
+
+
+def _hoisted(eqn: Any) -> int:
+    """Count the first operands: what a custom rule's function closes over."""
+    return eqn.params["num_consts"] if eqn.primitive.name in _jax.CUSTOM else 0
 
 
 def _moved(eqn: Any, moved: Bits | None) -> list[int]:
@@ -171,6 +174,13 @@ def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
         results = [k for k in results if cotangents >> k & 1]
     if not moved:
         return Answer([0] * len(eqn.outvars))
+    closed = [k for k in moved if k < _hoisted(eqn)]
+    if closed and eqn.primitive.name == "custom_jvp_call":
+        # A custom_vjp raises here by itself. A custom_jvp is not called by JAX with
+        # what its function closes over: its rule does not know, and `jax.grad` fails.
+        bits = sum(1 << k for k in moved)
+        dependence = [bits if k in results else 0 for k in range(len(eqn.outvars))]
+        return Answer(dependence, refuses=sum(1 << k for k in closed), always=True)
     answer = _ask_together(eqn, moved, results)
     if not answer.refuses or pattern is not None or not moved[1:]:
         return answer
