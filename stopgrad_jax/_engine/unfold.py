@@ -260,14 +260,15 @@ class _Unfolding:
                 moved = self._reach.entering(body, plan, moved, found_here)
             results, held = self.inline(body.jaxpr, operands, path, plan, moved)
             found.append(self.graph.found)
-            for out, back in feedback:
+            runs = eqn.params.get("length") != 0
+            for out, back in feedback if runs else ():
                 self._feed_back(joints[back], [*results, *held][out])
             if joints:
                 self.graph.loops.append((first, len(self.graph.maker) - 1))
             elif inner.dynamic:
                 steering += results
             for out, k in enumerate(body.results):
-                if k is not None:
+                if k is not None and runs:
                     sources[k].append(results[out])
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:
