@@ -159,6 +159,19 @@ def programs_in(eqn: Any) -> list[Any]:
     return found
 
 
+def held(jaxpr: Any) -> list[Any]:
+    """Every constant that the programs in a jaxpr's equations hold.
+
+    `inner_jaxprs` leaves the constants of a closed jaxpr away on JAX 0.10.
+    """
+    found = list[Any]()
+    for eqn in opened(jaxpr)[0].eqns:
+        found += [x for v in eqn.params.values() for x in getattr(v, "consts", ())]
+        for program in programs_in(eqn):
+            found += held(program)
+    return found
+
+
 def calls_back(jaxpr: Any) -> bool:
     """Tell a program that calls a function on the host and uses what it returns."""
     return any(
@@ -399,9 +412,20 @@ def result_paths(eqn: Any) -> tuple[str, ...] | None:
 
 
 def rule_site(eqn: Any) -> str:
-    """Return `file:line` of the function that has this custom rule, or ""."""
+    """Return `file:line` of the function that has this custom rule, or "".
+
+    `jax.custom_gradient` wraps the user's function in its own: then it is the one that
+    the wrapper closes over.
+    """
     debug_info = opened(params_of(eqn)["call_jaxpr"])[0].debug_info
     place = debug_info.func_src_info.partition(" at ")[2] if debug_info else ""
+    if not is_own(place):
+        return place
+    for rule in custom_rule(eqn) or ():
+        for cell in getattr(rule, "__closure__", None) or ():
+            code = _is_filled(cell) and getattr(cell.cell_contents, "__code__", None)
+            if code and not is_own(code.co_filename):
+                return f"{code.co_filename}:{code.co_firstlineno}"
     return place
 
 

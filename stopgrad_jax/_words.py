@@ -27,6 +27,8 @@ CUT = "gradient is exactly zero. Every path to {outputs} is cut."
 RAISES = "jax.grad raises{at}: {error}"
 # Tracing it has left a value of the function's own trace in the derivative.
 CLOSED_OVER = "UnexpectedTracerError: a custom rule closes over what is differentiated"
+# The same, as a constant of a jitted function: `jax.jit` of the gradient may drop it.
+CLOSED_OVER_INSIDE = "TypeError: a custom rule closes over what is differentiated"
 # A gradient that was traced reaches `prevent_gradient`.
 PREVENTED = "a gradient arrives at {places}, which raises."
 # Rules hand the tangent on along some way. Nothing was run: it may be zero by value.

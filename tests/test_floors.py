@@ -31,6 +31,7 @@ FLOORS = [
         "_engine/overwrite",
         "_engine/slope",
         "_engine/references",
+        "_engine/apart",
         "_engine/rebuild",
     },
     {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},

@@ -258,10 +258,11 @@ class Analysis:
         if op.overwrites:
             left = self.reached(self.tangent, used)
             return self.reached(self.tangent, graph.feeds[used[0]]) & ~left
+        passed = {s for v in used for s in graph.grads[v]}
+        rest = {s for v in used for s in graph.feeds[v]} - passed
         # What an integer is made of ends at it, whatever the other results are.
-        exact = not all(map(self._carries, used))
-        passed = set() if exact else {s for v in used for s in graph.grads[v]}
-        rest = [s for s in graph.feeds[used[0]] if s not in passed]
+        exact = (v for v in used if not self._carries(v))
+        rest |= {s for v in exact for s in graph.feeds[v]}
         return self.reached(self.tangent, rest)
 
 

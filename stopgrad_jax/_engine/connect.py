@@ -180,9 +180,11 @@ class Moves:
                 moved = self.entering(body, plan, moved, own_flags[:count])
                 own_flags = own_flags[count:]
             summary = self.summary(body.jaxpr, plan, moved)
-            inputs = rounds(body, summary, inputs, mine)
+            runs = eqn.params.get("length") != 0
+            if runs:
+                inputs = rounds(body, summary, inputs, mine)
             for k, bits in zip(body.results, summary.results, strict=True):
-                if k is not None:
+                if k is not None and runs:
                     results[k] |= apply(bits, inputs + mine)
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:

@@ -12,6 +12,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .apart import operands_of
 from .connect import Bits, Reach, union
 from .nested import nested
 from .signature import signature
@@ -150,9 +151,12 @@ def chosen(eqn: Any) -> int | None:
 
 def _but_hoisted(eqn: Any) -> Bits:
     """All operands but the arrays that a custom rule's function closes over."""
-    count = len(eqn.invars)
-    hoisted = eqn.params["num_consts"] if eqn.primitive.name in _jax.CUSTOM else 0
-    return (1 << count) - (1 << hoisted)
+    return (1 << len(eqn.invars)) - (1 << _hoisted(eqn))
+
+
+def _hoisted(eqn: Any) -> int:
+    """Count the first operands: what a custom rule's function closes over."""
+    return eqn.params["num_consts"] if eqn.primitive.name in _jax.CUSTOM else 0
 
 
 def _moved(eqn: Any, moved: Bits | None) -> list[int]:
@@ -173,6 +177,13 @@ def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
         results = [k for k in results if cotangents >> k & 1]
     if not moved:
         return Answer([0] * len(eqn.outvars))
+    closed = [k for k in moved if k < _hoisted(eqn)]
+    if closed and eqn.primitive.name == "custom_jvp_call":
+        # A custom_vjp raises here by itself. A custom_jvp is not called by JAX with
+        # what its function closes over: its rule does not know, and `jax.grad` fails.
+        bits = sum(1 << k for k in moved)
+        dependence = [bits if k in results else 0 for k in range(len(eqn.outvars))]
+        return Answer(dependence, refuses=sum(1 << k for k in closed), always=True)
     answer = _ask_together(eqn, moved, results)
     if not answer.refuses or pattern is not None or not moved[1:]:
         return answer
@@ -313,7 +324,7 @@ def all_that_flows(jaxpr: Any) -> Sequence[Bits]:
 def _everything(eqn: Any, moved: Bits | None) -> list[Bits]:
     if eqn.primitive.name == "custom_lin":
         raise TypeError("a custom_vjp has no forward rule to read")
-    return [(1 << len(eqn.invars)) - 1] * len(eqn.outvars)
+    return operands_of(eqn)
 
 
 _PRIMAL, _TANGENT = 1, 2

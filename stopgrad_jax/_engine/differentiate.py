@@ -297,6 +297,8 @@ def try_gradient(
         outer = set(map(id, (*traced.consts, *traced.leaves)))
         if any(_jax.is_traced(x) and id(x) not in outer for x in consts):
             return False, _words.CLOSED_OVER
+        if any(_jax.is_traced(x) and id(x) not in outer for x in _jax.held(jaxpr)):
+            return False, _words.CLOSED_OVER_INSIDE
     except Exception as error:  # whatever the rule on the way raises
         return False, f"{type(error).__name__}: {shortened(error, 160)}"
     first = len(jaxpr.invars) - len(cts)

@@ -22,10 +22,14 @@ Value = int  # the number of a value
 
 
 class Op:
-    """An equation at one place of the program, or the joint of a loop or branch."""
+    """An equation at one place of the program, or the joint of a loop or branch.
+
+    One that `copies` is the joint at which a found value leaves the body it is made in.
+    """
 
     __slots__ = (
         "always",
+        "copies",
         "cotangents",
         "eqn",
         "held",
@@ -45,7 +49,7 @@ class Op:
         self.eqn, self.path, self.join = eqn, path, join
         self.values: list[Value] = []
         self.inputs: Sequence[Value | None] = ()
-        self.masks = self.overwrites = self.held = False
+        self.masks = self.overwrites = self.held = self.copies = False
         # Sources (as bits) and operands with which its rule raises.
         self.refuses: Bits = 0
         self.refusing: Sequence[Value | None] = ()

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import stopgrad_jax._jax as _jax
 
+from .apart import operands_of
 from .connect import Bits, Moves, Reach, may_run_no_round, read
 from .dependence import Answer, Rules, chosen
 from .graph import Graph, Op, Value
@@ -134,6 +135,8 @@ class _Unfolding:
             for k, own in enumerate(match.own if match else ()):
                 if self._held(own):
                     results[k] = self._stop(eqn, path, results[k])
+                elif inner is not None and not inner.rule and not _joins(eqn, inner):
+                    results[k] = self._returned(eqn, path, results[k])
                 found = results[k]
                 if found is not None:
                     own_bits = moved is None or moved[start + split + k]
@@ -176,11 +179,12 @@ class _Unfolding:
             passes = self._rules.moving(eqn)
         op.overwrites = kept is not None
         results: list[Value | None] = []
-        for var, bits in zip(eqn.outvars, passes, strict=True):
+        for var, bits, reads in zip(eqn.outvars, passes, operands_of(eqn), strict=True):
             grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
             if kept is not None:
                 grads = kept
-            results.append(self._result(op, var.aval, grads, inputs))
+            feeds = [x for k, x in enumerate(inputs) if reads >> k & 1]
+            results.append(self._result(op, var.aval, grads, feeds))
             if moves and carries(var.aval) and _jax.kind_of(eqn) == "custom_vjp_call":
                 self.graph.moves[op.values[-1]] = _values(inputs)
         if eqn.primitive.name == "select_n" and case is None:
@@ -196,6 +200,17 @@ class _Unfolding:
         op = self._op(eqn, path)
         op.held = True
         return self._result(op, self.graph.avals[value], (), (value,))
+
+    def _returned(self, eqn: Any, path: Path, value: Value | None) -> Value | None:
+        """A found value that a body returned, apart from what the body does with it.
+
+        The body may read it, too, return it twice, or have been given it.
+        """
+        if value is None:
+            return None
+        op = self._op(eqn, path, join=True)
+        op.copies = True
+        return self._result(op, self.graph.avals[value], (value,), (value,))
 
     def _reference(
         self, eqn: Any, path: Path, inputs: Sequence[Any], env: dict[Any, Any]
@@ -247,14 +262,15 @@ class _Unfolding:
                 moved = self._reach.entering(body, plan, moved, found_here)
             results, held = self.inline(body.jaxpr, operands, path, plan, moved)
             found.append(self.graph.found)
-            for out, back in feedback:
+            runs = eqn.params.get("length") != 0
+            for out, back in feedback if runs else ():
                 self._feed_back(joints[back], [*results, *held][out])
             if joints:
                 self.graph.loops.append((first, len(self.graph.maker) - 1))
             elif inner.dynamic:
                 steering += results
             for out, k in enumerate(body.results):
-                if k is not None:
+                if k is not None and runs:
                     sources[k].append(results[out])
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:
@@ -265,7 +281,7 @@ class _Unfolding:
         self.graph.found = outside + [
             value for part in reversed(found) for value in part
         ]
-        if len(inner.bodies) == 1 and not never:
+        if not _joins(eqn, inner):
             only: dict[int, Value | None] = {
                 k: cast(Value, v[0]) for k, v in left.items()
             }
@@ -310,6 +326,11 @@ class _Unfolding:
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)
         if carries(self.graph.avals[joint]):
             self.graph.grads[joint] = (*self.graph.grads[joint], source)
+
+
+def _joins(eqn: Any, inner: Nested) -> bool:
+    """Tell whether a result may be one of several values."""
+    return len(inner.bodies) > 1 or may_run_no_round(eqn, inner)
 
 
 def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:

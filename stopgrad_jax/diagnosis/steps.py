@@ -141,17 +141,19 @@ def _step(
         type_of(graph.avals[v]) for v in leaving if hasattr(graph.avals[v], "dtype")
     }
     special = group.special
-    last = graph.ops[group.ops[-1]]
+    own = [op for op in map(graph.ops.__getitem__, group.ops) if not op.copies]
+    own = own or [graph.ops[k] for k in group.ops]
+    last = own[-1]
     kind = special.kind if special and special.kind != "name" else "step"
     label, detail = _label(group, grouping.root, last)
     if special:
         detail = special.detail or detail
         if special.cut:
             detail = _of_cut(special.cut, graph.ops[special.cut.op].name, label)
-    elif all(graph.ops[k].join for k in group.ops):
+    elif all(op.join and not op.copies for op in own):
         cond = last.eqn.primitive.name == "cond"
         detail = "one of the branches" if cond else "carried by the loop"
-    repeat = _repeats([graph.ops[k] for k in group.ops], group)
+    repeat = _repeats(own, group)
     return Step(
         number,
         kind,

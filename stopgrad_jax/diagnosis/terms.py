@@ -60,6 +60,7 @@ class _Sum:
     def __init__(self, analysis: Analysis, inputs: dict[Value, str]) -> None:
         self._analysis, self._graph = analysis, analysis.graph
         self._inputs = inputs
+        self._linear: dict[Op, bool] = {}
 
     def parts(self, sink: Value) -> Iterator[Part]:
         """Yield the parts of the output; itself, if it is no sum."""
@@ -93,12 +94,20 @@ class _Sum:
             yield from self._parts(operand, after, frozenset(names))
 
     def _maker(self, value: Value) -> Op | None:
-        number = self._graph.maker[value]
+        number = self._graph.maker[self._original(value)]
         return None if number < 0 else self._graph.ops[number]
+
+    def _original(self, value: Value) -> Value:
+        """What a found value is that a body returned."""
+        number = self._graph.maker[value]
+        while number >= 0 and self._graph.ops[number].copies:
+            (value,) = self._graph.feeds[value]
+            number = self._graph.maker[value]
+        return value
 
     def _summands(self, value: Value) -> list[Value]:
         """Return what a value is a sum of: none where it is not linear in it."""
-        op = self._maker(value)
+        op, value = self._maker(value), self._original(value)
         if op is None or op.join or op.held:
             return []
         moving = self._analysis.tangent
@@ -112,15 +121,31 @@ class _Sum:
         )
         if operands[1:] and (bias or len({len(s) for s in shapes}) > 1):
             return []
-        return (
-            [v for v in operands if v is not None] if is_linear(op.eqn, moved) else []
-        )
+        linear = self._is_linear(op, moved)
+        return [v for v in operands if v is not None] if linear else []
+
+    def _is_linear(self, op: Op, moved: list[int]) -> bool:
+        """Tell whether an operation is linear in operands; in all, so it is in each.
+
+        One that hands a whole tree on is asked for all of it at once.
+        """
+        if len(op.eqn.outvars) > 1:
+            if op not in self._linear:
+                moving = self._analysis.tangent
+                pairs = enumerate(op.inputs)
+                every = [k for k, v in pairs if v is not None and moving[v]]
+                self._linear[op] = is_linear(op.eqn, every)
+            if self._linear[op]:
+                return True
+        return is_linear(op.eqn, moved)
 
     def _whole(self, value: Value, reader: Op | None) -> Part:
         """A part that no variable has: named by its expression."""
         op = self._maker(value)
         if op is None:
-            path = self._inputs.get(value, "")
+            path = self._inputs.get(value) or self._inputs.get(
+                self._original(value), ""
+            )
             return Part(value, path, True, path)
         spot = _apart(op, reader) or op.spot
         text = spot.expression if spot else op.name
