@@ -51,6 +51,7 @@ FLOORS = [
     {"_engine/unmatched"},
     {"_engine/rewrite", "_engine/select", "_engine/dependence"},
     {"_engine/graph"},
+    {"_engine/naming"},
     {"_engine/causes", "_engine/unfold", "_engine/dropped"},
     {"_engine/refuse", "_engine/given", "_engine/differentiate"},
     {"points", "query", "gates", "cotangents", "substitution", "trees", "freezing"},

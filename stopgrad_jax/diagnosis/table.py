@@ -115,6 +115,8 @@ def _brief(cut: Cut) -> str:
     if inside is None:
         return cut.brief
     called = inside.callee or inside.expression[:_WIDEST]
+    if cut.reason == "zero_derivative" and cut.brief != _words.ZERO_BRIEF:
+        called = ""  # its own derivative need not be zero
     words = " ".join(filter(None, [called, cut.brief]))
     return f"{words} ({inside.place})"
 
