@@ -83,6 +83,7 @@ FLOORS = [
     {"diagnosis/report"},
     {"diagnosis/steps", "diagnosis/dot", "diagnosis/render"},
     {"diagnosis/look", "diagnosis/drawing"},
+    {"diagnosis/passing"},
     {"diagnosis/table", "diagnosis/explain", "diagnosis/source", "diagnosis/part"},
     {"diagnosis/flow"},
     {

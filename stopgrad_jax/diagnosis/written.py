@@ -32,12 +32,29 @@ class Written:
             for node in ast.walk(tree)
             if isinstance(node, _FUNCTIONS) and is_within(spot.position, place(node))
         ]
+        self._tree = tree
         self.function: ast.AST = max(around, key=lambda n: place(n)[:2], default=tree)
 
     def expression(self, spot: Spot) -> ast.expr | None:
         """Return the expression at a place in it."""
         nodes = (n for n in ast.walk(self.function) if isinstance(n, ast.expr))
         return next((n for n in nodes if place(n) == spot.position), None)
+
+    def is_module(self, node: ast.expr) -> bool:
+        """Tell whether an expression is taken from a module, as far as the file says.
+
+        In a notebook the import may be in another cell: a name that this one binds
+        nowhere is one, too.
+        """
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        if not isinstance(node, ast.Name):
+            return False
+        every, name = list(ast.walk(self._tree)), node.id
+        bound = all(isinstance(n, ast.alias) for n in every if name in _bound(n))
+        return bound and not any(
+            isinstance(n, ast.arg) and n.arg == name for n in every
+        )
 
     def is_settled(self, names: set[str], before: Position) -> bool:
         """Tell whether names mean the same from there to the end of the function."""
