@@ -277,6 +277,12 @@ def call_name(eqn: Any) -> str | None:
     return None
 
 
+def opaque_name(eqn: Any) -> str:
+    """Name of the operation of an equation, also where that is an object of its own."""
+    opaque = eqn.params.get("_prim") if kind_of(eqn) == "call_hi_primitive" else None
+    return kind_of(eqn) if opaque is None else type(opaque).__name__
+
+
 def edited_at(eqn: Any) -> str:
     """Address of the edit whose result an equation marks, or ""."""
     return eqn.params["address"] if eqn.primitive.name == "edited" else ""

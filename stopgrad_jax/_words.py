@@ -44,7 +44,8 @@ ZEROS = (
 )
 # The term's value is computed from the input, and no gradient comes through it.
 DOES_NOT_TRAIN = "So {terms} {do} not train {path}."
-# A rounding, a step or a cast ends the gradient, and no stop was put in on purpose.
+# A rounding or a step ends the gradient, and no stop was put in on purpose; pasted in
+# the place of the expression, the call has its value, and a gradient passes.
 STRAIGHT_THROUGH = (
     "To keep the forward value and pass a gradient, use a straight-through rule: "
     "{call}."
@@ -82,8 +83,16 @@ RULE_RETURNS_ZERO = "the custom rule of {name} returns zero"
 BACKWARD_RETURNS_NONE = "the backward function returns None for it"
 # The second argument of `replace_value`, the forward function of `straight_through`.
 VALUE_ALONE = "{name} takes its value and not its derivative, on purpose"
-# JAX's own rule of a float operation hands no tangent on.
+# JAX's own rule of a float operation hands no tangent on; the name is that operation's,
+# or of a function that is nothing else.
 ZERO_DERIVATIVE = "the derivative of {name} is zero almost everywhere"
+ZERO_BRIEF = "derivative is zero"  # that of the whole call
+# The same of any other operation of floats: nothing else is known of it.
+HANDS_NONE_ON = "the derivative rule of {name} hands no gradient on"
+# Nothing but comparisons ends it in the call of a function that returns floats.
+COMPARED_INSIDE = "only compared{inside}: bools come of it, which carry no gradient"
+# The same of an operation whose result is, or has beside others, integers or booleans.
+GIVES_INSIDE = "{name} gives {types}, which carries no gradient"
 # The operation returns booleans, of operands that carry a gradient.
 COMPARED = "only compared: the comparison returns bool, and a bool carries no gradient"
 RETURNS_BOOL = "{name} returns bool, and a bool carries no gradient"

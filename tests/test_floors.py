@@ -52,6 +52,7 @@ FLOORS = [
     {"_engine/unmatched"},
     {"_engine/rewrite", "_engine/select", "_engine/dependence"},
     {"_engine/graph"},
+    {"_engine/naming"},
     {"_engine/causes", "_engine/unfold", "_engine/dropped"},
     {"_engine/refuse", "_engine/given", "_engine/differentiate"},
     {"points", "query", "gates", "cotangents", "substitution", "trees", "freezing"},
@@ -84,6 +85,7 @@ FLOORS = [
     {"diagnosis/report"},
     {"diagnosis/steps", "diagnosis/dot", "diagnosis/render"},
     {"diagnosis/look", "diagnosis/drawing"},
+    {"diagnosis/passing"},
     {"diagnosis/table", "diagnosis/explain", "diagnosis/source", "diagnosis/part"},
     {"diagnosis/flow"},
     {

@@ -18,6 +18,7 @@ import stopgrad_jax._words as _words
 from .connect import Bits
 from .graph import Graph, Op, Value
 from .labels import Path, Spot, printed_place
+from .naming import called, zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +219,8 @@ class Analysis:
     def _cut(self, group: range, lost: dict[int, Bits], types: set[str]) -> Cut:
         """Make the cut that the operations in `lost` are, of an expression."""
         ops, first = self.graph.ops, min(lost)
-        reason, words, brief = why([ops[k] for k in sorted(lost)], types)
+        ends = [ops[k] for k in sorted(lost)]
+        reason, words, brief = why(ends, types, self.graph)
         bits, path, edit = _union(lost.values()), ops[first].path, ""
         if reason == "stop_gradient" and (edit := self._edited(ops[first])):
             words, brief = _words.STOPPED_BY_EDIT.format(address=edit), "by an edit"
@@ -270,21 +272,21 @@ def _union(bits: Iterable[Bits]) -> Bits:
     return functools.reduce(int.__or__, bits, 0)
 
 
-def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
+def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str]:
     """Return the reason for which a gradient ends in an expression, and its words.
 
     Args:
       ops: the operations at which it ends.
       exact: the dtypes of what the expression returns, if none carries a gradient.
+      graph: what they are of.
     """
     op = ops[0]
-    spot, name = op.path.innermost, op.name
     if op.held:
         return "held", _words.HELD, _words.HELD
     if op.overwrites:
         return "overwritten", _words.OVERWRITTEN, "overwrites it"
     if op.path.sampler:
-        return "sampled", _words.SAMPLED.format(name=name), "sampled"
+        return "sampled", _words.SAMPLED.format(name=called(op)), "sampled"
     if exact:
         return _exact(op, ", ".join(sorted(exact)))
     for op in ops:
@@ -300,10 +302,7 @@ def why(ops: Sequence[Op], exact: set[str]) -> tuple[str, str, str]:
                 words = _words.BACKWARD_RETURNS_NONE
                 return "zero_rule", words, "backward returns None"
             return "zero_rule", _words.VALUE_ALONE.format(name=rule), ""
-    if spot is not None and not spot.callee and len(spot.expression) <= 40:
-        name = spot.expression or name  # an operator: a // b
-    words = _words.ZERO_DERIVATIVE.format(name=name)
-    return "zero_derivative", words, "derivative is zero"
+    return "zero_derivative", *zero(ops, graph)
 
 
 def _exact(op: Op, types: str) -> tuple[str, str, str]:
@@ -312,6 +311,6 @@ def _exact(op: Op, types: str) -> tuple[str, str, str]:
     if types == "bool":
         compares = spot is None or not spot.callee
         words = _words.COMPARED if compares else _words.RETURNS_BOOL
-        return "comparison", words.format(name=op.name), brief
+        return "comparison", words.format(name=called(op)), brief
     words = _words.RETURNS_INTEGERS if "int" in types else _words.RETURNS_OTHER
-    return "integer", words.format(name=op.name, types=types), brief
+    return "integer", words.format(name=called(op), types=types), brief

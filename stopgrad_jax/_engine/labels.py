@@ -74,6 +74,16 @@ class Spot:
         return self.source.callee(self.position) if self.is_current else ""
 
     @functools.cached_property
+    def called(self) -> str:
+        """The text of the function that it calls, or ""."""
+        return self.source.called(self.position) if self.is_current else ""
+
+    @functools.cached_property
+    def is_floor_division(self) -> bool:
+        """Whether it is `a // b`."""
+        return self.is_current and self.source.is_floor_division(self.position)
+
+    @functools.cached_property
     def is_comparison(self) -> bool:
         """Whether it is `a < b` or the like."""
         return self.is_current and self.source.is_comparison(self.position)

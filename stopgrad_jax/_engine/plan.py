@@ -29,6 +29,10 @@ class PointName(str):
         self.root, self.tree = root, tree
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Store the name alone: it is printed where there is no program any more."""
+        return str, (str(self),)
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:

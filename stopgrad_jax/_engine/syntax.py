@@ -189,6 +189,13 @@ class Source:
             return function.attr
         return function.id if isinstance(function, ast.Name) else ""
 
+    def called(self, place: Position) -> str:
+        """Return the text of the function that the expression there calls, or ""."""
+        node = self._expressions.get(place)
+        return (
+            self.expression(place_of(node.func)) if isinstance(node, ast.Call) else ""
+        )
+
     def call_at(self, place: Position) -> ast.Call | None:
         """Return the call that is there."""
         node = self._expressions.get(place)
@@ -234,6 +241,11 @@ class Source:
         dotted = isinstance(function, ast.Name | ast.Attribute)
         text = self.expression(place_of(function)) if dotted else ""
         return ("", "") if "(" in text else (text, self.expression(place_of(argument)))
+
+    def is_floor_division(self, place: Position) -> bool:
+        """Tell whether the expression there is `a // b`."""
+        node = self._expressions.get(place)
+        return isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv)
 
     def is_comparison(self, place: Position) -> bool:
         """Tell whether the expression there is `a < b` or the like."""

@@ -16,16 +16,18 @@ from stopgrad_jax._engine.labels import Spot
 from .fold import Folded
 from .look import Look
 from .page import Part, snippet
+from .passing import Passing
 
 
 def explain(
     look: Look, rows: Sequence[Folded] | None = None, cuts: bool = True
 ) -> Iterator[list[Part]]:
     """Explain the gradient of some rows, or of everything that a look is at."""
+    passing = Passing(look)
     for number, row in enumerate(look.asked if rows is None else rows):
         if number:
             yield []
-        yield from _row(look, row, cuts)
+        yield from _row(look, row, cuts, passing)
 
 
 def verdict(look: Look, row: Folded) -> str:
@@ -96,7 +98,9 @@ def _placed(op: Op) -> str:
     return f"{op.name} ({op.spot.place})" if op.spot else op.name
 
 
-def _row(look: Look, row: Folded, with_cuts: bool) -> Iterator[list[Part]]:
+def _row(
+    look: Look, row: Folded, with_cuts: bool, passing: Passing
+) -> Iterator[list[Part]]:
     head, _, rest = verdict(look, row).partition(": ")
     word = look.verdict(row.bits) if row.bits else "unused"
     style = {"flows": "flow", "cut": "cut"}.get(word, "bold")
@@ -118,8 +122,9 @@ def _row(look: Look, row: Folded, with_cuts: bool) -> Iterator[list[Part]]:
     if word in ("cut", "unused"):
         yield []
         yield [(f"  {_words.ZEROS.format(path=row.path)}", "")]
-        for line in dict.fromkeys(map(_advice, _mistakes(cuts))):
-            yield [(f"  {line}", "")]
+        calls = [passing.straight_through(row.bits, cut) for cut in _mistakes(cuts)]
+        for call in dict.fromkeys(filter(None, calls)):
+            yield [(f"  {_words.STRAIGHT_THROUGH.format(call=call)}", "")]
     elif cuts:
         cells = zip(look.terms, look.cells(row.bits), strict=True)
         lost = [name for (name, _), cell in cells if cell == "cut"]
@@ -204,13 +209,3 @@ def _mistakes(cuts: Sequence[Cut]) -> list[Cut]:
     if any(cut.reason == "stop_gradient" for cut in cuts):
         return []
     return [cut for cut in cuts if cut.reason in ("zero_derivative", "integer")]
-
-
-def _advice(cut: Cut) -> str:
-    """Say how to pass a gradient where one ends by mistake."""
-    spot, call = cut.path.innermost, "sg.straight_through(forward, backward)(x)"
-    if cut.reason == "zero_derivative" and spot and spot.is_current:
-        function, argument = spot.source.call(spot.position)
-        if function and argument:
-            call = f"sg.straight_through({function})({argument})"
-    return _words.STRAIGHT_THROUGH.format(call=call)

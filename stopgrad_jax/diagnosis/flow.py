@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, cast
 
-from stopgrad_jax._address import Address, Var
+from stopgrad_jax._address import Address, Var, is_address
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import public
 from stopgrad_jax._engine.labels import Labels, code_of, printed_file
@@ -26,6 +26,7 @@ from .steps import site_of
 from .table import table
 
 P = ParamSpec("P")
+_TEXT, _SOURCE = ("text",), ("source",)  # pages that no address has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Flow(Drawing):
     dropped: tuple[Dropped, ...]
     _look: Look | None = dataclasses.field(repr=False, compare=False)
     # What was printed before it was stored: then there is no program to look at.
-    _stored: dict[str | None, Page] = dataclasses.field(
+    _stored: dict[Any, Page] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -121,11 +122,14 @@ class Flow(Drawing):
 
     def __getstate__(self) -> dict[str, Any]:
         """Store what it prints in place of the program, which only this process has."""
-        asked = [None, *(row.path for row in self.inputs if row.status != "data")]
-        stored = dict(self._stored)
-        if self._look is not None:
-            stored = {address: self.explain(address) for address in asked}
-            stored |= {"text": self.text, "source": self.source()}
+        stored, look = dict(self._stored), self._look
+        if look is not None:
+            stored = {None: self.explain(), _TEXT: self.text, _SOURCE: self.source()}
+            for row in look.rows:
+                if not row.data and (address := look.address_of(row)) is not None:
+                    stored[address] = self.explain(address)
+                    if self._as_row(look, row.path) == address:
+                        stored[row.path] = stored[address]
         return {**self.__dict__, "_look": None, "_stored": stored}
 
     @property
@@ -144,14 +148,14 @@ class Flow(Drawing):
     def text(self) -> Page:  # type: ignore[override]
         """The table."""
         if self._look is None:
-            return self._stored["text"]
+            return self._stored[_TEXT]
         count = len({_statement(g) for g in self._look.grouping.groups})
         return page(table(self._look, self.place, count, self.ops))
 
     def source(self) -> Page:
         """Return the user's own source with the gradient drawn in its margin."""
         if self._look is None:
-            return self._stored["source"]
+            return self._stored[_SOURCE]
         return page(source(self._look))
 
     def explain(self, address: Address | None = None) -> Page:
@@ -164,7 +168,7 @@ class Flow(Drawing):
           AddressError: it matches nothing.
         """
         stored = self._stored if self._look is None else {}
-        if isinstance(address, str | None) and address in stored:
+        if (address is None or is_address(address)) and address in stored:
             return stored[address]
         called = f"flow.explain({address!r})"
         look = self._look if address is None else self._at([address], None, called)
@@ -199,7 +203,7 @@ class Flow(Drawing):
     ) -> Look:
         old = self._look
         if old is None:
-            known = quoted(path for path in self._stored if path)
+            known = quoted(path for path in self._stored if isinstance(path, str))
             raise TypeError(
                 beats(
                     called,
@@ -209,7 +213,24 @@ class Flow(Drawing):
                 )
             )
         ys = old.ys if ys is None else ys
-        return looked_at(old.traced, old.labels, xs, ys, called, old.internals, old)
+        rest = ys, called, old.internals, old
+        try:
+            return looked_at(old.traced, old.labels, xs, *rest)
+        except AddressError:
+            rows = [self._as_row(old, x) for x in xs]
+            if rows == xs:
+                raise
+        return looked_at(old.traced, old.labels, rows, *rest)
+
+    @staticmethod
+    def _as_row(look: Look, address: Address) -> Address:
+        """Return what addresses the row of this name alone, if anything does."""
+        rows = [row for row in look.rows if row.path == address]
+        found = look.address_of(rows[0]) if len(rows) == 1 else None
+        if found is None:
+            return address
+        same = [row for row in look.rows if found in [*row.addresses]]
+        return address if len(same) > 1 else found
 
     def _pages(self) -> list[Page]:
         return [self.text, self.source(), self.explain()]

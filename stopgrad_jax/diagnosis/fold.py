@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from stopgrad_jax._address import Address
 from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.trace import Value as Place
 from stopgrad_jax._errors import type_of
@@ -17,7 +18,8 @@ class Leaf:
     """One array of an input.
 
     `root` is the address it was found under, `bit` what stands for it among the
-    sources (0: it is not differentiated by), `asked`: it is one of the xs.
+    sources (0: it is not differentiated by), `asked`: it is one of the xs. `address`:
+    the x that it was found by, or None.
     """
 
     path: str
@@ -27,6 +29,7 @@ class Leaf:
     aval: Any
     bit: int
     asked: bool
+    address: Address | None
 
     @property
     def values(self) -> list[Value]:
@@ -44,6 +47,15 @@ class Folded:
         self.data = not self.bits
 
     @property
+    def addresses(self) -> Iterator[Address]:
+        """What may address it, the shortest first: a path, or the x it was found by."""
+        leaf = self.leaves[0]
+        if leaf.place.kind != "point":
+            yield self.path
+        if leaf.address is not None:
+            yield leaf.address
+
+    @property
     def count(self) -> int:
         """How many numbers it has."""
         return sum(leaf.aval.size for leaf in self.leaves)
@@ -58,10 +70,10 @@ class Folded:
 
 def fold(leaves: Sequence[Leaf], fate: Callable[[Leaf], Any]) -> Iterator[Folded]:
     """Fold leaves to the highest subtrees whose leaves share a fate."""
-    roots: dict[str, list[Leaf]] = {}
-    for leaf in leaves:
-        roots.setdefault(leaf.root, []).append(leaf)
-    for root, group in roots.items():
+    roots: dict[tuple[str, Address | None], list[Leaf]] = {}
+    for leaf in leaves:  # two functions may have variables of one name
+        roots.setdefault((leaf.root, leaf.address), []).append(leaf)
+    for (root, _), group in roots.items():
         yield from _folded(root, group, fate)
 
 

@@ -20,7 +20,7 @@ from stopgrad_jax._engine.select import Program, look_up
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
 from stopgrad_jax._engine.unfold import towards, unfold
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import AddressError, beats
 
 from .fold import Folded, Leaf, fold
 from .grouping import Grouping
@@ -58,7 +58,7 @@ class Look:
         self._program = program
         self._ends = list(self._outputs_asked(program))
         asked = list(self._asked(program))
-        self._bits = {place: bit for _, _, place, bit, _ in asked}
+        self._bits = {place: bit for _, _, place, bit, *_ in asked}
         if base is not None and base.serves(self):
             self.graph = base.graph
         else:
@@ -79,8 +79,8 @@ class Look:
             return values[place.kind][place.index] if is_place else None
 
         self.leaves = [
-            Leaf(path, root, place, value, program.types[place], bit, is_asked)
-            for path, root, place, bit, is_asked in asked
+            Leaf(path, root, place, value, program.types[place], bit, is_asked, x)
+            for path, root, place, bit, is_asked, x in asked
             if (value := value_at(place)) is not None
         ]
         one = len(self._ends) == 1 and self._ends[0][0] == RETURN
@@ -109,31 +109,35 @@ class Look:
 
     # What was asked -------------------------------------------------------------
 
-    def _asked(self, program: Program) -> Iterator[tuple[str, str, Place, int, bool]]:
+    def _asked(
+        self, program: Program
+    ) -> Iterator[tuple[str, str, Place, int, bool, Address | None]]:
         """Every place that is looked at: those of xs, then the arguments beside them.
 
         Yields its path, the address it was found under, the place, what stands for it
-        among the sources, and whether it is one of the xs.
+        among the sources, whether it is one of the xs, and which.
         """
         seen, count = set[Place](), 0
         arguments = self.traced.arguments.items()
-        trees, rest = arguments, ()
+        trees, rest = [(*pair, None) for pair in arguments], ()
         if self.xs is not None:
             trees = [
-                pair for x in self.xs for pair in program.matched[x].places.items()
+                (*pair, x)
+                for x in self.xs
+                for pair in program.matched[x].places.items()
             ]
             rest = arguments
-        for root, tree in trees:
+        for root, tree, x in trees:
             for path, place in _ends(tree, root):
                 if place not in seen:
                     seen.add(place)
                     carries = _jax.is_differentiable(program.types[place])
-                    yield path, root, place, 1 << count if carries else 0, True
+                    yield path, root, place, 1 << count if carries else 0, True, x
                     count += carries
         for root, tree in rest:
             for path, place in _ends(tree, root):
                 if place not in seen:
-                    yield path, root, place, 0, False
+                    yield path, root, place, 0, False, None
 
     def _outputs_asked(self, program: Program) -> Iterator[tuple[str, Place]]:
         """Path and place of each output that is differentiated."""
@@ -272,6 +276,23 @@ class Look:
             return [row for row in every if row.bits] or every
         roots = {leaf.path for leaf in self.leaves if leaf.asked}
         return [row for row in every if row.leaves[0].path in roots]
+
+    def address_of(self, row: Folded) -> Address | None:
+        """Return an address by which a row is looked up, or None."""
+        for address in (*row.addresses, *self._positions(row)):
+            try:
+                look_up(self.traced, [address], self.called)
+            except AddressError:
+                continue
+            return address
+        return None
+
+    def _positions(self, row: Folded) -> Iterator[str]:
+        """Its path by the argument's position, where a point has the name."""
+        name, *below = row.path.split("/")
+        for k, tree in enumerate(self.traced.positional):
+            if tree is self.traced.arguments.get(name):
+                yield "/".join([str(k), *below])
 
     @property
     def file(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from .written import meaning, names_in, place
+from .written import bound, meaning, names_in, place
 
 Names = Sequence[dict[str, Any]]  # what the names of a module mean, by scope
 
@@ -38,7 +38,7 @@ _BUILTINS = {abs, bool, float, int, len, max, min, round}
 def binds(node: ast.AST) -> set[str]:
     """Return the names that mean something else in a part of an expression."""
     arguments = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
-    return arguments.union(*map(_bound, ast.walk(node)))
+    return arguments.union(*map(bound, ast.walk(node)))
 
 
 def is_plain(node: ast.expr, names: Names) -> bool:
@@ -70,7 +70,7 @@ def is_settled(
     """
     used = names_in(condition)
     after = [n for n in ast.walk(function) if place_of(n) >= place(before)[:2]]
-    if used.intersection(*[set().union(*map(_bound, after))]):
+    if used.intersection(*[set().union(*map(bound, after))]):
         return False
     declared = (
         n for n in ast.walk(function) if isinstance(n, ast.Global | ast.Nonlocal)
@@ -103,18 +103,6 @@ def _body_of(node: ast.AST) -> Iterator[ast.AST]:
 
 def _is_stored(node: ast.AST) -> bool:
     return isinstance(node, _PARTS) and not isinstance(node.ctx, ast.Load)
-
-
-def _bound(node: ast.AST) -> set[str]:
-    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-        return {node.id}
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return {node.name}
-    if isinstance(node, ast.ExceptHandler) and node.name:
-        return {node.name}
-    if isinstance(node, ast.alias):
-        return {(node.asname or node.name).split(".")[0]}
-    return set()
 
 
 def _is_pure(call: ast.Call, names: Names) -> bool:

@@ -10,6 +10,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis, Cut
 from stopgrad_jax._engine.graph import Op, Value
 from stopgrad_jax._engine.labels import Path, Spot
+from stopgrad_jax._engine.naming import called
 from stopgrad_jax._engine.repeats import is_again
 from stopgrad_jax._errors import type_of
 
@@ -149,7 +150,7 @@ def _step(
     if special:
         detail = special.detail or detail
         if special.cut:
-            detail = _of_cut(special.cut, graph.ops[special.cut.op].name, label)
+            detail = _of_cut(special.cut, called(graph.ops[special.cut.op]), label)
     elif all(op.join and not op.copies for op in own):
         cond = last.eqn.primitive.name == "cond"
         detail = "one of the branches" if cond else "carried by the loop"
@@ -200,7 +201,7 @@ def _of_cut(cut: Cut, name: str, label: str) -> str:
     if cut.reason in ("integer", "comparison"):
         return f"{name} {cut.brief}"
     if cut.reason == "zero_derivative":
-        return f"the derivative of {name} is zero"
+        return cut.words.removesuffix(" almost everywhere")
     return cut.brief or cut.words
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import stopgrad_jax._words as _words
-from stopgrad_jax._address import nodes
+from stopgrad_jax._address import Address, nodes
 from stopgrad_jax._engine.causes import Cut
 from stopgrad_jax._engine.trace import Static
 
@@ -37,9 +37,10 @@ def table(look: Look, place: str, steps: int, ops: int) -> Iterator[list[Part]]:
     for spot, words in look.dropped:
         text = f"{spot.place}  {spot.expression}  {words}"
         yield [("  no use   ", "cut"), (text, "")]
-    target = _interesting(look)
-    if target:
-        ways = f'flow.explain("{target}"), flow.source(), flow.save("flow.svg")'
+    if (row := _interesting(look)) is not None:
+        address = look.address_of(row)
+        asked = "" if address is None else spelled(address)
+        ways = f'flow.explain({asked}), flow.source(), flow.save("flow.svg")'
         yield [("  next: " + ways, "dim")]
     if look.xs is None and look.rows and len(look.traced.arguments) > 1:
         first = next(iter(look.traced.arguments))
@@ -115,11 +116,19 @@ def _brief(cut: Cut) -> str:
     if inside is None:
         return cut.brief
     called = inside.callee or inside.expression[:_WIDEST]
+    if cut.reason == "zero_derivative" and cut.brief != _words.ZERO_BRIEF:
+        called = ""  # its own derivative need not be zero
     words = " ".join(filter(None, [called, cut.brief]))
     return f"{words} ({inside.place})"
 
 
-def _interesting(look: Look) -> str:
+def spelled(address: Address) -> str:
+    """Spell an address as it is written in a program."""
+    plain = isinstance(address, str) and not {'"', "\\"} & set(address)
+    return f'"{address}"' if plain else repr(address)
+
+
+def _interesting(look: Look) -> Folded | None:
     """The input that it is most worth to ask about: one with a cut."""
     rows = [row for row in look.rows if not row.data]
 
@@ -128,4 +137,4 @@ def _interesting(look: Look) -> str:
         is_cut = any(look.told(cut) & row.bits for cut in look.cuts)
         return is_cut and any(word != "flows" for word in words), is_cut
 
-    return max(rows, key=interest).path if rows else ""  # the first of the best
+    return max(rows, key=interest, default=None)  # the first of the best

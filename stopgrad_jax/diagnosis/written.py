@@ -33,12 +33,29 @@ class Written:
             for node in ast.walk(tree)
             if isinstance(node, _FUNCTIONS) and is_within(spot.position, place(node))
         ]
+        self._tree = tree
         self.function: ast.AST = max(around, key=lambda n: place(n)[:2], default=tree)
 
     def expression(self, spot: Spot) -> ast.expr | None:
         """Return the expression at a place in it."""
         nodes = (n for n in ast.walk(self.function) if isinstance(n, ast.expr))
         return next((n for n in nodes if place(n) == spot.position), None)
+
+    def is_module(self, node: ast.expr) -> bool:
+        """Tell whether an expression is taken from a module, as far as the file says.
+
+        In a notebook the import may be in another cell: a name that this one binds
+        nowhere is one, too.
+        """
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        if not isinstance(node, ast.Name):
+            return False
+        every, name = list(ast.walk(self._tree)), node.id
+        alone = all(isinstance(n, ast.alias) for n in every if name in bound(n))
+        return alone and not any(
+            isinstance(n, ast.arg) and n.arg == name for n in every
+        )
 
 
 def written(spot: Spot) -> Written | None:
@@ -57,6 +74,19 @@ def _parsed(rows: tuple[str, ...]) -> ast.Module:
 def place(node: Any) -> Position:
     """Return where a node of a syntax tree is."""
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
+
+
+def bound(node: ast.AST) -> set[str]:
+    """Return the names that a statement or a part of one gives a meaning."""
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        return {node.id}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.ExceptHandler) and node.name:
+        return {node.name}
+    if isinstance(node, ast.alias):
+        return {(node.asname or node.name).split(".")[0]}
+    return set()
 
 
 def names_in(node: ast.AST) -> set[str]:
