@@ -73,7 +73,12 @@ FLOORS = [
         "diagnosis/fold",
         "diagnosis/terms",
     },
-    {"diagnosis/judge", "diagnosis/programs", "diagnosis/written"},
+    {
+        "diagnosis/judge",
+        "diagnosis/directions",
+        "diagnosis/programs",
+        "diagnosis/written",
+    },
     {"diagnosis/compare", "diagnosis/readings"},
     {"diagnosis/checked", "diagnosis/edited", "diagnosis/search"},
     {"diagnosis/second"},

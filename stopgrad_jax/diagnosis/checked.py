@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,16 @@ from stopgrad_jax._engine.sites import best_name, sites_in
 from stopgrad_jax._engine.trace import Traced
 from stopgrad_jax._errors import beats, quoted, type_of
 
-from .compare import FEW, Compared, Direction, eps_of, slope_of, tolerance
+from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolerance
+from .directions import (
+    FEW,
+    finite_where,
+    inside,
+    lines_of,
+    of_finite,
+    one_weight,
+    random_weights,
+)
 from .judge import RIGHT, WRONG, Verdict
 from .readings import groups_of_stops, known_sites
 
@@ -44,7 +54,7 @@ class Checked:
         self._require_real(outs, kept)
         rng = np.random.RandomState(0)
         scalar = len(kept) == 1 and outs[kept[0]].size == 1
-        unit = _ones if scalar else functools.partial(_random, rng)
+        unit = one_weight if scalar else functools.partial(random_weights, rng)
         self.program = Program(
             traced.jaxpr,
             traced.consts,
@@ -57,7 +67,7 @@ class Checked:
         self.along = {
             (k, n): v
             for k in places
-            for n, v in enumerate(_along(rng, self.program.leaves[k]))
+            for n, v in enumerate(lines_of(rng, self.program.leaves[k]))
         }
         self.tol, self.eps = tolerance(self.program, tol), eps_of(self.program)
         self.freed = frozenset[int]()  # stops that a rule takes care of
@@ -111,6 +121,28 @@ class Checked:
         """Return the rules that close over a value of the trace that is over."""
         sites = self.program.sites.values()
         return [s.shown for s in sites if _jax.closes_over_tracers(s.eqn)]
+
+    def leave_out_nonfinite(self) -> None:
+        """Give no weight to entries of the result that are not finite at the point."""
+        program, run = self.program, jax.jit(self.function)
+        values = program.values()
+        pairs = list(zip(program.weights, run(values), strict=True))
+        weights = [of_finite(w, out) for w, out in pairs]
+        if any(np.size(w) for w in weights) and not any(map(np.any, weights)):
+            expected, came, instead = _words.NOTHING_FINITE
+            write = instead.format(name=self.name)
+            raise AssertionError(beats(self.called, expected, came, write))
+        self.program = dataclasses.replace(program, weights=weights)
+
+        def is_finite(k: int, step: jax.Array) -> bool:
+            outs = run(values | {k: values[k] + step})
+            return finite_where(weights, outs)
+
+        near = distances_of(program)[-1]
+        self.along = {
+            (k, n): inside(line, functools.partial(is_finite, k), near)
+            for (k, n), line in self.along.items()
+        }
 
     # Custom rules ------------------------------------------------------------------
 
@@ -250,6 +282,10 @@ class Checked:
         """Return the error that says what is wrong, or cannot be settled."""
         numbers = self._numbers(verdict, direction, "JAX")
         place = f"{self._place(direction)} ({how}){self._what(direction)}"
+        if self.program.is_left_out(verdict.told):
+            said = _words.LEFT_OUT.format(place=place, told=f"{verdict.told:.6g}")
+            write = _words.NOTHING_FINITE[2].format(name=self.name)
+            return self._error(f"{said}\n  write: {write}", direction)
         if verdict.kind == WRONG or verdict.found is None:
             said = _words.WRONG_LEAF.format(place=place)
             kink = self._kink(verdict, direction)
@@ -349,34 +385,3 @@ def _apart(one: float, other: float) -> tuple[str, str]:
     """Write two numbers with the digits that tell them apart."""
     pairs = [(f"{one:.{n}g}", f"{other:.{n}g}") for n in range(6, 18)]
     return next((pair for pair in pairs if len({*pair}) == 2), pairs[0])
-
-
-def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
-    """Yield directions: each entry if they are few, else a random one.
-
-    An entry moves by about its size, and by that of the others if it is zero; a tiny
-    one by less than the others, that may be at the border of a domain.
-    """
-    x = np.abs(np.asarray(leaf, np.float64))
-    finite = x[np.isfinite(x) & (x > 0)]
-    usual = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 1.0
-    own = np.minimum(np.sqrt(x * usual), 100 * x)
-    reach = np.where(np.isfinite(x) & (x > 0), own, usual)
-    if x.size <= FEW:
-        for k in range(x.size):
-            one = np.zeros(x.size)
-            one[k] = reach.flat[k]
-            entry = jnp.asarray(one.reshape(x.shape), leaf.dtype)
-            yield _jax.sharded_like(entry, leaf)
-    else:
-        every = jnp.asarray(rng.standard_normal(x.shape) * reach, leaf.dtype)
-        yield _jax.sharded_like(every, leaf)
-
-
-def _random(rng: Any, aval: Any) -> jax.Array:
-    numbers = jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
-    return _jax.sharded_as(numbers, aval)
-
-
-def _ones(aval: Any) -> jax.Array:
-    return _jax.sharded_as(jnp.ones(aval.shape, aval.dtype), aval)

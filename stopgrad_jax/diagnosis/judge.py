@@ -91,7 +91,10 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
         return Verdict(RIGHT, 0.0, None)
     near = next(s for s in finite if s.distance == between.distance)
     found = dataclasses.replace(
-        between, value=near.told + between.value, left=near.left, right=near.right
+        between,
+        value=near.told + between.value,
+        left=near.told + between.left,
+        right=near.told + between.right,
     )
     size = max(abs(near.told), abs(found.value))
     wrong = abs(between.value) > tol * size + 2 * between.error
