@@ -270,6 +270,14 @@ WEIGHED = ", of the result weighed by `.weights` of this error"
 AT_KINK = "the point is at a kink: slope {left} on one side, {right} on the other"
 ALLOW = 'allow=["{name}"], if it differs on purpose'
 SETTLE = "float64 throughout, or a point where the function is less curved"
+# The function (at second order: its derivative) is not finite on one side of the point,
+# or on both, or (its derivative) at the point; and the differences of the other side do
+# not settle that the derivative is right. `numbers` are of that side, if there is one.
+BORDER = (
+    "the derivative {place} cannot be settled: the point is at the border of a domain, "
+    "as the {of} is not finite {where}: {numbers}"
+)
+INSIDE = "a point inside the domain, where it is finite on both sides"
 # No entry of the result is finite at the point: what was expected, what came, what to
 # write instead. The last is said of LEFT_OUT, too.
 NOTHING_FINITE = (

@@ -56,9 +56,7 @@ def test_entries_that_are_not_finite_are_left_out(name):
 @pytest.mark.parametrize("modes", [("rev",), ("fwd",)], ids=["rev", "fwd"])
 def test_and_a_wrong_rule_is_found_beside_them(name, modes):
     wrong = jvp_rule(jnp.tanh, lambda x: 1 - jnp.tanh(x) ** 2, 1.01)
-    with pytest.raises(
-        AssertionError, match=r"rule of <lambda> .* is not the deriv"
-    ):
+    with pytest.raises(AssertionError, match=r"rule of <lambda> .* is not the deriv"):
         sg.check_gradients(lambda x: PARTLY[name](wrong(x) * 2), modes=modes)(X)
 
 
@@ -124,3 +122,83 @@ def test_one_wrong_entry_of_many_is_found(summed):
     assert parts[weakest[0]] > 0.02 * np.mean(parts)
     for place, factor in zip(weakest, (1.5, 0.0, -1.0), strict=True):
         check(place, factor)
+
+
+# The border of a domain ---------------------------------------------------------------
+
+POWER = lambda x: x**1.5
+SETTLED = {  # JAX's derivative is that of the side where the function is defined
+    "power": (POWER, f32(0.0, 1.0)),
+    "power of a sum": (lambda x: jnp.sum(x**1.5), f32(0.0, 1.0, 2.0)),
+    "scalar": (lambda x: x**2.5, f32(0.0)[0]),
+    "linear": (lambda x: jnp.where(x < 0, jnp.nan, 3 * x), f32(0.0, 1.0)),
+    "two borders": (lambda x: x**1.5 + (1 - x) ** 2.5, f32(0.0, 1.0)),
+    "many entries": (lambda x: jnp.sum(x**1.5), jnp.arange(100.0) % 10),
+    "entropy": (jax.scipy.special.entr, f32(0.0, 0.5)),  # inf at zero
+    "root": (jnp.sqrt, f32(0.0, 1.0)),  # inf, too
+    "both sides": (jnp.cbrt, f32(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_at_a_border_the_side_that_is_finite_tells(name):
+    function, x = SETTLED[name]
+    sg.check_gradients(function)(x)
+    with jax.enable_x64(True):
+        sg.check_gradients(function)(x.astype("float64"))
+
+
+def off(x):
+    return 1.5 * x**0.5 + 0.3
+
+
+UNSETTLED = {
+    "off by a term": (rule(POWER, off), "on one side of it: ", "0.3 by JAX"),
+    "nan": (lambda x: x * jnp.sqrt(x), "on one side of it: ", "nan by JAX"),
+    "infinite": (rule(POWER, lambda x: x / 0 + jnp.inf), "on one side of it", "by JAX"),
+    "finite where it diverges": (
+        rule(jnp.sqrt, lambda x: x + 2.0),
+        "on one side of it: inf by differences, ",
+        "2 by JAX",
+    ),
+    "on no side": (
+        lambda x: jnp.where(x == 0, x, jnp.nan),
+        "on either side of it: ",
+        "1 by JAX",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSETTLED)
+def test_what_a_border_does_not_settle_is_told_and_nobody_is_accused(name):
+    function, where, told = UNSETTLED[name]
+    with pytest.raises(AssertionError) as caught:
+        sg.check_gradients(function)(0.0)
+    message = str(caught.value)
+    assert "the point is at the border of a domain, as the function is" in message
+    assert f"not finite {where}" in message
+    assert told in message
+    assert f"write: {_words.INSIDE}" in message
+    assert "wrong" not in message
+    assert "the rule of" not in message
+
+
+def test_the_border_of_a_derivative_is_told_at_second_order():
+    """That of a root is infinite at zero, so its differences are nothing."""
+    with pytest.raises(AssertionError) as caught:
+        sg.check_gradients(jnp.sqrt, order=2)(0.0)
+    assert "as the derivative is not finite at it: -inf by JAX" in str(caught.value)
+
+
+def test_a_wrong_rule_is_found_inside():
+    wrong = rule(POWER, lambda x: 1.6 * x**0.5)
+    with pytest.raises(AssertionError, match=r"the rule of <lambda>(.|\n)*by x\[1\]"):
+        sg.check_gradients(wrong)(f32(0.0, 1.0))
+
+
+def test_a_derivative_that_is_infinite_must_be_so_on_both_sides():
+    infinite = rule(jnp.sin, lambda x: x + jnp.inf)
+    with pytest.raises(AssertionError, match=r"the rule of .* is not the derivative"):
+        sg.check_gradients(infinite)(0.5)
+    with pytest.raises(AssertionError, match=r"wrong derivative .* inf by JAX"):
+        sg.check_gradients(infinite, allow=["<lambda>"], order=2)(0.5)

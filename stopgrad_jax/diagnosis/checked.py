@@ -30,7 +30,7 @@ from .directions import (
     one_weight,
     random_weights,
 )
-from .judge import RIGHT, WRONG, Verdict
+from .judge import BORDER, RIGHT, WRONG, Verdict
 from .readings import groups_of_stops, known_sites
 
 _KINDS = {4: "float32", 8: "float64"}
@@ -251,25 +251,27 @@ class Checked:
             verdict = compared.judge(slope, direction, line, carefully=True)
             if verdict.kind == RIGHT or self._is_cut(compared, verdict, direction):
                 continue
-            self._blame(compared, direction)
+            self._blame(compared, direction, verdict.kind != BORDER)
             raise self.wrong_leaf(verdict, direction, mode)
 
     def _is_cut(
         self, compared: Compared, verdict: Verdict, direction: Direction
     ) -> bool:
         """Tell whether only jumps were seen, where the derivative is zero."""
-        if verdict.found is not None and verdict.found.is_at_kink:
+        found = verdict.found
+        if verdict.kind != BORDER and found is not None and found.is_at_kink:
             return False
         other = compared.reread(quantized=True, asked=frozenset())
         found = other.judge(verdict.told, direction, self.along[direction])
         return found.kind == RIGHT
 
-    def _blame(self, compared: Compared, direction: Direction) -> None:
-        """Raise if one of the rules is what differs, JAX's own included."""
+    def _blame(self, compared: Compared, direction: Direction, all_: bool) -> None:
+        """Raise if one of the rules is what differs, JAX's own included if `all_`."""
         reading, line = compared.reading, self.along[direction]
         for key in sorted(reading.asked):
             compared = self._look_again(compared, key, direction, line)
         rest = frozenset(self.program.sites) - reading.asked - reading.followed
+        rest = rest if all_ else frozenset[int]()
         other = compared.reread(asked=rest) if rest else compared
         for key in sorted(rest):
             verdict = other.judge_rule(key, direction, line, carefully=True)
@@ -286,6 +288,13 @@ class Checked:
             said = _words.LEFT_OUT.format(place=place, told=f"{verdict.told:.6g}")
             write = _words.NOTHING_FINITE[2].format(name=self.name)
             return self._error(f"{said}\n  write: {write}", direction)
+        if verdict.kind == BORDER:
+            of = "derivative" if "second" in how else "function"
+            if verdict.found is None:  # of neither side is there any
+                numbers = numbers.partition(", ")[2]
+            names = {"place": place, "of": of, "where": verdict.where}
+            said = _words.BORDER.format(**names, numbers=numbers)
+            return self._error(f"{said}\n  write: {_words.INSIDE}", direction)
         if verdict.kind == WRONG or verdict.found is None:
             said = _words.WRONG_LEAF.format(place=place)
             kink = self._kink(verdict, direction)

@@ -32,7 +32,7 @@ from stopgrad_jax._engine.measured import (
 from stopgrad_jax._engine.slope import Difference
 
 from .directions import FEW
-from .judge import UNSURE, Share, Verdict, judge, judge_rule
+from .judge import BORDER, UNSURE, WRONG, Share, Verdict, judge, judge_rule
 
 # By the size of the dtype. Powers of two: then a distance costs no rounding of its own.
 DISTANCES = {
@@ -126,7 +126,8 @@ class Compared:
             )
             (base, size), (plus, _), (minus, _) = sums
             said = sum(step.shares[key][TOLD] for key in taken) / h
-            near = max(2 * self.eps * size, 2 * noise) / h + self.eps * abs(told) / h
+            digits = self.eps * abs(told) if np.isfinite(told) else 0.0
+            near = max(2 * self.eps * size, 2 * noise) / h + digits / h
             left, right = (base - minus) / h + said, (plus - base) / h + said
             found.append(Difference(h, left, right, near))
         return found
@@ -187,7 +188,11 @@ class Compared:
         known = self.noise(direction, along) if carefully else {}
         noise = known.get(EVERY, 0.0)
         found = self.differences(steps, told, noise, weights)
-        return judge(told, found, self.tol, self._floor(steps, told, weights))
+        verdict = judge(told, found, self.tol, self._floor(steps, told, weights))
+        ends = [end for step in steps for end in step.sums]
+        if verdict.kind == BORDER and np.all(np.isfinite(ends)):  # it is a rule's word
+            return dataclasses.replace(verdict, kind=WRONG)
+        return verdict
 
     def is_flat(self, direction: Direction, along: jax.Array) -> bool:
         """Tell whether differences vanish that do not over longer distances."""
