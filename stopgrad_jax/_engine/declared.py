@@ -26,6 +26,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Copy, Tokens, around
+from .ignored import without_ignored
 from .nested import nested
 from .own_stop import is_handed
 from .sites import Sites
@@ -47,6 +48,7 @@ class Reading:
         and their share of the derivative is what they say.
       opened: those whose function is itself understood as the program is.
       freed: stops that are none: a rule takes care of them.
+      held: rules that are compared by what their functions use alone.
       quantized: where JAX's derivative is zero, values stay at the base, too.
       forward: the derivative is taken in forward mode.
     """
@@ -55,6 +57,7 @@ class Reading:
     followed: frozenset[int] = frozenset()
     opened: frozenset[int] = frozenset()
     freed: frozenset[int] = frozenset()
+    held: frozenset[int] = frozenset()
     quantized: bool = False
     forward: bool = False
 
@@ -209,6 +212,8 @@ class Declared:
                 base = _jax.bind(eqn, *copies[0])
                 return _followed_twice(_push_of(eqn, copies), copies, base)
             return [_function(eqn, c) for c in copies]
+        if key in reading.held:
+            copies = without_ignored(eqn, copies)
         base = copies[0]
         if key in tokens:
             base = self._moved_by(tokens[key][TOLD], eqn, copies)

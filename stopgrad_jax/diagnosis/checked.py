@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from stopgrad_jax._errors import beats, quoted, type_of
 
 from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolerance
 from .directions import (
-    FEW,
     finite_where,
     inside,
     lines_of,
@@ -32,11 +31,10 @@ from .directions import (
 )
 from .judge import BORDER, RIGHT, WRONG, Verdict
 from .readings import groups_of_stops, known_sites
+from .told import Told
 
-_KINDS = {4: "float32", 8: "float64"}
 
-
-class Checked:
+class Checked(Told):
     """One traced function at one point."""
 
     def __init__(
@@ -179,21 +177,16 @@ class Checked:
             return compared
         alone = frozenset({key})
 
-        def is_right(other: Compared) -> bool:
-            try:
-                found = other.judge_rule(key, direction, along, carefully=False)
-            except jax.errors.JaxRuntimeError:  # so read, the function itself raises
-                return False
-            return found.kind != WRONG
-
         declared = Declared(self.program.sites, reading)
         site = self.program.sites[key]
         if _jax.kind_of(site.eqn) in _jax.CUSTOM and declared.holds_special(site.eqn):
             opened = reading.opened | alone
-            if is_right(compared.reread(asked=alone, opened=opened)):
+            other = compared.reread(asked=alone, opened=opened)
+            if self._is_right(other, key, {direction: along}):
                 return compared.reread(opened=opened)
-        for group in groups_of_stops(self.program.jaxpr):
-            if is_right(compared.reread(asked=alone, freed=reading.freed | group)):
+        for group in self._taken_care_of(compared, key):
+            other = compared.reread(asked=alone, freed=reading.freed | group)
+            if self._is_right(other, key, self.along):
                 self.freed |= group
                 rest = reading.asked - alone
                 return compared.reread(asked=rest, followed=reading.followed | alone)
@@ -202,6 +195,30 @@ class Checked:
             rest = reading.asked - alone
             return compared.reread(asked=rest, followed=reading.followed | alone)
         raise self._wrong_rule(verdict, key, direction)
+
+    def _taken_care_of(self, compared: Compared, key: int) -> list[frozenset[int]]:
+        """Return groups of stops that a rule may give the derivative of.
+
+        It has to be right by all that its own function uses, while these are stops: it
+        is for what it is given beside and does not use that it may stand for them.
+        """
+        groups, alone = groups_of_stops(self.program.jaxpr), frozenset({key})
+        other = compared.reread(asked=alone, held=alone) if groups else compared
+        return groups if groups and self._is_right(other, key, self.along) else []
+
+    def _is_right(
+        self, compared: Compared, key: int, lines: Mapping[Direction, Any]
+    ) -> bool:
+        try:
+            return all(
+                any(
+                    compared.judge_rule(key, direction, line, carefully).kind != WRONG
+                    for carefully in (False, True)
+                )
+                for direction, line in lines.items()
+            )
+        except jax.errors.JaxRuntimeError:  # so read, the function itself raises
+            return False
 
     def _say_drawn(self, key: int) -> None:
         site = self.program.sites[key]
@@ -213,13 +230,13 @@ class Checked:
         self, verdict: Verdict, key: int, direction: Direction
     ) -> AssertionError:
         site = self.program.sites[key]
-        numbers = self._numbers(verdict, direction, "the rule")
-        place = self._place(direction)
+        numbers = self.numbers(verdict, direction, "the rule")
+        place = self.place(direction)
         said = _words.WRONG_RULE.format(rule=site.shown)
-        share = _words.SHARE.format(place=place) + self._what(direction)
+        share = _words.SHARE.format(place=place) + self.what(direction)
         name = best_name(site, self.program.sites)
-        return self._error(
-            f"{said}: {numbers}{share}{self._kink(verdict, direction)}\n"
+        return self.error(
+            f"{said}: {numbers}{share}{self.kink(verdict, direction)}\n"
             f"  write: {_words.ALLOW.format(name=name)}",
             direction,
         )
@@ -278,36 +295,6 @@ class Checked:
             if verdict.kind == WRONG:
                 raise self._wrong_rule(verdict, key, direction)
 
-    def wrong_leaf(
-        self, verdict: Verdict, direction: Direction, how: str
-    ) -> AssertionError:
-        """Return the error that says what is wrong, or cannot be settled."""
-        numbers = self._numbers(verdict, direction, "JAX")
-        place = f"{self._place(direction)} ({how}){self._what(direction)}"
-        if self.program.is_left_out(verdict.told):
-            said = _words.LEFT_OUT.format(place=place, told=f"{verdict.told:.6g}")
-            write = _words.NOTHING_FINITE[2].format(name=self.name)
-            return self._error(f"{said}\n  write: {write}", direction)
-        if verdict.kind == BORDER:
-            of = "derivative" if "second" in how else "function"
-            if verdict.found is None:  # of neither side is there any
-                numbers = numbers.partition(", ")[2]
-            names = {"place": place, "of": of, "where": verdict.where}
-            said = _words.BORDER.format(**names, numbers=numbers)
-            return self._error(f"{said}\n  write: {_words.INSIDE}", direction)
-        if verdict.kind == WRONG or verdict.found is None:
-            said = _words.WRONG_LEAF.format(place=place)
-            kink = self._kink(verdict, direction)
-            return self._error(f"{said}: {numbers}{kink}", direction)
-        unit = self._unit(direction)
-        said = _words.UNSETTLED.format(
-            place=place,
-            dtype=_KINDS[self.program.leaves[direction[0]].dtype.itemsize],
-            numbers=numbers,
-            error=f"{verdict.found.error / unit:.2g}",
-        )
-        return self._error(f"{said}\n  write: {_words.SETTLE}", direction)
-
     # What JAX says -----------------------------------------------------------------
 
     def function(self, values: Values) -> list[Any]:
@@ -343,54 +330,3 @@ class Checked:
                 'modes=("rev",)',
             )
         )
-
-    # Words -------------------------------------------------------------------------
-
-    def _unit(self, direction: Direction) -> float:
-        """How much a leaf moves along a direction that is of one entry."""
-        if not self._is_entry(direction):
-            return 1.0
-        return float(np.abs(np.asarray(self.along[direction], np.float64)).sum())
-
-    def _is_entry(self, direction: Direction) -> bool:
-        return self.program.leaves[direction[0]].size <= FEW
-
-    def _place(self, direction: Direction) -> str:
-        k, n = direction
-        leaf = self.program.leaves[k]
-        index = list(map(int, np.unravel_index(n, leaf.shape))) if leaf.ndim else ""
-        return f"by {self.places[k]}{index if self._is_entry(direction) else ''}"
-
-    def _numbers(self, verdict: Verdict, direction: Direction, whom: str) -> str:
-        unit = self._unit(direction)
-        true, told = _apart(verdict.value / unit, verdict.told / unit)
-        return _words.BY_DIFFERENCES.format(true=true, told=told, whom=whom)
-
-    def _what(self, direction: Direction) -> str:
-        """Say what a number is, if it is not the derivative of one entry by another."""
-        along = "" if self._is_entry(direction) else _words.ALONG
-        return along + ("" if self._is_one(self.program.weights) else _words.WEIGHED)
-
-    def _is_one(self, weights: Sequence[Any]) -> bool:
-        return sum(np.size(w) for w in weights) == 1
-
-    def _kink(self, verdict: Verdict, direction: Direction) -> str:
-        found, unit = verdict.found, self._unit(direction)
-        if found is None or not found.is_at_kink:
-            return ""
-        left, right = f"{found.left / unit:.6g}", f"{found.right / unit:.6g}"
-        return f"\n  {_words.AT_KINK.format(left=left, right=right)}"
-
-    def _error(self, said: str, direction: Direction) -> AssertionError:
-        error: Any = AssertionError(f"{self.called}: {said}")
-        if not self._is_entry(direction):
-            error.direction = self.along[direction]
-        if not self._is_one(self.program.weights):
-            error.weights = tuple(self.program.weights)
-        return error
-
-
-def _apart(one: float, other: float) -> tuple[str, str]:
-    """Write two numbers with the digits that tell them apart."""
-    pairs = [(f"{one:.{n}g}", f"{other:.{n}g}") for n in range(6, 18)]
-    return next((pair for pair in pairs if len({*pair}) == 2), pairs[0])
