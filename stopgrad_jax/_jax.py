@@ -18,6 +18,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 from jax.interpreters import ad
+from jax.interpreters import partial_eval as pe
 
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame
@@ -114,6 +115,11 @@ def closed_over(closed: Any) -> tuple[Jaxpr, list[Any]]:
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Run a jaxpr's equations with their own source lines and name stacks."""
     return jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+
+def inputs_used(jaxpr: Any) -> list[bool]:
+    """Tell of each input of a jaxpr whether a result is computed from it."""
+    return pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
 
 
 def bind(eqn: Any, *operands: Any) -> list[Any]:

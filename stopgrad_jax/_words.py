@@ -285,6 +285,28 @@ WEIGHED = ", of the result weighed by `.weights` of this error"
 AT_KINK = "the point is at a kink: slope {left} on one side, {right} on the other"
 ALLOW = 'allow=["{name}"], if it differs on purpose'
 SETTLE = "float64 throughout, or a point where the function is less curved"
+# The function (at second order: its derivative) is not finite on one side of the point,
+# or on both, or (its derivative) at the point; and the differences of the other side do
+# not settle that the derivative is right. `numbers` are of that side, if there is one.
+BORDER = (
+    "the derivative {place} cannot be settled: the point is at the border of a domain, "
+    "as the {of} is not finite {where}: {numbers}"
+)
+INSIDE = "a point inside the domain, where it is finite on both sides"
+# No entry of the result is finite at the point: what was expected, what came, what to
+# write instead. The last is said of LEFT_OUT, too.
+NOTHING_FINITE = (
+    "a result with an entry that is finite at this point",
+    "only nan and infinities, which have no derivative to compare",
+    "sg.find_nonfinite({name})(...), which says where they come from",
+)
+# Some entries of the result are not finite, and are given a cotangent of zero; and
+# JAX's derivative of the others is not finite.
+LEFT_OUT = (
+    "the derivative {place} is {told} by JAX, of those entries of the result that are "
+    "finite: others are not, and the zero that comes back to these may have met an "
+    "infinite slope"
+)
 # A draw by rejection: its rule is that of the mean (implicit reparameterization).
 DRAWN = (
     "{called}: {rule} draws at random until it accepts, and its derivative is that of "

@@ -26,10 +26,11 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Copy, Tokens, around
+from .ignored import without_ignored
 from .nested import nested
 from .own_stop import is_handed
 from .sites import Sites
-from .tap import still, tap, weighed
+from .tap import handed, still, tap, weighed
 
 # What the entries of an equation's token stand for.
 TOLD, LEFT, RIGHT, NOISE = range(4)
@@ -47,6 +48,7 @@ class Reading:
         and their share of the derivative is what they say.
       opened: those whose function is itself understood as the program is.
       freed: stops that are none: a rule takes care of them.
+      held: rules that are compared by what their functions use alone.
       quantized: where JAX's derivative is zero, values stay at the base, too.
       forward: the derivative is taken in forward mode.
     """
@@ -55,6 +57,7 @@ class Reading:
     followed: frozenset[int] = frozenset()
     opened: frozenset[int] = frozenset()
     freed: frozenset[int] = frozenset()
+    held: frozenset[int] = frozenset()
     quantized: bool = False
     forward: bool = False
 
@@ -209,9 +212,11 @@ class Declared:
                 base = _jax.bind(eqn, *copies[0])
                 return _followed_twice(_push_of(eqn, copies), copies, base)
             return [_function(eqn, c) for c in copies]
+        if key in reading.held:
+            copies = without_ignored(eqn, copies)
         base = copies[0]
         if key in tokens:
-            base = _moved_by(tokens[key][TOLD], eqn, copies)
+            base = self._moved_by(tokens[key][TOLD], eqn, copies)
         out = _jax.bind(eqn, *base)
         here = constant(out)
         if followed:
@@ -229,6 +234,20 @@ class Declared:
             out = self._asked(tokens[key], out, here, moved)
         return [out, *moved]
 
+    def _moved_by(self, token: Any, eqn: Any, copies: Copies) -> list[Any]:
+        """Let the operands of a rule move as the copies do, with the token."""
+        first, end = 0, len(eqn.invars)
+        if _jax.kind_of(eqn) == "gate":
+            first = eqn.params["split"][0]
+            end = first + eqn.params["split"][1]
+        by = times if self.reading.forward else handed
+        base = list(copies[0])
+        for k, (x, plus, minus) in enumerate(zip(*copies, strict=True)):
+            if first <= k < end and is_float(x) and not (plus is x and minus is x):
+                half = jnp.asarray(0.5, jnp.result_type(x))
+                base[k] = tap(x, by(token, half * _difference(plus, minus)))
+        return base
+
     def _asked(
         self, token: jax.Array, out: list[Any], here: list[Any], moved: list[list[Any]]
     ) -> list[Any]:
@@ -238,8 +257,9 @@ class Declared:
             if not is_float(x) or (right is base and left is base):
                 asked.append(x)
                 continue
-            shift = times(token[LEFT], _difference(base, left))
-            shift += times(token[RIGHT], _difference(right, base))
+            by = times if self.reading.forward else handed
+            shift = by(token[LEFT], _difference(base, left))
+            shift += by(token[RIGHT], _difference(right, base))
             weigh = times if self.reading.forward else weighed
             moved = (right != base) | (left != base)
             shift += weigh(token[NOISE], where_moved(moved, last_digit(base)))
@@ -252,20 +272,6 @@ def _function(eqn: Any, operands: Copy) -> list[Any]:
     if _jax.kind_of(eqn) == "gate":
         return list(operands[: eqn.params["split"][0]])
     return _jax.bind(eqn, *operands)
-
-
-def _moved_by(token: Any, eqn: Any, copies: Copies) -> list[Any]:
-    """Let the operands of a rule move as the copies do, with the token."""
-    first, end = 0, len(eqn.invars)
-    if _jax.kind_of(eqn) == "gate":
-        first = eqn.params["split"][0]
-        end = first + eqn.params["split"][1]
-    base = list(copies[0])
-    for k, (x, plus, minus) in enumerate(zip(*copies, strict=True)):
-        if first <= k < end and is_float(x) and not (plus is x and minus is x):
-            half = jnp.asarray(0.5, jnp.result_type(x))
-            base[k] = tap(x, times(token, half * _difference(plus, minus)))
-    return base
 
 
 def _still(here: Sequence[Any], there: Sequence[Any], token: Any) -> list[Any]:

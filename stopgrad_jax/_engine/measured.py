@@ -24,7 +24,7 @@ class Program:
     """A traced program, of whose floating-point results the weighed sum is taken.
 
     `places` are the numbers of the leaves to differentiate by, `outs` those of the
-    results, `weights` an array for each of these.
+    results, `weights` an array for each of these: zero leaves an entry out.
     """
 
     jaxpr: Any
@@ -42,6 +42,14 @@ class Program:
     def filled(self, values: Values) -> list[Any]:
         """Put values where they belong among the leaves."""
         return [values.get(k, x) for k, x in enumerate(self.leaves)]
+
+    def is_left_out(self, derivative: float) -> bool:
+        """Tell whether what is left out may be why a derivative is not finite.
+
+        Zero comes back to it, and zero times an infinite slope is nan.
+        """
+        left_out = any(not np.all(np.asarray(w)) for w in self.weights)
+        return left_out and not np.isfinite(derivative)
 
     def kept(self, out: Sequence[Any]) -> list[Any]:
         """Return the results that count."""
@@ -126,7 +134,7 @@ def _forward(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any
         dots = (still, structure.unflatten(dots))
         _, slopes, _ = jax.jvp(function, (values, tokens), dots, has_aux=True)
         pairs = zip(_like(weights, slopes), slopes, strict=True)
-        terms = [wide(jnp.sum(w * s)) for w, s in pairs]
+        terms = [weighed_sum(w, s) for w, s in pairs]
         return sum(terms, jnp.zeros((), jnp.result_type(float)))
 
     found = jax.lax.map(along, jnp.eye(sizes[-1]))
@@ -138,6 +146,11 @@ def _forward(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any
 
 def _like(weights: Sequence[Any], out: Sequence[Any]) -> list[Any]:
     return [jnp.asarray(w, x.dtype) for w, x in zip(weights, out, strict=True)]
+
+
+def weighed_sum(weights: Any, x: jax.Array) -> jax.Array:
+    """Return a weighed sum, without what has weight zero, though it is infinite."""
+    return wide(jnp.sum(jnp.where(weights == 0, jnp.zeros_like(x), weights * x)))
 
 
 def wide(x: jax.Array) -> jax.Array:

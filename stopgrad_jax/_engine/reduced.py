@@ -22,8 +22,10 @@ from .gate import gate
 from .rule import Rule
 from .walk import Found
 
-SUMMED = 4  # sum of squares, largest magnitude, number of nonzeros, of nonfinites
-LARGEST = 1
+# Sum of squares of what is left when it is divided by the largest magnitude; that one;
+# number of nonzeros, of nonfinites. So no square leaves the range that the norm is in.
+SUMMED = 4
+SQUARES, LARGEST = 0, 1
 
 
 def summary_dtype(dtype: Any) -> Any:
@@ -38,8 +40,28 @@ def summary(ct: jax.Array) -> jax.Array:
     size = jnp.abs(ct).astype(summary_dtype(ct.dtype))
     counts = jnp.count_nonzero(ct), jnp.count_nonzero(~jnp.isfinite(ct))
     largest = jnp.max(size, initial=0)
-    sums = jnp.sum(jnp.square(size)), largest, *counts
+    sums = jnp.sum(jnp.square(size / _unit(largest))), largest, *counts
     return jnp.stack([x.astype(size.dtype) for x in sums])
+
+
+def norm(totals: jax.Array) -> jax.Array:
+    """Return the norm of what was summed up."""
+    return _unit(totals[..., LARGEST]) * jnp.sqrt(totals[..., SQUARES])
+
+
+def _unit(largest: jax.Array) -> jax.Array:
+    """Return what squares are taken in; it is no part of the norm, so a constant.
+
+    Not to the end of the range: XLA may divide by it as a product with its inverse.
+    """
+    end = 2.0 ** (100 if largest.dtype == jnp.float32 else 1000)
+    return jax.lax.stop_gradient(jnp.clip(largest, 1 / end, end))
+
+
+def _in_unit(totals: jax.Array, largest: jax.Array) -> jax.Array:
+    """Return summaries whose squares are those in the unit of another magnitude."""
+    part = _unit(totals[..., LARGEST]) / _unit(largest)
+    return totals.at[..., SQUARES].multiply(jnp.square(part))
 
 
 def channel(found: Found) -> jax.Array:
@@ -56,8 +78,9 @@ def over_devices(totals: jax.Array, found: Found) -> tuple[jax.Array, int]:
     for axis in reversed(range(len(found.copies))):
         if found.copies[axis].devices:
             count *= found.copies[axis].count
-            sums, largest = jnp.sum(totals, axis), jnp.max(totals, axis)
-            totals = sums.at[..., LARGEST].set(largest[..., LARGEST])
+            largest = jnp.max(totals[..., LARGEST], axis, keepdims=True)
+            sums = jnp.sum(_in_unit(totals, largest), axis)
+            totals = sums.at[..., LARGEST].set(jnp.squeeze(largest, axis))
     return totals, count
 
 
@@ -68,8 +91,8 @@ def over_axes(totals: jax.Array) -> tuple[jax.Array, int]:
         return totals, 1
     # The largest has no derivative over devices: it is a constant to one.
     largest = jax.lax.pmax(jax.lax.stop_gradient(totals[..., LARGEST]), axes)
-    sums = jax.lax.psum(totals, axes).at[..., LARGEST].set(largest)
-    return sums, jax.lax.psum(1, axes)
+    sums = jax.lax.psum(_in_unit(totals, largest), axes)
+    return sums.at[..., LARGEST].set(largest), jax.lax.psum(1, axes)
 
 
 def summed(value: jax.Array, channel: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -89,3 +90,63 @@ def _still_off(
     scatter = max(abs(d.central - here.central) for d in around)
     part = here.distance / near.distance if scatter > off / 2 else 1.0
     return (off - here.noise) * part
+
+
+# Where the function is finite on one side only ----------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What the differences of one side come to: a derivative, or no number.
+
+    `value` is infinite where they grow without end, `error` where they settle nothing.
+    """
+
+    value: float
+    error: float
+    largest: float
+
+
+def side(differences: Sequence[Difference], which: str) -> Side | None:
+    """Extrapolate the differences of one side ("left", "right"); None: none is finite.
+
+    They may change with any power of the distance, as those of `x ** 1.5` at zero do.
+
+    Reference:
+      Aitken (1926), "On Bernoulli's numerical solution of algebraic equations".
+    """
+    pairs = [(d, float(getattr(d, which))) for d in differences]
+    finite = [(d, value) for d, value in pairs if np.isfinite(value)]
+    if not finite:
+        return None
+    values = [value for _, value in finite]
+    largest, last = max(map(abs, values)), values[-1]
+    if _grows(values):
+        return Side(np.copysign(np.inf, last), 0.0, largest)
+    best, before = Side(last, np.inf, largest), None
+    for (far, x), (mid, y), (near, z) in _threes(finite):
+        first, second = y - x, z - y
+        even = far.distance / mid.distance == mid.distance / near.distance
+        ratio = second / first if first else float(second != 0)
+        # What is left of a sum whose terms shrink to nine tenths, if not to less.
+        found = [Side(z, 10 * abs(second) + near.noise, largest)]
+        value = None
+        if even and abs(ratio) <= 0.9:
+            value = z + second * ratio / (1 - ratio)
+        if value is not None and before is not None:
+            error = abs(value - before) + near.noise / (1 - ratio) ** 2
+            found.append(Side(value, error, largest))
+        best, before = min(best, *found, key=lambda s: s.error), value
+    return best
+
+
+def _threes(finite: Sequence[Any]) -> Iterator[Any]:
+    return zip(finite, finite[1:], finite[2:], strict=False)
+
+
+def _grows(values: Sequence[float]) -> bool:
+    """Tell whether the nearest differences grow, by no less from one to the next."""
+    nearest = values[-5:]
+    more = np.diff(np.abs(nearest))
+    alike = len(nearest) == 5 and len(set(np.sign(nearest))) == 1
+    return alike and more[0] > 0 and bool(np.all(more[1:] > 0.9 * more[:-1]))

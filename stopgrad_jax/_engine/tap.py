@@ -46,12 +46,28 @@ def weighed(token: Any, sizes: Any) -> jax.Array:
     return gate([token.astype(sizes.dtype) * sizes], [token], [sizes], _MAGNITUDES)[0]
 
 
+def handed(token: Any, x: Any) -> jax.Array:
+    """Return `token * x`, in reverse mode; zero times what is not finite is zero.
+
+    It is of an entry that does not move, or of one that does not count.
+    """
+    return gate([token.astype(x.dtype) * x], [token], [x], _PRODUCTS)[0]
+
+
 def _pull(cts: Any, residuals: Any) -> list[Any]:
     (ct,), (sizes,) = cts, residuals
     total = jnp.sum(jnp.abs(ct) * jnp.abs(sizes))
     return [total.astype(jnp.result_type(float))]
 
 
+def _pull_products(cts: Any, residuals: Any) -> list[Any]:
+    (ct,), (x,) = cts, residuals
+    none = (ct == 0) | (x == 0)
+    total = jnp.sum(jnp.real(jnp.where(none, jnp.zeros_like(x), ct * x)))
+    return [total.astype(jnp.result_type(float))]
+
+
+_PRODUCTS = Rule("products", _pull_products, forward="products: in reverse mode only")
 _MAGNITUDES = Rule("magnitudes", _pull, forward="magnitudes: in reverse mode only")
 
 

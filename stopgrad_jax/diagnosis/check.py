@@ -38,6 +38,7 @@ def check_gradients(
     differences of what the function *declares*: a stopped value is held fixed, a
     straight-through value moves as its surrogate, a linear gate by its factor. Gates
     that are not linear (clip, norm, transform, nonfinite) are left out on both sides.
+    So are entries of the result that are not finite at the point, as of masked logits.
 
     Forward: `fun` is run near its arguments.
     Backward: `fun`'s, in each of the `modes`.
@@ -46,7 +47,8 @@ def check_gradients(
       fun: any function that JAX can trace.
       order: 1; or 2 to check the derivative of the gradient as well.
       modes: "rev" (`jax.vjp`) and "fwd" (`jax.jvp`).
-      tol: the largest relative error, by default 1e-3 in float32 and 1e-6 in float64;
+      tol: the largest relative error, for all leaves alike: by default 1e-6 if every
+        leaf that carries a gradient is float64, and 1e-3 if one of them is float32;
         what the differences themselves are unsure of is allowed for on top.
       allow: names of functions whose custom rule differs from them on purpose. The rule
         is followed there. ("with_backward" stands for all calls of that.) Every other
@@ -60,9 +62,10 @@ def check_gradients(
 
     Raises:
       AssertionError: a derivative is wrong; names the leaf or the function, and both
-        numbers, and says so where the point is at a kink, or where the differences
-        settle nothing. Its attributes `direction` and `weights` are arrays, where the
-        numbers are along a direction of a leaf, or of a weighed sum of the results.
+        numbers, and says so where the point is at a kink. Or it cannot be told: at the
+        border of a domain, where the differences settle nothing, or where no entry of
+        the result is finite. Its attributes `direction` and `weights` are arrays, where
+        the numbers are along a direction of a leaf, or of a weighed sum of the results.
       ValueError: an unknown mode, order or name in `allow`.
       TypeError: there is nothing to differentiate, or it is traced, complex or narrow;
         or forward mode of a function that has none.
@@ -88,6 +91,7 @@ def check_gradients(
         names = (allow,) if isinstance(allow, str) else tuple(allow)
         checked = Checked(traced, places, names, called, tol)
         with _errors_explained(checked, "fwd" in modes):
+            checked.leave_out_nonfinite()
             checked.compare_rules(forward="rev" not in modes)
             for mode in modes:
                 checked.compare(mode)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +20,21 @@ from stopgrad_jax._engine.sites import best_name, sites_in
 from stopgrad_jax._engine.trace import Traced
 from stopgrad_jax._errors import beats, quoted, type_of
 
-from .compare import FEW, Compared, Direction, eps_of, slope_of, tolerance
-from .judge import RIGHT, WRONG, Verdict
+from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolerance
+from .directions import (
+    finite_where,
+    inside,
+    lines_of,
+    of_finite,
+    one_weight,
+    random_weights,
+)
+from .judge import BORDER, RIGHT, WRONG, Verdict
 from .readings import groups_of_stops, known_sites
+from .told import Told
 
-_KINDS = {4: "float32", 8: "float64"}
 
-
-class Checked:
+class Checked(Told):
     """One traced function at one point."""
 
     def __init__(
@@ -44,7 +52,7 @@ class Checked:
         self._require_real(outs, kept)
         rng = np.random.RandomState(0)
         scalar = len(kept) == 1 and outs[kept[0]].size == 1
-        unit = _ones if scalar else functools.partial(_random, rng)
+        unit = one_weight if scalar else functools.partial(random_weights, rng)
         self.program = Program(
             traced.jaxpr,
             traced.consts,
@@ -57,7 +65,7 @@ class Checked:
         self.along = {
             (k, n): v
             for k in places
-            for n, v in enumerate(_along(rng, self.program.leaves[k]))
+            for n, v in enumerate(lines_of(rng, self.program.leaves[k]))
         }
         self.tol, self.eps = tolerance(self.program, tol), eps_of(self.program)
         self.freed = frozenset[int]()  # stops that a rule takes care of
@@ -112,6 +120,28 @@ class Checked:
         sites = self.program.sites.values()
         return [s.shown for s in sites if _jax.closes_over_tracers(s.eqn)]
 
+    def leave_out_nonfinite(self) -> None:
+        """Give no weight to entries of the result that are not finite at the point."""
+        program, run = self.program, jax.jit(self.function)
+        values = program.values()
+        pairs = list(zip(program.weights, run(values), strict=True))
+        weights = [of_finite(w, out) for w, out in pairs]
+        if any(np.size(w) for w in weights) and not any(map(np.any, weights)):
+            expected, came, instead = _words.NOTHING_FINITE
+            write = instead.format(name=self.name)
+            raise AssertionError(beats(self.called, expected, came, write))
+        self.program = dataclasses.replace(program, weights=weights)
+
+        def is_finite(k: int, step: jax.Array) -> bool:
+            outs = run(values | {k: values[k] + step})
+            return finite_where(weights, outs)
+
+        near = distances_of(program)[-1]
+        self.along = {
+            (k, n): inside(line, functools.partial(is_finite, k), near)
+            for (k, n), line in self.along.items()
+        }
+
     # Custom rules ------------------------------------------------------------------
 
     def compare_rules(self, forward: bool) -> None:
@@ -147,21 +177,16 @@ class Checked:
             return compared
         alone = frozenset({key})
 
-        def is_right(other: Compared) -> bool:
-            try:
-                found = other.judge_rule(key, direction, along, carefully=False)
-            except jax.errors.JaxRuntimeError:  # so read, the function itself raises
-                return False
-            return found.kind != WRONG
-
         declared = Declared(self.program.sites, reading)
         site = self.program.sites[key]
         if _jax.kind_of(site.eqn) in _jax.CUSTOM and declared.holds_special(site.eqn):
             opened = reading.opened | alone
-            if is_right(compared.reread(asked=alone, opened=opened)):
+            other = compared.reread(asked=alone, opened=opened)
+            if self._is_right(other, key, {direction: along}):
                 return compared.reread(opened=opened)
-        for group in groups_of_stops(self.program.jaxpr):
-            if is_right(compared.reread(asked=alone, freed=reading.freed | group)):
+        for group in self._taken_care_of(compared, key):
+            other = compared.reread(asked=alone, freed=reading.freed | group)
+            if self._is_right(other, key, self.along):
                 self.freed |= group
                 rest = reading.asked - alone
                 return compared.reread(asked=rest, followed=reading.followed | alone)
@@ -170,6 +195,30 @@ class Checked:
             rest = reading.asked - alone
             return compared.reread(asked=rest, followed=reading.followed | alone)
         raise self._wrong_rule(verdict, key, direction)
+
+    def _taken_care_of(self, compared: Compared, key: int) -> list[frozenset[int]]:
+        """Return groups of stops that a rule may give the derivative of.
+
+        It has to be right by all that its own function uses, while these are stops: it
+        is for what it is given beside and does not use that it may stand for them.
+        """
+        groups, alone = groups_of_stops(self.program.jaxpr), frozenset({key})
+        other = compared.reread(asked=alone, held=alone) if groups else compared
+        return groups if groups and self._is_right(other, key, self.along) else []
+
+    def _is_right(
+        self, compared: Compared, key: int, lines: Mapping[Direction, Any]
+    ) -> bool:
+        try:
+            return all(
+                any(
+                    compared.judge_rule(key, direction, line, carefully).kind != WRONG
+                    for carefully in (False, True)
+                )
+                for direction, line in lines.items()
+            )
+        except jax.errors.JaxRuntimeError:  # so read, the function itself raises
+            return False
 
     def _say_drawn(self, key: int) -> None:
         site = self.program.sites[key]
@@ -181,13 +230,13 @@ class Checked:
         self, verdict: Verdict, key: int, direction: Direction
     ) -> AssertionError:
         site = self.program.sites[key]
-        numbers = self._numbers(verdict, direction, "the rule")
-        place = self._place(direction)
+        numbers = self.numbers(verdict, direction, "the rule")
+        place = self.place(direction)
         said = _words.WRONG_RULE.format(rule=site.shown)
-        share = _words.SHARE.format(place=place) + self._what(direction)
+        share = _words.SHARE.format(place=place) + self.what(direction)
         name = best_name(site, self.program.sites)
-        return self._error(
-            f"{said}: {numbers}{share}{self._kink(verdict, direction)}\n"
+        return self.error(
+            f"{said}: {numbers}{share}{self.kink(verdict, direction)}\n"
             f"  write: {_words.ALLOW.format(name=name)}",
             direction,
         )
@@ -219,49 +268,32 @@ class Checked:
             verdict = compared.judge(slope, direction, line, carefully=True)
             if verdict.kind == RIGHT or self._is_cut(compared, verdict, direction):
                 continue
-            self._blame(compared, direction)
+            self._blame(compared, direction, verdict.kind != BORDER)
             raise self.wrong_leaf(verdict, direction, mode)
 
     def _is_cut(
         self, compared: Compared, verdict: Verdict, direction: Direction
     ) -> bool:
         """Tell whether only jumps were seen, where the derivative is zero."""
-        if verdict.found is not None and verdict.found.is_at_kink:
+        found = verdict.found
+        if verdict.kind != BORDER and found is not None and found.is_at_kink:
             return False
         other = compared.reread(quantized=True, asked=frozenset())
         found = other.judge(verdict.told, direction, self.along[direction])
         return found.kind == RIGHT
 
-    def _blame(self, compared: Compared, direction: Direction) -> None:
-        """Raise if one of the rules is what differs, JAX's own included."""
+    def _blame(self, compared: Compared, direction: Direction, all_: bool) -> None:
+        """Raise if one of the rules is what differs, JAX's own included if `all_`."""
         reading, line = compared.reading, self.along[direction]
         for key in sorted(reading.asked):
             compared = self._look_again(compared, key, direction, line)
         rest = frozenset(self.program.sites) - reading.asked - reading.followed
+        rest = rest if all_ else frozenset[int]()
         other = compared.reread(asked=rest) if rest else compared
         for key in sorted(rest):
             verdict = other.judge_rule(key, direction, line, carefully=True)
             if verdict.kind == WRONG:
                 raise self._wrong_rule(verdict, key, direction)
-
-    def wrong_leaf(
-        self, verdict: Verdict, direction: Direction, how: str
-    ) -> AssertionError:
-        """Return the error that says what is wrong, or cannot be settled."""
-        numbers = self._numbers(verdict, direction, "JAX")
-        place = f"{self._place(direction)} ({how}){self._what(direction)}"
-        if verdict.kind == WRONG or verdict.found is None:
-            said = _words.WRONG_LEAF.format(place=place)
-            kink = self._kink(verdict, direction)
-            return self._error(f"{said}: {numbers}{kink}", direction)
-        unit = self._unit(direction)
-        said = _words.UNSETTLED.format(
-            place=place,
-            dtype=_KINDS[self.program.leaves[direction[0]].dtype.itemsize],
-            numbers=numbers,
-            error=f"{verdict.found.error / unit:.2g}",
-        )
-        return self._error(f"{said}\n  write: {_words.SETTLE}", direction)
 
     # What JAX says -----------------------------------------------------------------
 
@@ -298,85 +330,3 @@ class Checked:
                 'modes=("rev",)',
             )
         )
-
-    # Words -------------------------------------------------------------------------
-
-    def _unit(self, direction: Direction) -> float:
-        """How much a leaf moves along a direction that is of one entry."""
-        if not self._is_entry(direction):
-            return 1.0
-        return float(np.abs(np.asarray(self.along[direction], np.float64)).sum())
-
-    def _is_entry(self, direction: Direction) -> bool:
-        return self.program.leaves[direction[0]].size <= FEW
-
-    def _place(self, direction: Direction) -> str:
-        k, n = direction
-        leaf = self.program.leaves[k]
-        index = list(map(int, np.unravel_index(n, leaf.shape))) if leaf.ndim else ""
-        return f"by {self.places[k]}{index if self._is_entry(direction) else ''}"
-
-    def _numbers(self, verdict: Verdict, direction: Direction, whom: str) -> str:
-        unit = self._unit(direction)
-        true, told = _apart(verdict.value / unit, verdict.told / unit)
-        return _words.BY_DIFFERENCES.format(true=true, told=told, whom=whom)
-
-    def _what(self, direction: Direction) -> str:
-        """Say what a number is, if it is not the derivative of one entry by another."""
-        along = "" if self._is_entry(direction) else _words.ALONG
-        return along + ("" if self._is_one(self.program.weights) else _words.WEIGHED)
-
-    def _is_one(self, weights: Sequence[Any]) -> bool:
-        return sum(np.size(w) for w in weights) == 1
-
-    def _kink(self, verdict: Verdict, direction: Direction) -> str:
-        found, unit = verdict.found, self._unit(direction)
-        if found is None or not found.is_at_kink:
-            return ""
-        left, right = f"{found.left / unit:.6g}", f"{found.right / unit:.6g}"
-        return f"\n  {_words.AT_KINK.format(left=left, right=right)}"
-
-    def _error(self, said: str, direction: Direction) -> AssertionError:
-        error: Any = AssertionError(f"{self.called}: {said}")
-        if not self._is_entry(direction):
-            error.direction = self.along[direction]
-        if not self._is_one(self.program.weights):
-            error.weights = tuple(self.program.weights)
-        return error
-
-
-def _apart(one: float, other: float) -> tuple[str, str]:
-    """Write two numbers with the digits that tell them apart."""
-    pairs = [(f"{one:.{n}g}", f"{other:.{n}g}") for n in range(6, 18)]
-    return next((pair for pair in pairs if len({*pair}) == 2), pairs[0])
-
-
-def _along(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
-    """Yield directions: each entry if they are few, else a random one.
-
-    An entry moves by about its size, and by that of the others if it is zero; a tiny
-    one by less than the others, that may be at the border of a domain.
-    """
-    x = np.abs(np.asarray(leaf, np.float64))
-    finite = x[np.isfinite(x) & (x > 0)]
-    usual = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 1.0
-    own = np.minimum(np.sqrt(x * usual), 100 * x)
-    reach = np.where(np.isfinite(x) & (x > 0), own, usual)
-    if x.size <= FEW:
-        for k in range(x.size):
-            one = np.zeros(x.size)
-            one[k] = reach.flat[k]
-            entry = jnp.asarray(one.reshape(x.shape), leaf.dtype)
-            yield _jax.sharded_like(entry, leaf)
-    else:
-        every = jnp.asarray(rng.standard_normal(x.shape) * reach, leaf.dtype)
-        yield _jax.sharded_like(every, leaf)
-
-
-def _random(rng: Any, aval: Any) -> jax.Array:
-    numbers = jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
-    return _jax.sharded_as(numbers, aval)
-
-
-def _ones(aval: Any) -> jax.Array:
-    return _jax.sharded_as(jnp.ones(aval.shape, aval.dtype), aval)

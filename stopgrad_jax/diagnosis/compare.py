@@ -22,10 +22,17 @@ from stopgrad_jax._engine.declared import (
     Declared,
     Reading,
 )
-from stopgrad_jax._engine.measured import Program, Values, measure, rounding, wide
+from stopgrad_jax._engine.measured import (
+    Program,
+    Values,
+    measure,
+    rounding,
+    weighed_sum,
+)
 from stopgrad_jax._engine.slope import Difference
 
-from .judge import Share, Verdict, judge, judge_rule
+from .directions import FEW
+from .judge import BORDER, UNSURE, WRONG, Share, Verdict, judge, judge_rule
 
 # By the size of the dtype. Powers of two: then a distance costs no rounding of its own.
 DISTANCES = {
@@ -37,7 +44,6 @@ _WIDE = {4: (1.0, 0.5, 0.25, 0.125), 8: (0.5, 0.25, 0.125, 0.0625, 0.03125)}
 # And where the function changes faster than these can see, if rounding is known.
 _NEAR = {4: (2.0**-14, 2.0**-16, 2.0**-18, 2.0**-20), 8: (2.0**-28, 2.0**-32, 2.0**-36)}
 _TOLERANCE = {4: 1e-3, 8: 1e-6}
-FEW = 8  # entries that are looked at one by one
 
 Direction = tuple[int, int]  # which leaf, and which of its directions
 Function = Callable[[Values], list[Any]]
@@ -120,7 +126,8 @@ class Compared:
             )
             (base, size), (plus, _), (minus, _) = sums
             said = sum(step.shares[key][TOLD] for key in taken) / h
-            near = max(2 * self.eps * size, 2 * noise) / h + self.eps * abs(told) / h
+            digits = self.eps * abs(told) if np.isfinite(told) else 0.0
+            near = max(2 * self.eps * size, 2 * noise) / h + digits / h
             left, right = (base - minus) / h + said, (plus - base) / h + said
             found.append(Difference(h, left, right, near))
         return found
@@ -163,7 +170,10 @@ class Compared:
         known = self.noise(direction, along) if carefully else {}
         other = (_jax.gate_name(self.program.sites[key].eqn) and INSIDE) or EVERY
         noise = known.get(key, known.get(other, 0.0))
-        return judge_rule(self.shares(steps, key, noise), self.tol)
+        verdict = judge_rule(self.shares(steps, key, noise), self.tol)
+        if self.program.is_left_out(verdict.told):
+            return dataclasses.replace(verdict, kind=UNSURE)
+        return verdict
 
     def judge(
         self,
@@ -178,7 +188,11 @@ class Compared:
         known = self.noise(direction, along) if carefully else {}
         noise = known.get(EVERY, 0.0)
         found = self.differences(steps, told, noise, weights)
-        return judge(told, found, self.tol, self._floor(steps, told, weights))
+        verdict = judge(told, found, self.tol, self._floor(steps, told, weights))
+        ends = [end for step in steps for end in step.sums]
+        if verdict.kind == BORDER and np.all(np.isfinite(ends)):  # it is a rule's word
+            return dataclasses.replace(verdict, kind=WRONG)
+        return verdict
 
     def is_flat(self, direction: Direction, along: jax.Array) -> bool:
         """Tell whether differences vanish that do not over longer distances."""
@@ -209,9 +223,9 @@ def eps_of(program: Program) -> float:
 
 
 def _dot(weights: Sequence[Any], outs: Sequence[Any]) -> tuple[float, float]:
-    """Return the weighed sum, and the sum of magnitudes."""
-    pairs = zip(weights, outs, strict=True)
-    terms = [np.asarray(w, np.float64) * out for w, out in pairs]
+    """Return the weighed sum, and the sum of magnitudes; weight zero leaves out."""
+    pairs = [(np.asarray(w, np.float64), x) for w, x in zip(weights, outs, strict=True)]
+    terms = [w * np.where(w == 0, 0, out) for w, out in pairs]
     size = float(sum(np.abs(t).sum() for t in terms))
     return float(sum(t.sum() for t in terms)), size
 
@@ -232,7 +246,7 @@ def slope_of(
         cts = [jnp.asarray(w, o.dtype) for w, o in zip(weights, out, strict=True)]
         (grads,) = pull(cts)
         return [
-            sum(wide(jnp.sum(grads[k].conj() * v)) for k, v in direction.items())
+            sum(weighed_sum(v, grads[k].conj()) for k, v in direction.items())
             for direction in directions
         ]
     slopes = []
@@ -240,5 +254,5 @@ def slope_of(
         dots = {k: direction.get(k, jnp.zeros_like(x)) for k, x in values.items()}
         out = jax.jvp(function, (values,), (dots,))[1]
         pairs = zip(weights, out, strict=True)
-        slopes.append(sum(wide(jnp.sum(w * dot)) for w, dot in pairs))
+        slopes.append(sum(weighed_sum(w, dot) for w, dot in pairs))
     return slopes

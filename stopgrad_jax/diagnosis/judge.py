@@ -7,21 +7,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stopgrad_jax._engine.slope import Difference, Slope, slope
+from stopgrad_jax._engine.slope import Difference, Slope, side, slope
 
 RIGHT, WRONG, UNSURE = "right", "wrong", "unsure"
+# The function is finite on one side of the point at most, which settles nothing.
+BORDER = "border"
+SIDES = ("left", "right")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What was found: `told` is the derivative in question.
 
-    `found` is None where no difference is finite.
+    `found` is None where no difference is finite. At the border of a domain `where`
+    says where what is compared is not finite, of the point.
     """
 
     kind: str
     told: float
     found: Slope | None
+    where: str = ""
 
     @property
     def value(self) -> float:
@@ -59,14 +64,41 @@ def judge(
     """Compare a derivative with differences; `floor` is what counts as zero."""
     found = slope(differences)
     if found is None:
-        return Verdict(WRONG, told, found)
+        return _at_border(told, differences, tol, floor)
+    if not np.isfinite(told):
+        right = all(_grows_to(told, differences, which) for which in SIDES)
+        return Verdict(RIGHT if right else WRONG, told, found)
     scale, off = max(abs(found.value), abs(told)), abs(found.value - told)
     if off <= tol * scale + floor:
         return Verdict(RIGHT, told, found)
-    if found.error > 0.1 * abs(found.value) + 100 * floor and np.isfinite(told):
+    if found.error > 0.1 * abs(found.value) + 100 * floor:
         return Verdict(UNSURE, told, found)
     right = off <= tol * scale + found.error
     return Verdict(RIGHT if right else WRONG, told, found)
+
+
+def _at_border(
+    told: float, differences: Sequence[Difference], tol: float, floor: float
+) -> Verdict:
+    """Compare a derivative with the differences of the one side that has any."""
+    known = [s for s in (side(differences, which) for which in SIDES) if s is not None]
+    if len(known) != 1:
+        return Verdict(BORDER, told, None, "on either side of it")
+    (one,) = known
+    found = Slope(one.value, one.error, one.value, one.value)
+    if np.isinf(one.value) or not np.isfinite(told):
+        right = one.value == told
+    else:
+        scale, off = max(abs(one.value), abs(told)), abs(one.value - told)
+        sure = one.error <= 0.05 * max(scale, one.largest) + 100 * floor
+        right = sure and off <= tol * scale + one.error + floor
+    return Verdict(RIGHT if right else BORDER, told, found, "on one side of it")
+
+
+def _grows_to(told: float, differences: Sequence[Difference], which: str) -> bool:
+    """Tell whether a side's differences grow without end, as a derivative is."""
+    found = side(differences, which)
+    return found is not None and found.value == told
 
 
 def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
@@ -79,6 +111,9 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
     broken = [s for s in moved if np.isfinite(s.true) and not np.isfinite(s.told)]
     if broken and not finite:
         last = broken[-1]
+        sides = [Difference(s.distance, s.left, s.right, s.noise) for s in moved]
+        if any(_grows_to(last.told, sides, which) for which in SIDES):
+            return Verdict(UNSURE, last.told, None)
         found = Slope(last.true, 0.0, last.left, last.right)
         return Verdict(WRONG, last.told, found)
     between = slope(
@@ -91,7 +126,10 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
         return Verdict(RIGHT, 0.0, None)
     near = next(s for s in finite if s.distance == between.distance)
     found = dataclasses.replace(
-        between, value=near.told + between.value, left=near.left, right=near.right
+        between,
+        value=near.told + between.value,
+        left=near.told + between.left,
+        right=near.told + between.right,
     )
     size = max(abs(near.told), abs(found.value))
     wrong = abs(between.value) > tol * size + 2 * between.error

@@ -80,7 +80,8 @@ class _Second:
             sides = (start[k] + step, start[k] - step)
             plus, minus = (float(self._run(start | {k: x})) for x in sides)
             base = self._base
-            noise = 8 * eps * max(abs(base), abs(plus)) + eps * abs(told)
+            digits = eps * abs(told) if np.isfinite(told) else 0.0
+            noise = 8 * eps * max(abs(base), abs(plus)) + digits
             found.append(
                 Difference(h, (base - minus) / h, (plus - base) / h, noise / h)
             )
@@ -93,7 +94,10 @@ class _Second:
                 dataclasses.replace(d, noise=d.noise + noise / d.distance)
                 for d in found
             ]
-        return judge(told, found, self._checked.tol, floor)
+        verdict = judge(told, found, self._checked.tol, floor)
+        if not np.isfinite(self._base):
+            return dataclasses.replace(verdict, where="at it")
+        return verdict
 
     def _noise(self, direction: Direction) -> float:
         """How far rounding may change the gradient."""

@@ -18,6 +18,7 @@ from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.given import cotangents, default_ys
 from stopgrad_jax._engine.reduced import (
     SUMMED,
+    norm,
     over_axes,
     over_devices,
     summary,
@@ -182,9 +183,9 @@ def _stats(totals: jax.Array, size: int, cause: str | None) -> Stats:
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _numbers(totals: jax.Array, size: int) -> Any:
-    squares, largest, nonzero, nonfinite = (totals[..., k] for k in range(SUMMED))
+    _, largest, nonzero, nonfinite = (totals[..., k] for k in range(SUMMED))
     fraction = (size - nonzero) / size if size else jnp.ones_like(nonzero)
-    return jnp.sqrt(squares), largest, fraction, nonfinite.astype(jnp.int32)
+    return norm(totals), largest, fraction, nonfinite.astype(jnp.int32)
 
 
 def _places(
