@@ -113,6 +113,14 @@ class Graph:
             new.ops[k] = copy.copy(self.ops[k])
         return new
 
+    def original(self, value: Value) -> Value:
+        """Return what a found value is that a body returned."""
+        number = self.maker[value]
+        while number >= 0 and self.ops[number].copies:
+            (value,) = self.feeds[value]
+            number = self.maker[value]
+        return value
+
     # Passes ---------------------------------------------------------------------
 
     def forward(

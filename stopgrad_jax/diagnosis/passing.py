@@ -79,7 +79,8 @@ class Passing:
             return set()
         graph, tangent = by_result.graph, by_result.analysis.tangent
         results = (leaf for leaf in by_result.leaves if leaf.bit)
-        makers = {x.bit: k for x in results if (k := graph.maker[x.value]) >= 0}
+        made = ((x.bit, graph.maker[graph.original(x.value)]) for x in results)
+        makers = {bit: k for bit, k in made if k >= 0}
         found = {bit for bit in makers if by_result.verdict(bit) == "flows"}
         ends = list(found)
         for end in ends:  # what runs again is mended there, too

@@ -94,20 +94,12 @@ class _Sum:
             yield from self._parts(operand, after, frozenset(names))
 
     def _maker(self, value: Value) -> Op | None:
-        number = self._graph.maker[self._original(value)]
+        number = self._graph.maker[self._graph.original(value)]
         return None if number < 0 else self._graph.ops[number]
-
-    def _original(self, value: Value) -> Value:
-        """What a found value is that a body returned."""
-        number = self._graph.maker[value]
-        while number >= 0 and self._graph.ops[number].copies:
-            (value,) = self._graph.feeds[value]
-            number = self._graph.maker[value]
-        return value
 
     def _summands(self, value: Value) -> list[Value]:
         """Return what a value is a sum of: none where it is not linear in it."""
-        op, value = self._maker(value), self._original(value)
+        op, value = self._maker(value), self._graph.original(value)
         if op is None or op.join or op.held:
             return []
         moving = self._analysis.tangent
@@ -144,7 +136,7 @@ class _Sum:
         op = self._maker(value)
         if op is None:
             path = self._inputs.get(value) or self._inputs.get(
-                self._original(value), ""
+                self._graph.original(value), ""
             )
             return Part(value, path, True, path)
         spot = _apart(op, reader) or op.spot
