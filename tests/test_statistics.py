@@ -167,7 +167,7 @@ def test_no_host_callback_and_one_backward_pass():
     text = jax.jit(stats).lower(W, X).compile().as_text()
     assert "custom-call" not in text
     more = instructions(stats, W, X) - instructions(jax.grad(f), W, X)
-    assert 0 < more < 100  # the sums
+    assert 0 < more < 110  # the sums, and the scale that they are in
     longer = jnp.ones(400, jnp.float32)
     more_of_longer = instructions(stats, W, longer)
     assert abs(more_of_longer - instructions(stats, W, longer[:40])) <= 2

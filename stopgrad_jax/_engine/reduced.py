@@ -40,7 +40,11 @@ def summary(ct: jax.Array) -> jax.Array:
     size = jnp.abs(ct).astype(summary_dtype(ct.dtype))
     counts = jnp.count_nonzero(ct), jnp.count_nonzero(~jnp.isfinite(ct))
     largest = jnp.max(size, initial=0)
-    sums = jnp.sum(jnp.square(size / _unit(largest))), largest, *counts
+    # None is larger than the largest; that is said to keep XLA from squaring first what
+    # is divided, where it knows the cotangent.
+    unit = _unit(largest)
+    parts = jnp.minimum(size / unit, largest / unit)
+    sums = jnp.sum(jnp.square(parts)), largest, *counts
     return jnp.stack([x.astype(size.dtype) for x in sums])
 
 
@@ -55,7 +59,7 @@ def _unit(largest: jax.Array) -> jax.Array:
     Not to the end of the range: XLA may divide by it as a product with its inverse.
     """
     end = 2.0 ** (100 if largest.dtype == jnp.float32 else 1000)
-    return jax.lax.stop_gradient(jnp.clip(largest, 1 / end, end))
+    return jax.lax.stop_gradient(jax.lax.clamp(1 / end, largest, end))
 
 
 def _in_unit(totals: jax.Array, largest: jax.Array) -> jax.Array:
