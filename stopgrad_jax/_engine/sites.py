@@ -107,21 +107,26 @@ def _custom(eqn: Any, labels: Labels) -> tuple[list[str], str, bool]:
     name, place = _jax.call_name(eqn) or "", _jax.rule_site(eqn)
     file = place.rpartition(":")[0]
     names = [name] if name and not name.startswith("<unknown") else []
-    if names and labels.is_users(file):
-        return names, place, True
-    # A wrapper in a library, as `jax.custom_gradient`: the function it is around, if
-    # all that it closes over is of one file.
     rules = _jax.custom_rule(eqn) or ()
+    if names and labels.is_users(file):
+        # `jax.custom_gradient` of JAX 0.10 is called by the name of its wrapper.
+        around = (f for rule in rules for f in _held(rule) if _place(f) == place)
+        return [*(f.__name__ for f in around), *names], place, True
+    # A wrapper in a library: the function it is around, if all that it closes over is
+    # of one file.
     held = [f for rule in rules for f in _held(rule) if _is_from(f, file)]
     if len({f.__code__.co_filename for f in held}) == 1:
-        code = held[0].__code__
-        place = f"{code.co_filename}:{code.co_firstlineno}"
-        return [held[0].__name__, *names], place, True
+        return [held[0].__name__, *names], _place(held[0]), True
     if names and _jax.is_own(place):
         names.insert(0, name.lstrip("_"))
     codes = (getattr(f, "__code__", None) for f in _jax.custom_rule(eqn) or ())
     files = [file, *(code.co_filename for code in codes if code is not None)]
-    return names, place, not all(map(_jax.is_own, files))
+    # `lax.custom_root` of JAX 0.10: its rule is what the user's functions make of it.
+    return names, place, name == "_custom_root" or not all(map(_jax.is_own, files))
+
+
+def _place(function: Any) -> str:
+    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
 def _is_from(function: Any, file: str) -> bool:
