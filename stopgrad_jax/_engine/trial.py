@@ -83,8 +83,8 @@ class Replaced:
         for atom, x in zip(eqn.invars, values, strict=True):
             literal = isinstance(atom, _jax.Literal) and np.ndim(x) == 0
             new = literal and x == self.literal
-            other = jnp.asarray(number * (1.0 - spread), jnp.result_type(x))
-            found.append(other if new else x)
+            other = number * (1.0 - spread)
+            found.append(jnp.asarray(other, jnp.result_type(x)) if new else x)
         return found
 
 

@@ -187,6 +187,7 @@ class _Unfolding:
             results.append(self._result(op, var.aval, grads, feeds))
             if moves and carries(var.aval) and _jax.kind_of(eqn) == "custom_vjp_call":
                 self.graph.moves[op.values[-1]] = _values(inputs)
+                self._moves[op.values[-1]] = True
         if eqn.primitive.name == "select_n" and case is None:
             self.graph.cases[op.values[0]] = inputs[1:]
         if not results:

@@ -6,6 +6,7 @@ import ast
 import builtins
 import copy
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -160,8 +161,7 @@ def _scope(fun: Any, spots: Sequence[Spot]) -> Iterator[tuple[str, Any]]:
         names = code.co_names if code is not None else ()
         for space in modules(spot):
             yield from ((name, space[name]) for name in names if name in space)
-    while (inner := getattr(fun, "__wrapped__", None)) is not None:
-        fun = inner
+    fun = inspect.unwrap(fun)
     code = getattr(fun, "__code__", None)
     if code is not None:
         space, cells = fun.__globals__, fun.__closure__ or ()
@@ -175,16 +175,14 @@ _EMPTY = types.CellType()
 
 def modules(spot: Spot) -> list[dict[str, Any]]:
     """Return what the names of the module mean that an expression is in."""
-    same = getattr(spot.frame, "file", None)
-    found = [m for m in list(sys.modules.values()) if getattr(m, "__file__", 0) == same]
-    return [vars(module) for module in found]
+    every = list(sys.modules.values())
+    same = [m for m in every if getattr(m, "__file__", None) == spot.frame.file]
+    return [vars(module) for module in same]
 
 
 def scopes(spot: Spot, fun: Any) -> list[dict[str, Any]]:
     """Return the same, or what they mean to a function where no module has the file."""
-    while (inner := getattr(fun, "__wrapped__", None)) is not None:
-        fun = inner
-    return modules(spot) or [getattr(fun, "__globals__", {})]
+    return modules(spot) or [getattr(inspect.unwrap(fun), "__globals__", {})]
 
 
 def meaning(node: ast.AST, names: Sequence[dict[str, Any]]) -> Any:
