@@ -50,7 +50,7 @@ def test_of_an_argument_and_of_a_value(scale):
 def test_of_zeros_and_of_what_is_not_finite(gradient, expected, run):
     by = jnp.asarray(gradient, "float32")
     f = lambda x, by: jnp.sum(sg.name(x, "h") * by)
-    found = run(sg.gradient_stats(f, ["x", "h"]))(jnp.ones(len(gradient)), by)
+    found = run(sg.gradient_stats(f, ["x", "h"]))(jnp.ones(len(gradient), by.dtype), by)
     for name in ("x", "h"):
         np.testing.assert_array_equal(found[name].norm, np.float32(expected))
         assert found[name].nonfinite == np.sum(~np.isfinite(gradient))

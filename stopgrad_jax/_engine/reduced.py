@@ -58,8 +58,9 @@ def _unit(largest: jax.Array) -> jax.Array:
 
     Not to the end of the range: XLA may divide by it as a product with its inverse.
     """
-    end = 2.0 ** (100 if largest.dtype == jnp.float32 else 1000)
-    return jax.lax.stop_gradient(jax.lax.clamp(1 / end, largest, end))
+    power = 100 if largest.dtype == jnp.float32 else 1000
+    least, most = (jnp.asarray(2.0**x, largest.dtype) for x in (-power, power))
+    return jax.lax.stop_gradient(jax.lax.clamp(least, largest, most))
 
 
 def _in_unit(totals: jax.Array, largest: jax.Array) -> jax.Array:
