@@ -106,6 +106,7 @@ OWN = tuple(
 )
 _RANDOM = os.path.join(os.path.dirname(jax.__file__), "_src", "random")
 _API = os.path.join(os.path.dirname(jax.__file__), "_src", "api.py")
+_WRAPPER = os.path.join("_src", "traceback_util.py")  # around each function of the API
 
 
 def _summarized(eqn: Any) -> tuple[Frame, ...]:
@@ -138,6 +139,20 @@ def is_of_jax(eqn: Any) -> bool:
             return outer.startswith(OWN[:2])
         outer = code.co_filename
     return True
+
+
+def vmaps_of_jax(eqn: Any) -> int:
+    """Count the calls of `jax.vmap` around an equation that JAX itself wrote.
+
+    As `jnp.linalg.solve` maps over its columns: those are nobody's examples.
+    """
+    callers = [c for c, _ in stack_of(eqn) if not c.co_filename.endswith(_WRAPPER)]
+    return sum(
+        code.co_name == "vmap_f"
+        and code.co_filename == _API
+        and outer.co_filename.startswith(OWN[:2])
+        for outer, code in zip(callers, callers[1:], strict=False)
+    )
 
 
 def is_derivative(stack: Sequence[tuple[types.CodeType, int]]) -> bool:

@@ -218,3 +218,21 @@ def test_a_number_that_a_variable_holds():
     report = sg.find_nonfinite(lambda x: x * SCALE)(1.0)
     headline = str(report).splitlines()[0]
     assert headline == "nonfinite: return; SCALE is inf: a constant of the function"
+
+
+@pytest.mark.parametrize(
+    ("inner", "argument", "example"),
+    [
+        (lambda x: jnp.linalg.solve(x, jnp.ones((2, 3))), (2, 2), None),
+        (lambda x: jnp.apply_along_axis(jnp.log, 0, x), (3, 2), None),
+        (jnp.vectorize(jnp.log, signature="(n)->(n)"), (3, 2), None),
+        (jax.vmap(jnp.log), (3, 2), 0),
+        (jax.vmap(lambda x: jnp.linalg.solve(x, jnp.ones((2, 3)))), (3, 2, 2), 0),
+    ],
+    ids=["solve", "apply_along_axis", "vectorize", "vmap", "vmap of solve"],
+)
+def test_no_example_of_a_vmap_that_jax_wrote(inner, argument, example):
+    """JAX maps over columns and rows itself; those are no examples of the user's."""
+    report = sg.find_nonfinite(lambda x: jnp.sum(inner(x)))(jnp.zeros(argument))
+    assert report.example == example
+    assert ("of vmap" in str(report)) == (example is not None)

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as _words
 from stopgrad_jax._engine.blame import Birth
 from stopgrad_jax._engine.entries import is_nan, wide
@@ -217,7 +218,9 @@ def _numbers(at: Birth) -> Iterator[list[Part]]:
 
 def _example(at: Birth | None) -> int | None:
     """Return the example, unless what is alike for all of them stays one."""
-    if at is None or "vmap" not in at.op.transforms:
+    if at is None:
+        return None
+    if at.op.transforms.count("vmap") <= _jax.vmaps_of_jax(at.op.eqn):
         return None
     return at.index[0] if np.shape(at.result)[:1] > (1,) else None
 
