@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import types
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def vmaps_of_jax(eqn: Any) -> int:
         code.co_name == "vmap_f"
         and code.co_filename == _API
         and outer.co_filename.startswith(OWN[:2])
-        for outer, code in zip(callers, callers[1:], strict=False)
+        for outer, code in itertools.pairwise(callers)
     )
 
 
