@@ -202,3 +202,36 @@ def test_a_derivative_that_is_infinite_must_be_so_on_both_sides():
         sg.check_gradients(infinite)(0.5)
     with pytest.raises(AssertionError, match=r"wrong derivative .* inf by JAX"):
         sg.check_gradients(infinite, allow=["<lambda>"], order=2)(0.5)
+
+
+# Many entries, some of them where something is not finite -----------------------------
+
+SCALED = jnp.linspace(1.0, 2.0, 20)
+BESIDE = {  # a function, its slope, and a number where it is at a border or is steep
+    "infinite slope": (jnp.sqrt, lambda x: 0.5 / jnp.sqrt(x), 0.0),
+    "border": (lambda x: x**1.5, lambda x: 1.5 * jnp.sqrt(x), 0.0),
+    "other border": (lambda x: (3 - x) ** 1.5, lambda x: -1.5 * jnp.sqrt(3 - x), 3.0),
+    "inside": (jnp.cbrt, lambda x: 1 / (3 * jnp.cbrt(x) ** 2), 0.0),
+}
+
+
+@pytest.mark.parametrize("places", [(0,), range(0, 20, 2)], ids=["one", "ten"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_steep_entries_hide_no_wrong_rule_and_accuse_no_right_one(name, places):
+    function, slope, steep = BESIDE[name]
+    x = SCALED.at[jnp.array(places)].set(steep)
+    summed = lambda f: lambda x: jnp.sum(f(x))
+    sg.check_gradients(rule(function, slope))(x)
+    sg.check_gradients(summed(jvp_rule(function, slope, 1.0)))(x)
+    for wrong in (rule(function, slope, 1.2), summed(jvp_rule(function, slope, 1.2))):
+        with pytest.raises(AssertionError, match="the rule of <lambda>"):
+            sg.check_gradients(wrong)(x)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_nor_a_wrong_derivative_of_another_leaf(name):
+    function, slope, steep = BESIDE[name]
+    x = SCALED.at[4].set(steep)
+    wrong = rule(function, lambda x: slope(x) * jnp.where(jnp.arange(20) == 7, 2, 1))
+    with pytest.raises(AssertionError, match="the rule of"):
+        sg.check_gradients(lambda w, x: jnp.sum(w * wrong(x)))(SCALED, x)

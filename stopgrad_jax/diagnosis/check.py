@@ -92,6 +92,7 @@ def check_gradients(
         checked = Checked(traced, places, names, called, tol)
         with _errors_explained(checked, "fwd" in modes):
             checked.leave_out_nonfinite()
+            checked.take_steep_apart(modes[0])
             checked.compare_rules(forward="rev" not in modes)
             for mode in modes:
                 checked.compare(mode)

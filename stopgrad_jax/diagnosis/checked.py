@@ -22,6 +22,8 @@ from stopgrad_jax._errors import beats, quoted, type_of
 
 from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolerance
 from .directions import (
+    FEW,
+    apart,
     finite_where,
     inside,
     lines_of,
@@ -68,6 +70,7 @@ class Checked(Told):
             for n, v in enumerate(lines_of(rng, self.program.leaves[k]))
         }
         self.tol, self.eps = tolerance(self.program, tol), eps_of(self.program)
+        self._slopes = dict[str, dict[Direction, float]]()
         self.freed = frozenset[int]()  # stops that a rule takes care of
         self._require_met(allow)
         self.compared: dict[bool, Compared] = {}
@@ -137,10 +140,49 @@ class Checked(Told):
             return finite_where(weights, outs)
 
         near = distances_of(program)[-1]
+
+        def on_both_sides(k: int, line: jax.Array) -> bool:
+            h = jnp.asarray(near, line.dtype)
+            return is_finite(k, h * line) and is_finite(k, -h * line)
+
+        self._split(on_both_sides)
         self.along = {
             (k, n): inside(line, functools.partial(is_finite, k), near)
             for (k, n), line in self.along.items()
         }
+
+    def _split(self, is_finite: Callable[[int, jax.Array], bool]) -> None:
+        """Take entries apart at which something is not finite, where they are many."""
+        lines = dict[int, list[jax.Array]]()
+        for (k, n), line in self.along.items():
+            fine = functools.partial(is_finite, k)
+            alone = n or line.size <= FEW or fine(line)
+            parts = [line] if alone else apart(line, self.program.leaves[k], fine)
+            lines.setdefault(k, []).extend(parts)
+        self.along = {(k, n): v for k, vs in lines.items() for n, v in enumerate(vs)}
+
+    def take_steep_apart(self, mode: str) -> None:
+        """Take entries apart by which the derivative is not finite."""
+        values, weights = self.program.values(), self.program.weights
+        slopes = jax.jit(functools.partial(slope_of, mode, self.function))
+
+        def is_finite(k: int, line: jax.Array) -> bool:
+            return bool(np.isfinite(slopes(values, [{k: line}], weights)[0]))
+
+        try:
+            told = self._told(mode)
+        except Exception:  # it is raised again where it is explained
+            return
+        if not np.isfinite(list(told.values())).all():
+            self._split(is_finite)
+            self._slopes = {}
+
+    def _told(self, mode: str) -> dict[Direction, float]:
+        """Return what JAX says in each direction."""
+        if mode not in self._slopes:
+            along = functools.partial(slope_of, mode, self.function)
+            self._slopes[mode] = self.each(along)(self.program.weights)
+        return self._slopes[mode]
 
     # Custom rules ------------------------------------------------------------------
 
@@ -255,10 +297,7 @@ class Checked(Told):
         if compared is None:
             compared = self.compared[not forward]
 
-        def along(values: Values, directions: Sequence[Values], weights: Any) -> Any:
-            return slope_of(mode, self.function, values, directions, weights)
-
-        told = self.each(along)(self.program.weights)
+        told = self._told(mode)
         for direction, slope in told.items():
             line = self.along[direction]
             verdict = compared.judge(slope, direction, line)

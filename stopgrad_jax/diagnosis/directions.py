@@ -12,6 +12,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 FEW = 8  # entries that are looked at one by one
+TRIALS = 128  # of parts of a direction
 
 
 def lines_of(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
@@ -45,6 +46,38 @@ def random_weights(rng: Any, aval: Any) -> jax.Array:
 def one_weight(aval: Any) -> jax.Array:
     """Return the weight of a result of one entry."""
     return _jax.sharded_as(jnp.ones(aval.shape, aval.dtype), aval)
+
+
+def apart(
+    line: jax.Array, leaf: jax.Array, is_finite: Callable[[jax.Array], bool]
+) -> list[jax.Array]:
+    """Split a direction in one of entries where all is finite, and some of one entry.
+
+    One entry with an infinite slope, or at the border of a domain, would make the sum
+    over all of them infinite, and hide what is wrong with the others; and two such may
+    make it nan. So they are looked at one by one, and a few stand for many.
+    """
+    steps, kept = np.asarray(line), np.zeros(line.size, bool)
+
+    def part(where: np.ndarray) -> jax.Array:
+        entries = np.where(where.reshape(line.shape), steps, 0)
+        return _jax.sharded_like(jnp.asarray(entries, line.dtype), line)
+
+    # Such entries are mostly alike, as zeros are: sorted, they lie side by side.
+    runs, trials = [np.argsort(np.asarray(leaf), axis=None, kind="stable")], 0
+    while runs and trials < TRIALS:
+        run, trials = runs.pop(0), trials + 1
+        where = np.zeros(line.size, bool)
+        where[run] = True
+        if is_finite(part(where)):
+            kept |= where
+        elif run.size > 1:
+            runs += np.array_split(run, 2)
+    if not kept.any() or kept.all() or not is_finite(part(kept)):
+        return [line]
+    steep = np.flatnonzero(~kept)
+    few = steep[np.linspace(0, steep.size - 1, min(FEW, steep.size)).astype(int)]
+    return [part(kept), *(part(np.arange(line.size) == k) for k in few)]
 
 
 def inside(
