@@ -133,6 +133,8 @@ class _Unfolding:
                 results = self._equation(eqn, path, inputs, kept, moving)
                 self.graph.found += [None] * split
             for k, own in enumerate(match.own if match else ()):
+                if results[k] is None:  # no input comes here, but it is asked about
+                    results[k] = self._result(self._op(eqn, path), own.aval, (), ())
                 if self._held(own):
                     results[k] = self._stop(eqn, path, results[k])
                 elif inner is not None and not inner.rule and not _joins(eqn, inner):
@@ -254,7 +256,10 @@ class _Unfolding:
                 ends = len(body.jaxpr.outvars)
                 feedback += [(ends + k, back) for k, back in enumerate(own_refs)]
             if feedback:
-                joints = self._joints(eqn, path, body, feedback, operands)
+                moves = (
+                    bool(plan and plan.found) if found_here is None else any(found_here)
+                )
+                joints = self._joints(eqn, path, body, feedback, operands, moves)
                 carried = {body.operands[k]: joint for k, joint in joints.items()}
             self.graph.found = []
             moved = None
@@ -309,10 +314,11 @@ class _Unfolding:
         body: Body,
         feedback: Iterable[tuple[int, int]],
         operands: list[Any],
+        moves: bool,
     ) -> dict[int, Value]:
-        """Put a joint in place of each carried operand."""
+        """Put a joint in place of each carried operand; in the body a found value may move."""
         op, joints = self._op(eqn, path, join=True), {}
-        moves = any(self._moves[x] for x in operands if x is not None)
+        moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
             start = [operands[back]]
             aval = body.jaxpr.invars[back].aval

@@ -8,6 +8,7 @@ An expression at which a gradient ends or changes is a step of its own.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -157,13 +158,20 @@ def _specials(
         yield Special(
             "cut", cut.path, _called(analysis.graph.ops[cut.op]), cut.words, cut
         )
+    named = dict[Path, list[str]]()  # of a tree that is named as a whole, its own name
+    for op in analysis.graph.ops:
+        if _jax.kind_of(op.eqn) == "name":
+            parts = _jax.params_of(op.eqn)["name"].split("/")
+            pairs = zip(named.get(op.path, parts), parts, strict=False)
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+            named[op.path] = [one for one, _ in same] or parts
     for k, op in enumerate(analysis.graph.ops):
         if not used[k] or op.join or not op.path.spots:
             continue
         flows = any(analysis.tangent[v] and analysis.arrives[v] for v in op.values)
         primitive = _jax.kind_of(op.eqn)
         if primitive == "name" and not op.path.library:
-            yield Special("name", op.path, _jax.params_of(op.eqn)["name"], "")
+            yield Special("name", op.path, "/".join(named[op.path]), "")
         elif (name := _jax.gate_name(op.eqn)) and flows:
             if name in ("with_backward", "replace_value"):
                 yield Special("replace", op.path, _called(op), f"rule: {name}")
