@@ -316,7 +316,7 @@ class _Unfolding:
         operands: list[Any],
         moves: bool,
     ) -> dict[int, Value]:
-        """Put a joint in place of each carried operand; in the body a found value may move."""
+        """Put a joint in place of each carried operand; `moves`: something found does."""
         op, joints = self._op(eqn, path, join=True), {}
         moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
