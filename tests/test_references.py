@@ -96,3 +96,33 @@ def test_references(f):
     check(f, "x")(X)
     found = sg.gradients(f, "x", unconnected_gradients="zero")(X)
     np.testing.assert_array_equal(found, gradient)
+
+
+def test_a_reference_that_a_while_loop_writes_is_differentiated_by_jax_in_any_case():
+    """Also where nothing moves that it holds: then `jax.grad` raises."""
+
+    def f(x, w):
+        held = jax.new_ref(x)
+
+        def body(k):
+            held[...] = held[...] * 2.0
+            return k + 1
+
+        jax.lax.while_loop(lambda k: k < 3, body, 0)
+        return jnp.sum(held[...] * w)
+
+    x, w = jnp.arange(1.0, 4.0), jnp.ones(3)
+    with pytest.raises(ValueError, match="while_loop"):
+        jax.grad(f, 1)(x, w)
+    flow = sg.flow(f, xs="w")(x, w)
+    assert flow.inputs[0].status == "unknown"
+    for check in (sg.assert_gradient, sg.assert_no_gradient):
+        with pytest.raises(AssertionError, match=r"jax\.grad raises"):
+            check(f, "w")(x, w)
+
+    def jitted(x, w):  # nothing moves that it is given, so it works
+        return jnp.sum(jax.jit(lambda x: f(x, jnp.ones(3)))(x) * w)
+
+    assert np.all(jax.grad(jitted, 1)(x, w) == 48.0)
+    assert sg.flow(jitted, xs="w")(x, w).inputs[0].status == "flows"
+    sg.assert_gradient(jitted, "w")(x, w)

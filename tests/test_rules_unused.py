@@ -5,7 +5,9 @@ In code whose results nobody reads, and where a zero is handed on as a tangent.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 from programs import f32
 
 import stopgrad_jax as sg
@@ -156,3 +158,22 @@ def test_a_loop_without_a_reverse_mode_where_a_zero_is_a_tangent(zeros, around):
         assert not jax.grad(fun, 1)(f32(1, 2), f32(3, 4)).any()
     with pytest.raises(ValueError, match="Reverse-mode"):
         jax.grad(fun, 0)(f32(1, 2), f32(3, 4))
+
+
+def test_a_rule_without_a_transpose_is_unknown():
+    """As of a dilated max-pool: JAX has its forward half alone."""
+
+    def f(x, w):
+        pooled = lax.reduce_window(
+            x, -jnp.inf, lax.max, (2,), (1,), "VALID", window_dilation=(2,)
+        )
+        return jnp.sum(pooled) * w[0]
+
+    x, w = f32(0.3, -0.7, 1.2), f32(1.0, 2.0)
+    with pytest.raises(NotImplementedError):
+        jax.grad(f)(x, w)
+    status = {row.path: row.status for row in sg.flow(f)(x, w).inputs}
+    assert status == {"x": "unknown", "w": "flows"}
+    with pytest.raises(AssertionError, match=r"jax\.grad raises"):
+        sg.assert_gradient(f, "x")(x, w)
+    np.testing.assert_array_equal(sg.gradients(f, "w")(x, w), jax.grad(f, 1)(x, w))

@@ -209,7 +209,7 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     for ask in (_ask_reverse,) if is_vjp else (_ask_forward, _ask_reverse):
         try:
             answer = ask(eqn, moved, results)
-            if ask is _ask_forward and _may_lack_transpose(eqn):
+            if ask is _ask_forward:  # a rule may lack its transpose
                 _ask_reverse(eqn, moved, results)
         except Exception:  # a rule may raise whatever it likes
             continue
@@ -250,11 +250,6 @@ def is_linear(eqn: Any, moved: list[int]) -> bool:
     except Exception:  # no forward rule
         return False
     return not any(bits >> k & 1 for k in moved)
-
-
-def _may_lack_transpose(eqn: Any) -> bool:
-    """Tell what may have a forward rule alone: some kernels, other packages' rules."""
-    return _jax.is_opaque(eqn) or _jax.sees_which_move(eqn)
 
 
 def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:

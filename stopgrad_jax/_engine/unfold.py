@@ -222,6 +222,9 @@ class _Unfolding:
         reads, writes = reads_and_writes(eqn)
         held, written = [inputs[k] for k in reads], [inputs[k] for k in writes]
         results = [self._result(op, v.aval, held, inputs) for v in eqn.outvars]
+        for var, made in zip(eqn.outvars, results, strict=True):
+            if _jax.is_ref(var.aval):  # JAX differentiates by what it holds in any case
+                self.graph.moves[made] = (*_values(inputs), *self.graph.inputs)
         for atom in eqn.invars:
             if _jax.is_ref(atom.aval) and writes != [0]:
                 env[atom] = self._result(op, atom.aval, written, written)
@@ -316,7 +319,7 @@ class _Unfolding:
         operands: list[Any],
         moves: bool,
     ) -> dict[int, Value]:
-        """Put a joint in place of each carried operand; `moves`: something found does."""
+        """Put a joint in place of each carried operand; `moves`: what is found does."""
         op, joints = self._op(eqn, path, join=True), {}
         moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
