@@ -14,7 +14,7 @@ import stopgrad_jax as sg
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
-COUNT = int(os.environ.get("STOPGRAD_EXAMPLES", "1000"))  # in all of the file
+COUNT = int(os.environ.get("STOPGRAD_EXAMPLES", "400"))  # in all of the file
 ZERO, SLOW = ("cut", "unused"), [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
