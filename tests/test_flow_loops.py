@@ -1,0 +1,149 @@
+"""Random loops with names in them: what `flow` says of each against a hand-made sum.
+
+`STOPGRAD_EXAMPLES=2000 pytest tests/test_flow_loops.py` tries as many.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from programs import f32
+
+import stopgrad_jax as sg
+
+pytestmark = pytest.mark.usefixtures("usual_settings")
+COUNT = int(os.environ.get("STOPGRAD_EXAMPLES", "24"))
+NAMES, STEPS = ("h", "k"), 3
+CUTS = [lax.stop_gradient, lambda v: jnp.floor(v) + 0.7, lambda v: (v > 0) + 0.5]
+SMOOTH = [jnp.sin, jnp.tanh, lambda v: 0.5 * v + 0.1, lambda v: v]
+
+
+def expression(rng, pool):
+    """Return a function of the values of a pool: a term or two, a cut now and then."""
+    which = rng.integers(len(pool), size=rng.integers(1, 3))
+    functions = [
+        CUTS[rng.integers(len(CUTS))]
+        if rng.random() < 0.25
+        else SMOOTH[rng.integers(len(SMOOTH))]
+        for _ in which
+    ]
+    product = rng.random() < 0.3
+
+    def run(values):
+        terms = [f(values[k]) for f, k in zip(functions, which, strict=True)]
+        return terms[0] * terms[-1] if product else sum(terms)
+
+    return run
+
+
+def other(carry, step):
+    """The branch that is not taken."""
+    return (0.4 * jnp.ones(()),) * len(carry), (jnp.ones(()),)
+
+
+def around(rng):
+    """Return a way to hold the body of a loop."""
+    ways = [
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+        lambda f: lambda *args: lax.cond(args[-1] > -9.0, f, other, *args),
+    ]
+    return ways[rng.integers(len(ways))]
+
+
+def program(seed, named, rounds=STEPS):
+    """Make a function of x and y out of a seed; `named(value, name, step)` is in it."""
+    rng = np.random.default_rng(seed)
+    carries = int(rng.integers(1, 4))
+    closed = f32(*rng.uniform(0.3, 1.2, 2))
+    pool = [*range(carries), *"xyc"]
+    firsts = [expression(rng, pool) for _ in NAMES]
+    nexts = [expression(rng, [*pool, *NAMES]) for _ in range(carries)]
+    hands = expression(rng, [*pool, *NAMES])
+    starts = rng.integers(3, size=carries)
+    hold, loop = around(rng), rng.integers(3)
+    end = [expression(rng, range(carries + 1)), expression(rng, range(carries + 1))]
+
+    def run(x, y, extra=None):
+        def body(carry, step):
+            values = [*carry, x, y, closed[0]]
+            inner = [
+                named(first(values), name, step, extra)
+                for name, first in zip(NAMES, firsts, strict=True)
+            ]
+            values += inner
+            return [f(values) for f in nexts], hands(values)
+
+        held = hold(lambda carry, step: tuple(map(tuple, _both(body, carry, step))))
+        start = [(f32(0.4)[0], closed[1], x)[k] for k in starts]
+        steps = jnp.arange(float(rounds))
+        if loop == 0:
+            carry, ys = lax.scan(lambda c, k: _split(held(c, k)), tuple(start), steps)
+            last = jnp.sum(ys)
+        elif loop == 1:
+            step = lambda k, c: held(c, 1.0 * k)[0]
+            carry, last = lax.fori_loop(0, rounds, step, tuple(start)), x
+        else:
+            carry, last = tuple(start), jnp.zeros(())
+            for k in range(rounds):
+                carry, (out,) = held(carry, steps[k])
+                last = last + out
+        values = [*carry, last]
+        return sum(f(values) for f in end)
+
+    return run
+
+
+def _both(body, carry, step):
+    carry, out = body(list(carry), step)
+    return carry, [out]
+
+
+def _split(pair):
+    carry, (out,) = pair
+    return carry, out
+
+
+def by_name(value, name, step, extra):
+    return sg.name(value, name)
+
+
+def by_hand(value, name, step, extra):
+    return value + extra[name][jnp.asarray(step, int)]
+
+
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_names_in_a_loop(seed):
+    f, zeros = program(seed, by_name), {name: jnp.zeros(STEPS) for name in NAMES}
+    rng = np.random.default_rng(seed)
+    points = [tuple(f32(*rng.uniform(0.3, 1.2, 2))) for _ in range(3)]
+
+    def by_hand_of(rounds):
+        grad = jax.jit(jax.grad(program(seed, by_hand, rounds), (0, 1, 2)))
+        found = [grad(*point, zeros) for point in points]
+        sums = {name: [g[2][name] for g in found] for name in NAMES}
+        return {"x": [g[0] for g in found], "y": [g[1] for g in found], **sums}
+
+    every, fewer = by_hand_of(STEPS), [by_hand_of(k) for k in range(1, STEPS)]
+    flow = sg.flow(f, xs=list(every))(*points[0])
+    found = sg.gradients(f, list(every))(*points[0])
+    for (name, expected), gradient in zip(every.items(), found, strict=True):
+        zero = not np.any(np.asarray(expected))
+        if zero and any(np.any(np.asarray(each[name])) for each in fewer):
+            continue  # a loop is followed as one of any number of rounds
+        rows = [row.status for row in flow.inputs if row.path.split("/")[0] == name]
+        alone = sg.flow(f, xs=name)(*points[0]).inputs
+        for status in (rows, [r.status for r in alone if r.status != "data"]):
+            assert (not {*status} - {"cut", "unused"}) == zero, (name, status)
+        if len({status == "flows" for status in rows}) == 1:  # not some of a few calls
+            (sg.assert_no_gradient if zero else sg.assert_gradient)(f, name)(*points[0])
+        leaves = gradient if isinstance(gradient, tuple) else (gradient,)
+        assert all(leaf is None for leaf in leaves) == zero
+        if not zero:
+            gradient = jnp.stack([0.0 if leaf is None else leaf for leaf in leaves])
+            gradient = jnp.reshape(gradient, jnp.shape(expected[0]))
+            np.testing.assert_allclose(gradient, expected[0], rtol=1e-4, atol=1e-6)
