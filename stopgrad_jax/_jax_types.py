@@ -197,6 +197,15 @@ def as_argument(aval: Any) -> jax.ShapeDtypeStruct:
 def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
     """Trace a function of values of these types, where an equation stands.
 
+    The program is returned without its constants; `closed_at` returns those, too.
+    """
+    closed = closed_at(eqn, function, *avals)
+    return getattr(closed, "jaxpr", closed)
+
+
+def closed_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
+    """Trace a function of values of these types, where an equation stands.
+
     On the same mesh, with its axes of the same kinds: a rule is asked what it is asked
     in the program. Collectives are only known inside the `shard_map` whose axes they
     name.
@@ -239,7 +248,7 @@ def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
                 if len({varying(atom.aval) for atom in eqn.invars}) == 1:
                     raise
                 closed = inside(check_vma=False)
-    return getattr(closed, "jaxpr", closed)
+    return closed
 
 
 def _around(mesh: Any) -> Any:

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ._address import Address, op, paths_of, point, var
 from ._checks import require_function, shown
 from ._edge import public
+from ._engine.closures import refusing
 from ._engine.edits import kept, same_type
 from ._engine.given import perturbations_by_place, require_keys
 from ._engine.perturbation import shift
@@ -123,7 +124,8 @@ def capture(
     @public
     @functools.wraps(fun)
     def captured(*args: P.args, **kwargs: P.kwargs) -> Any:
-        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = refusing(trace(fun, args, kwargs), called)
+        program = look_up(traced, addresses, called)
         refuse_loops(program, addresses, called)
         actions = Actions(captures=program.targets_of(addresses))
         none = [None] * len(program.plan.found)
@@ -181,7 +183,8 @@ def edit(
     @public
     @functools.wraps(fun)
     def edited(*args: P.args, **kwargs: P.kwargs) -> T:
-        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = refusing(trace(fun, args, kwargs), called)
+        program = look_up(traced, addresses, called)
         traced = program.traced
         refuse_rules(program, addresses, called)
         refuse_differentiated(program, addresses, function_name(fun), called)
@@ -242,7 +245,8 @@ def perturb(
     @public
     def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
         require_keys(perturbations, addresses, called)
-        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = refusing(trace(fun, args, kwargs), called)
+        program = look_up(traced, addresses, called)
         refuse_loops(program, addresses, called)
         refuse_rules(program, addresses, called)
         traced = program.traced
