@@ -39,12 +39,14 @@ from ._jax_places import transforms_of as transforms_of
 from ._jax_places import vmaps_of_jax as vmaps_of_jax
 from ._jax_types import also_varying as also_varying
 from ._jax_types import as_argument as as_argument
+from ._jax_types import at_width_of as at_width_of
 from ._jax_types import carries_gradient as carries_gradient
 from ._jax_types import closed_at as closed_at
 from ._jax_types import explicit_sharding as explicit_sharding
 from ._jax_types import filled as filled
 from ._jax_types import is_differentiable as is_differentiable
 from ._jax_types import is_traced as is_traced
+from ._jax_types import is_wider_here as is_wider_here
 from ._jax_types import known as known
 from ._jax_types import mapped_like as mapped_like
 from ._jax_types import number_like as number_like

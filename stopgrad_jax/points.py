@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+import stopgrad_jax._jax as _jax
+
 from ._address import Address, op, paths_of, point, var
 from ._checks import require_function, shown
 from ._edge import public
@@ -303,7 +305,8 @@ def _edit_places(
         if places[0].kind != kind:
             continue
         old = filled(tree, {kind: values})
-        new = function(old)
+        with _jax.at_width_of(*jax.tree.leaves(old)):
+            new = function(old)
         if jax.tree.structure(new) != jax.tree.structure(old):
             raise TypeError(
                 beats(

@@ -21,7 +21,6 @@ from .anew import map_jaxprs, with_eqns
 from .nested import nested
 from .trace import Traced
 
-
 _INSTEAD = (
     "sg.with_backward(fun, backward)(x, value): an argument there, for which backward "
     "returns a cotangent or None"
