@@ -20,6 +20,8 @@ from jax.extend import core, source_info_util
 from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 
+from ._jax_closures import is_filled, tracers_in
+from ._jax_closures import variable_of as variable_of
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame
 from ._jax_places import callers_of as callers_of
@@ -37,11 +39,14 @@ from ._jax_places import transforms_of as transforms_of
 from ._jax_places import vmaps_of_jax as vmaps_of_jax
 from ._jax_types import also_varying as also_varying
 from ._jax_types import as_argument as as_argument
+from ._jax_types import at_width_of as at_width_of
 from ._jax_types import carries_gradient as carries_gradient
+from ._jax_types import closed_at as closed_at
 from ._jax_types import explicit_sharding as explicit_sharding
 from ._jax_types import filled as filled
 from ._jax_types import is_differentiable as is_differentiable
 from ._jax_types import is_traced as is_traced
+from ._jax_types import is_wider_here as is_wider_here
 from ._jax_types import known as known
 from ._jax_types import mapped_like as mapped_like
 from ._jax_types import number_like as number_like
@@ -173,7 +178,9 @@ def held(jaxpr: Any) -> list[Any]:
     """
     found = list[Any]()
     for eqn in opened(jaxpr)[0].eqns:
-        found += [x for v in eqn.params.values() for x in getattr(v, "consts", ())]
+        for value in eqn.params.values():  # `cond` holds its branches in a tuple
+            every = value if isinstance(value, tuple | list) else (value,)
+            found += [x for v in every for x in getattr(v, "consts", ())]
         for program in programs_in(eqn):
             found += held(program)
     return found
@@ -364,36 +371,8 @@ def closes_over_tracers(eqn: Any) -> bool:
     """Tell whether a custom rule closes over a value that was traced with it.
 
     JAX calls the rule when a derivative is taken; that value's trace has ended by then.
-    Closures, defaults and partials are looked through, and the custom rules in them.
     """
-    waiting, seen = list(custom_rule(eqn) or ()), set[int]()
-    while waiting:
-        x = waiting.pop()
-        if is_traced(x):
-            return True
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        if isinstance(x, tuple | list):
-            waiting += x
-        elif isinstance(x, dict):
-            waiting += x.values()
-        elif isinstance(x, functools.partial):
-            waiting += [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, types.FunctionType):
-            waiting += [c.cell_contents for c in x.__closure__ or () if _is_filled(c)]
-            waiting += x.__defaults__ or ()
-        elif isinstance(x, jax.custom_vjp | jax.custom_jvp):
-            waiting += vars(x).values()
-    return False
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 (raises where nothing was assigned yet)
-    except ValueError:
-        return False
-    return True
+    return any(True for _ in tracers_in(custom_rule(eqn) or ()))
 
 
 def _written(rule: types.FunctionType) -> list[types.FunctionType]:
@@ -436,7 +415,7 @@ def rule_site(eqn: Any) -> str:
         return place
     for rule in custom_rule(eqn) or ():
         for cell in getattr(rule, "__closure__", None) or ():
-            code = _is_filled(cell) and getattr(cell.cell_contents, "__code__", None)
+            code = is_filled(cell) and getattr(cell.cell_contents, "__code__", None)
             if code and not is_own(code.co_filename):
                 return f"{code.co_filename}:{code.co_firstlineno}"
     return place

@@ -5,7 +5,8 @@ Part of `_jax.py`, the only door to JAX that is version-dependent or not public.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -137,6 +138,28 @@ def raveled(x: jax.Array) -> jax.Array:
 
 # Values of a type ---------------------------------------------------------------
 
+_WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
+
+
+@contextlib.contextmanager
+def at_width_of(*values: Any) -> Iterator[None]:
+    """Let what follows have 64 bits, if one of these values or types has.
+
+    It may come from a `with jax.enable_x64(True)` in the user's function, which an
+    equation does not remember.
+    """
+    if not any(map(is_wider_here, values)):
+        yield
+        return
+    with jax.enable_x64(True):
+        yield
+
+
+def is_wider_here(x: Any) -> bool:
+    """Tell a value or type of 64 bits where JAX makes none of so many."""
+    name = getattr(getattr(x, "dtype", None), "name", "")
+    return name in _WIDE and not jax.config.jax_enable_x64
+
 
 def zeros(aval: Any) -> jax.Array:
     """Zeros of this type: PRNG keys, explicit shardings and varying axes too."""
@@ -150,6 +173,11 @@ def zeros(aval: Any) -> jax.Array:
 
 def filled(aval: Any, value: Any) -> jax.Array:
     """Return an array of one value with this type's shape, dtype and sharding."""
+    with at_width_of(aval):
+        return _filled(aval, value)
+
+
+def _filled(aval: Any, value: Any) -> jax.Array:
     sharding = explicit_sharding(aval)
     if getattr(aval, "weak_type", False) and sharding is None:
         weak = jax.lax.full(aval.shape, aval.dtype.type(value).item())
@@ -163,7 +191,8 @@ def number_like(x: Any, aval: Any) -> Any:
     """Return a Python number as an array of this type's dtype, all else as it is."""
     numeric = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
     if numeric and isinstance(x, bool | int | float | complex):
-        return jnp.asarray(x, aval.dtype)
+        with at_width_of(aval):
+            return jnp.asarray(x, aval.dtype)
     return x
 
 
@@ -197,10 +226,25 @@ def as_argument(aval: Any) -> jax.ShapeDtypeStruct:
 def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
     """Trace a function of values of these types, where an equation stands.
 
+    The program is returned without its constants; `closed_at` returns those, too.
+    """
+    closed = closed_at(eqn, function, *avals)
+    return getattr(closed, "jaxpr", closed)
+
+
+def closed_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
+    """Trace a function of values of these types, where an equation stands.
+
     On the same mesh, with its axes of the same kinds: a rule is asked what it is asked
     in the program. Collectives are only known inside the `shard_map` whose axes they
     name.
     """
+    types = jax.tree.leaves(avals)
+    with at_width_of(*types, *(v.aval for v in eqn.outvars)):
+        return _closed_at(eqn, function, *avals)
+
+
+def _closed_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
     mesh, arguments = eqn.ctx.cur_abstract_mesh, jax.tree.map(as_argument, avals)
     around = _around(mesh)
 
@@ -239,7 +283,7 @@ def traced_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
                 if len({varying(atom.aval) for atom in eqn.invars}) == 1:
                     raise
                 closed = inside(check_vma=False)
-    return getattr(closed, "jaxpr", closed)
+    return closed
 
 
 def _around(mesh: Any) -> Any:

@@ -13,9 +13,12 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+import stopgrad_jax._jax as _jax
+
 from ._address import Address, op, paths_of, point, var
 from ._checks import require_function, shown
 from ._edge import public
+from ._engine.closures import refusing
 from ._engine.edits import kept, same_type
 from ._engine.given import perturbations_by_place, require_keys
 from ._engine.perturbation import shift
@@ -123,7 +126,8 @@ def capture(
     @public
     @functools.wraps(fun)
     def captured(*args: P.args, **kwargs: P.kwargs) -> Any:
-        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = refusing(trace(fun, args, kwargs), called)
+        program = look_up(traced, addresses, called)
         refuse_loops(program, addresses, called)
         actions = Actions(captures=program.targets_of(addresses))
         none = [None] * len(program.plan.found)
@@ -181,7 +185,8 @@ def edit(
     @public
     @functools.wraps(fun)
     def edited(*args: P.args, **kwargs: P.kwargs) -> T:
-        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = refusing(trace(fun, args, kwargs), called)
+        program = look_up(traced, addresses, called)
         traced = program.traced
         refuse_rules(program, addresses, called)
         refuse_differentiated(program, addresses, function_name(fun), called)
@@ -242,7 +247,8 @@ def perturb(
     @public
     def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
         require_keys(perturbations, addresses, called)
-        program = look_up(trace(fun, args, kwargs), addresses, called)
+        traced = refusing(trace(fun, args, kwargs), called)
+        program = look_up(traced, addresses, called)
         refuse_loops(program, addresses, called)
         refuse_rules(program, addresses, called)
         traced = program.traced
@@ -299,7 +305,8 @@ def _edit_places(
         if places[0].kind != kind:
             continue
         old = filled(tree, {kind: values})
-        new = function(old)
+        with _jax.at_width_of(*jax.tree.leaves(old)):
+            new = function(old)
         if jax.tree.structure(new) != jax.tree.structure(old):
             raise TypeError(
                 beats(

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "stopgrad_jax"
 # if the row is a chain.
 FLOORS = [
     {"_origin"},
-    {"_errors", "_jax_types", "_jax_errors", "_jax_places", "_words"},
+    {"_errors", "_jax_types", "_jax_errors", "_jax_places", "_jax_closures", "_words"},
     {"_jax"},
     {"_address", "_edge", "_checks"},
     {"_where"},
@@ -28,13 +28,20 @@ FLOORS = [
     },
     {
         "_engine/syntax",
+        "_engine/closures",
         "_engine/overwrite",
         "_engine/slope",
         "_engine/references",
         "_engine/apart",
         "_engine/rebuild",
     },
-    {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},
+    {
+        "_engine/decided",
+        "_engine/rule",
+        "_engine/functions",
+        "_engine/labels",
+        "_engine/repeats",
+    },
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/copies", "_engine/sites", "_engine/tap"},
     {"_engine/calls", "_engine/entries"},

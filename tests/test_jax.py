@@ -320,3 +320,41 @@ def test_what_a_callback_raises_comes_out_as_text_and_in_the_log(kind, caplog):
     with _jax_errors.quiet_callbacks():
         raised()
     assert not caplog.text
+
+
+def test_a_traced_value_tells_which_variable_it_is():
+    """What `closures` tells a value of a trace that has ended by."""
+    kept = []
+
+    def f(x):
+        kept.extend([x, x * 2, jnp.array([1.0, 2.0])])
+        return kept[1] * kept[2]
+
+    closed = jax.make_jaxpr(f)(jnp.ones(2))
+    jaxpr, _ = _jax.opened(closed)
+    x, doubled, constant = map(_jax.variable_of, kept)
+    assert x is jaxpr.invars[0]
+    assert doubled is jaxpr.eqns[0].outvars[0]
+    assert constant is jaxpr.constvars[0]
+    assert _jax.variable_of(jnp.ones(2)) is None
+
+
+def test_constants_of_programs_in_programs():
+    """Also those of the branches of a `cond`, which it holds in a tuple."""
+    kept = []
+
+    def f(x):
+        kept.append(x * 3)
+        g = jax.custom_jvp(lambda a: a * 2)
+        g.defjvp(lambda p, t: (p[0] * 2, t[0] * kept[-1]))
+        return jax.lax.cond(x[0] > 0, g, lambda a: a, x * 1)
+
+    jaxpr, _ = _jax.opened(jax.make_jaxpr(f)(jnp.ones(2)))
+    outer = kept[-1]
+    cond = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond")
+
+    def derivative(x):
+        return jax.jvp(lambda x: _jax.bind(cond, 1, x), (x,), (x,))
+
+    found, _ = _jax.opened(jax.make_jaxpr(derivative)(jnp.ones(2)))
+    assert any(x is outer for x in _jax.held(found))

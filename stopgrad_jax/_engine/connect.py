@@ -15,6 +15,7 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
+from .decided import Decided
 from .nested import Body, Nested, nested
 from .overwrite import Overwrites
 from .references import is_about_refs, refs_of, touched
@@ -89,6 +90,7 @@ class Moves:
         are looked at, if given.
         """
         env = dict(zip(jaxpr.invars, sources, strict=False))
+        jaxpr = self._program(jaxpr)
         wanted = None if eqns is None else set(eqns)
         matches = {m.index: m for m in plan.matches} if plan else {}
         found: list[Bits] = []
@@ -117,6 +119,14 @@ class Moves:
                 found += inside
         return env, found
 
+    def _program(self, jaxpr: Any) -> Any:
+        """Return a jaxpr with what constants decide, which JAX does not look at."""
+        return jaxpr
+
+    def _inside(self, eqn: Any) -> Nested | None:
+        """Describe an equation's inner jaxprs."""
+        return nested(eqn)
+
     def _left(self, operands: Sequence[Bits], left: Sequence[Bits]) -> Bits:
         """Bits of an array of which a part was overwritten: JAX does not see it."""
         return union(operands)
@@ -138,7 +148,7 @@ class Moves:
         moving: tuple[Sequence[Bits], Sequence[Bits]] | None,
     ) -> tuple[list[Bits], list[Bits], dict[int, Bits]]:
         """Bits of an equation's results, of what is found, of references it writes."""
-        inner, split = nested(eqn), len(match.inside) if match else 0
+        inner, split = self._inside(eqn), len(match.inside) if match else 0
         refs: dict[int, Bits] = {}
         if inner is not None and not inner.rule:
             plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
@@ -221,6 +231,13 @@ class Reach(Moves):
         super().__init__(dependence, held)
         self._moves, self._by_pattern = moves, by_pattern
         self._holding: dict[int, bool] = {}
+        self._decided = Decided()
+
+    def _program(self, jaxpr: Any) -> Any:
+        return self._decided.program(jaxpr)
+
+    def _inside(self, eqn: Any) -> Nested | None:
+        return self._decided.nested(eqn)
 
     def matters(self, jaxpr: Any) -> bool:
         """Tell whether a jaxpr holds an equation whose rule is told what moves."""

@@ -16,11 +16,11 @@ from stopgrad_jax._address import Address
 from stopgrad_jax._errors import beats, has_beats, shortened
 
 from .causes import Analysis
+from .closures import holds_closure
 from .connect import Moves, Reach, read, union
 from .dependence import Rules, all_that_flows
 from .graph import Op
 from .labels import Labels
-from .nested import nested
 from .reduced import channel
 from .rewrite import Actions, Rewriter
 from .select import Program, look_up
@@ -198,7 +198,7 @@ class Differentiation:
         `jax.grad` differentiates while the function runs, and its rule may close over
         what the function was given.
         """
-        return _holds_closure(self._program.traced.jaxpr)
+        return holds_closure(self._program.traced.jaxpr)
 
     def _is_held(self, found: Found) -> bool:
         return not self._held.isdisjoint(found.targets)
@@ -209,17 +209,6 @@ class Differentiation:
     def _sources(self, xs: Sequence[Value]) -> list[int]:
         number = {x: 1 << k for k, x in enumerate(xs)}
         return [number.get(place, 0) for place in places(self._program)]
-
-
-def _holds_closure(jaxpr: Any) -> bool:
-    """Tell whether a custom rule in a program closes over what was traced with it."""
-    for eqn in jaxpr.eqns:
-        if _jax.kind_of(eqn) in _jax.CUSTOM and _jax.closes_over_tracers(eqn):
-            return True
-        inner = nested(eqn)
-        if inner is not None and any(_holds_closure(b.jaxpr) for b in inner.bodies):
-            return True
-    return False
 
 
 def _inside_a_closure(called: str) -> str:

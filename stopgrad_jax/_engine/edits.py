@@ -44,8 +44,9 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
             )
         )
     aval = jax.typeof(old) if isinstance(old, jax.Array) else old
-    new = _jax.vary(_jax.sharded_as(jnp.asarray(new), aval), _jax.varying(aval))
-    return edited(new, called) if _jax.is_differentiable(aval) else new
+    with _jax.at_width_of(aval):
+        new = _jax.vary(_jax.sharded_as(jnp.asarray(new), aval), _jax.varying(aval))
+        return edited(new, called) if _jax.is_differentiable(aval) else new
 
 
 def kept(old: Any, new: Any, called: str) -> bool:
@@ -160,7 +161,9 @@ def edited_operation(
     function = original
     for replacement in functions:
         function = functools.partial(replacement, function)
-    out, count = function(*operands), len(results)
+    count = len(results)
+    with _jax.at_width_of(*operands, *(v.aval for v in results)):
+        out = function(*operands)
     arrays = [out] if count == 1 else jax.tree.leaves(out)
     if len(arrays) != count:
         raise TypeError(
@@ -207,7 +210,7 @@ class NamedEdits:
         self, found: Found, eqn: Any, hit: Hit, values: dict[Any, Any]
     ) -> dict[Any, Any]:
         old = assembled(hit, list(values.values()))
-        with _jax.at_line_of(eqn):
+        with _jax.at_line_of(eqn), _jax.at_width_of(*jax.tree.leaves(old)):
             out = self._edits[hit.target](old)
         if hit.tree is None:
             leaves = [out]

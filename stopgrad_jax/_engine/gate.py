@@ -67,12 +67,13 @@ def _pull(rule: Rule, cts: Arrays, residuals: Arrays) -> Arrays:
         known = isinstance(x, jax.Array)
         return x if known else jnp.asarray(x, getattr(x, "dtype", None))
 
-    cts = [array(ad.instantiate_zeros(ct)) for ct in cts]
-    residuals = [array(x) for x in residuals]
-    if not rule.typed:
-        axes = varying_together(cts)
-        residuals = [_jax.vary(x, axes) for x in residuals]
-    return rule.pull(cts, residuals)
+    with _jax.at_width_of(*map(jax.typeof, (*cts, *residuals))):
+        cts = [array(ad.instantiate_zeros(ct)) for ct in cts]
+        residuals = [array(x) for x in residuals]
+        if not rule.typed:
+            axes = varying_together(cts)
+            residuals = [_jax.vary(x, axes) for x in residuals]
+        return rule.pull(cts, residuals)
 
 
 def _is_zero(x: Any) -> bool:

@@ -110,10 +110,11 @@ def _like(ct: Any, aval: Any, called: str) -> jax.Array:
                 called,
                 f"this entry of grad_ys must be {type_of(aval)}, like its y",
                 type_of(ct) if hasattr(ct, "dtype") else type(ct).__name__,
-                "jax.numpy.ones_like(y), or None for ones",
+                _made("jax.numpy.ones_like(y)", aval) + ", or None for ones",
             )
         )
-    return jnp.asarray(ct)
+    with _jax.at_width_of(aval):
+        return jnp.asarray(ct)
 
 
 def require_keys(perturbations: Any, addresses: Sequence[Address], called: str) -> None:
@@ -141,26 +142,34 @@ def perturbations_by_place(
         tree, mine = program.matched[address].tree, perturbations[address]
         if jax.tree.structure(tree) != jax.tree.structure(mine):
             expected = jax.tree.structure(tree)
-            raise _wrong(called, address, f"a tree like {expected}", mine)
+            raise _wrong(called, address, f"a tree like {expected}", mine, None)
         for place, p in zip(jax.tree.leaves(tree), jax.tree.leaves(mine), strict=True):
             if not isinstance(place, Value):
                 continue
             aval = program.types[place]
             p = _jax.number_like(p, aval)
             if not hasattr(p, "dtype") or type_of(p) != type_of(aval):
-                raise _wrong(called, address, type_of(aval), p)
-            given[place] = p if place not in given else given[place] + p
+                raise _wrong(called, address, type_of(aval), p, aval)
+            with _jax.at_width_of(aval):
+                given[place] = p if place not in given else given[place] + p
     return given
 
 
-def _wrong(called: str, address: Address, expected: str, got: Any) -> TypeError:
+def _wrong(
+    called: str, address: Address, expected: str, got: Any, aval: Any
+) -> TypeError:
     came = type_of(got) if hasattr(got, "dtype") else str(jax.tree.structure(got))
+    made = _made("jax.tree.map(jax.numpy.zeros_like, value)", aval)
     return TypeError(
         beats(
             called,
             f"the perturbation for {address!r} must be {expected}",
             came,
-            "jax.tree.map(jax.numpy.zeros_like, value) of the value that sg.capture "
-            "returns",
+            f"{made} of the value that sg.capture returns",
         )
     )
+
+
+def _made(text: str, aval: Any) -> str:
+    """Write an expression where it makes a value as wide as this type."""
+    return f"with jax.enable_x64(True): {text}" if _jax.is_wider_here(aval) else text

@@ -72,7 +72,9 @@ def _in_unit(totals: jax.Array, largest: jax.Array) -> jax.Array:
 def channel(found: Found) -> jax.Array:
     """Return what `summed` takes for a value: an axis for each of its copies' kinds."""
     counts = tuple(copies.count for copies in found.copies)
-    zeros = jnp.zeros((*counts, SUMMED), summary_dtype(found.aval.dtype))
+    dtype = summary_dtype(found.aval.dtype)
+    with _jax.at_width_of(found.aval):
+        zeros = jnp.zeros((*counts, SUMMED), dtype)
     # As its value: else what comes to it would be added over the devices around.
     return _jax.vary(zeros, _jax.varying(found.aval))
 

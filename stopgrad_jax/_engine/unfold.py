@@ -10,10 +10,11 @@ import stopgrad_jax._jax as _jax
 
 from .apart import operands_of
 from .connect import Bits, Moves, Reach, may_run_no_round, read
+from .decided import Decided, taken
 from .dependence import Answer, Rules, chosen
 from .graph import Graph, Op, Value
 from .labels import Labels, Path
-from .nested import Body, Nested, nested
+from .nested import Body, Nested
 from .overwrite import Overwrites
 from .references import carries, is_about_refs, reads_and_writes, refs_of
 from .walk import Found, Plan
@@ -34,7 +35,9 @@ def unfold(
     with; all move together, if it is None. Only rules of the `needed` equations, by
     number, are asked, if given.
     """
-    unfolding = _Unfolding(labels, held, jaxpr, needed)
+    decided = Decided()
+    jaxpr = decided.program(jaxpr)
+    unfolding = _Unfolding(labels, held, jaxpr, needed, decided)
     graph = unfolding.graph
     moves = moved or [1] * len(jaxpr.invars)
     graph.inputs = [
@@ -53,8 +56,9 @@ class _Unfolding:
         held: Callable[[Found], bool],
         jaxpr: Any,
         needed: Iterable[int] | None,
+        decided: Decided,
     ) -> None:
-        self.graph = Graph()
+        self.graph, self._decided = Graph(), decided
         self._idle: set[int] = set()
         if needed is not None:
             self._idle = set(map(id, jaxpr.eqns))
@@ -105,6 +109,7 @@ class _Unfolding:
         """Add a jaxpr's operations; return its results, and what its refs hold then."""
         env: dict[Any, Value | None] = dict(zip(jaxpr.invars, operands, strict=True))
         matches = {m.index: m for m in plan.matches} if plan else {}
+        jaxpr = self._decided.program(jaxpr)
         overwritten = self._overwrites(jaxpr, plan.consts if plan else ())
         flags, start = self._reach.moving(jaxpr, plan, moved), len(jaxpr.invars)
 
@@ -115,7 +120,7 @@ class _Unfolding:
             path = self._labels.path(eqn, outer)
             inputs = [value_of(atom) for atom in eqn.invars]
             match = matches.get(index)
-            inner, split = nested(eqn), len(match.inside) if match else 0
+            inner, split = self._decided.nested(eqn), len(match.inside) if match else 0
             moving = None if moved is None else [read(flags, a) for a in eqn.invars]
             if inner is not None and not inner.rule:
                 plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
@@ -302,7 +307,7 @@ class _Unfolding:
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
-        if eqn.primitive.name == "cond":
+        if eqn.primitive.name == "cond" and taken(eqn, inner) is None:
             self.graph.cases.update(zip(op.values, sources, strict=True))
         refs: dict[int, Value | None] = {
             k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])

@@ -13,6 +13,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, nodes
+from stopgrad_jax._engine.closures import holds_closure, not_compiled
 from stopgrad_jax._engine.entries import (
     FILLS,
     Index,
@@ -189,6 +190,13 @@ def backward(
     if not by or not pairs:
         return None
     source, count = (traced.jaxpr, traced.consts), len(traced.leaves)
+    closes_over = holds_closure(traced.jaxpr)
+
+    def called_with(evaluate: Evaluate, leaves: list[Any]) -> list[Any]:
+        # Such a rule can be called while the function runs, and not in its program.
+        if closes_over and evaluate is _jax.evaluate:
+            return traced.run(*leaves)
+        return evaluate(*source, leaves)
 
     def remade(evaluate: Evaluate) -> Callable[..., list[Any]]:
         def gradients(*operands: Any) -> list[Any]:
@@ -198,7 +206,7 @@ def backward(
                 leaves = list(given)
                 for place, value in zip(by, values, strict=True):
                     leaves[place.index] = value
-                out = evaluate(*source, leaves)
+                out = called_with(evaluate, leaves)
                 return [out[y.index] for y, _ in pairs], out
 
             values = [given[place.index] for place in by]
@@ -208,12 +216,24 @@ def backward(
         return gradients
 
     operands = [*traced.leaves, *(ct for _, ct in pairs)]
-    opened = _jax.opened(jax.make_jaxpr(remade(_jax.evaluate))(*operands))
+    try:
+        opened = _jax.opened(jax.make_jaxpr(remade(_jax.evaluate))(*operands))
+    except jax.errors.UnexpectedTracerError as error:
+        if closes_over:
+            raise TypeError(not_compiled(called)) from error
+        raise
+    if closes_over and _constants(*opened) - _constants(*source):
+        raise TypeError(not_compiled(called))
     names = traced.paths()
     results = {k: names[place.index] for k, place in enumerate(by)}
     return Program(
         "backward", *opened, operands, names, results, source, remade, len(pairs)
     )
+
+
+def _constants(jaxpr: Any, consts: Sequence[Any]) -> set[int]:
+    """Identities of the traced values that a program holds."""
+    return {id(x) for x in (*consts, *_jax.held(jaxpr)) if _jax.is_traced(x)}
 
 
 def _outputs(traced: Traced) -> Iterator[tuple[int, str]]:

@@ -149,7 +149,8 @@ def measured(
     result = {}
     for path, place in places.items():
         if place in found:
-            result[path] = _stats(*_totals(program, place, found[place]), None)
+            with _jax.at_width_of(program.types[place]):
+                result[path] = _stats(*_totals(program, place, found[place]), None)
         else:
             cause = differentiation.why(place)
             result[path] = _no_stats(program, place, cause)

@@ -1,0 +1,127 @@
+"""Which branch or case a constant of the program decides on, however it is handed in.
+
+`jax.lax.select(True, x, y)` has the constant at the selection itself. `jnp.where(True,
+x, y)` hands it to a jitted function, and `jax.lax.switch(1, ...)` clamps it first. Here
+a program is written so that its selections and branches have it themselves. Only single
+booleans and integers are followed, and only into what runs once where it is called:
+what a loop carries is another value in the next round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import stopgrad_jax._jax as _jax
+
+from .anew import reading, with_eqns
+from .nested import Body, Nested, nested
+from .references import refs_of
+
+_CALLS = ("jit", "closed_call", "remat2")
+
+
+class Decided:
+    """Writes programs with what constants decide; it keeps those that it wrote."""
+
+    def __init__(self) -> None:
+        self._written: dict[Any, tuple[Any, Any]] = {}
+
+    def program(self, jaxpr: Any, given: Mapping[Any, Any] | None = None) -> Any:
+        """Return a jaxpr of the same variables; `given` are literals for its inputs."""
+        given = given or {}
+        numbers = {v: np.asarray(x.val).item() for v, x in given.items()}
+        key = (id(jaxpr), *map(numbers.get, jaxpr.invars if numbers else ()))
+        if key not in self._written:  # with the jaxpr: its id must stay its own
+            self._written[key] = jaxpr, _written(jaxpr, given)
+        return self._written[key][1]
+
+    def nested(self, eqn: Any) -> Nested | None:
+        """Describe an equation's inner jaxprs, with what its literals decide."""
+        inner = nested(eqn)
+        if inner is None or inner.rule:
+            return inner
+        if (case := taken(eqn, inner)) is not None:
+            every = enumerate(inner.bodies)
+            bodies = [body if k == case else _idle(body) for k, body in every]
+            return dataclasses.replace(inner, bodies=bodies)
+        if _jax.kind_of(eqn) not in _CALLS:
+            return inner
+        (body,) = inner.bodies
+        given = {
+            var: eqn.invars[k]
+            for var, k in zip(body.jaxpr.invars, body.operands, strict=True)
+            if _is_constant(eqn.invars[k])
+        }
+        if not given:
+            return inner
+        body = dataclasses.replace(body, jaxpr=self.program(body.jaxpr, given))
+        return dataclasses.replace(inner, bodies=[body])
+
+
+def taken(eqn: Any, inner: Nested) -> int | None:
+    """Return the branch that a `cond` takes, if a constant decides it."""
+    if eqn.primitive.name != "cond" or not _is_constant(eqn.invars[0]):
+        return None
+    if any(refs_of(body.jaxpr) for body in inner.bodies):
+        return None
+    last = len(inner.bodies) - 1
+    return min(max(int(eqn.invars[0].val), 0), last)
+
+
+def _idle(body: Body) -> Body:
+    """A branch that is not taken: none of its results is one of the equation."""
+    return dataclasses.replace(body, results=[None] * len(body.results))
+
+
+def _is_constant(atom: Any) -> bool:
+    """Tell a literal that is one boolean or integer."""
+    if not isinstance(atom, _jax.Literal) or np.ndim(atom.val):
+        return False
+    return np.asarray(atom.val).dtype.kind in "biu"
+
+
+def _written(jaxpr: Any, given: Mapping[Any, Any]) -> Any:
+    known, eqns = dict(given), []
+    for eqn in jaxpr.eqns:
+        new = eqn
+        if eqn.primitive.name in ("select_n", "cond"):
+            which = eqn.invars[0]
+            if not isinstance(which, _jax.Literal) and which in known:
+                new = eqn.replace(invars=[known[which], *eqn.invars[1:]])
+        elif _jax.kind_of(eqn) in _CALLS:
+            new = reading(eqn, known)
+        elif (literal := _folded(reading(eqn, known))) is not None:
+            known[eqn.outvars[0]] = literal
+        eqns.append(new)
+    if all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True)):
+        return jaxpr
+    return with_eqns(jaxpr, eqns, jaxpr.outvars)
+
+
+def _folded(eqn: Any) -> Any:
+    """Return the one number that fills an equation's result, or None."""
+    fold = _FOLDS.get(eqn.primitive.name)
+    if fold is None or not all(map(_is_constant, eqn.invars)):
+        return None
+    dtype = eqn.outvars[0].aval.dtype
+    if dtype not in (bool, *map(np.dtype, _INTEGERS)):
+        return None
+    value = np.asarray(fold(*(np.asarray(atom.val) for atom in eqn.invars)))
+    value = value.astype(dtype)
+    return _jax.Literal(value, jax.typeof(value))
+
+
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# What lies between a constant and what it decides, in `jnp.where` and `jax.lax.switch`.
+_FOLDS: Mapping[str, Callable[..., Any]] = {
+    "broadcast_in_dim": lambda x: x,
+    "convert_element_type": lambda x: x,
+    "clamp": lambda least, x, most: np.minimum(np.maximum(x, least), most),
+    "ne": np.not_equal,
+    "not": np.invert,
+}
