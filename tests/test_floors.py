@@ -35,6 +35,7 @@ FLOORS = [
         "_engine/rebuild",
     },
     {"_engine/rule", "_engine/functions", "_engine/labels", "_engine/repeats"},
+    {"_engine/executions"},
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/copies", "_engine/sites", "_engine/tap"},
     {"_engine/calls", "_engine/entries"},

@@ -19,9 +19,10 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
 from .anew import map_jaxprs, naming, reading, with_eqns
-from .assignment import Item, Unclear, level_of
+from .assignment import Unclear
 from .bindings import Function
 from .calls import Call, Calls
+from .executions import Item, level_of
 from .handed import Handed, Spread
 from .labels import Labels, Spot, code_of, printed_file
 from .nested import nested

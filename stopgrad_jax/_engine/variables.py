@@ -7,14 +7,16 @@ An execution of a statement is a run of equations that were made while it was ru
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
-from .assignment import Execution, Given, Item, Unclear, begins_again, level_of
+from .assignment import Given, Unclear
 from .bindings import Binding, Function
+from .executions import Execution, Item, begins_again, level_of
 from .labels import Labels, Spot
 
 
@@ -163,16 +165,17 @@ class Variables:
             for depth, site, target in self._matches(path, targets):
                 key = (path.spots[:depth], target, *site.key)
                 run = going.get(key)
-                if run is None or self._begins_again(run, item):
+                if run is None or self._begins_again(run, item, jaxpr):
                     run = Execution(target, site.binding, site.spot, depth, before=run)
                     yield run
                 run.items.append(item)
                 now[key] = run
             going = now
 
-    def _begins_again(self, run: Execution, item: Item) -> bool:
+    def _begins_again(self, run: Execution, item: Item, jaxpr: Any) -> bool:
         value = run.assigned.value if run.assigned else run.spot.position
-        again = begins_again(run.items, item, run.depth, value)
+        rest = itertools.islice(jaxpr.eqns, item.index, None)
+        again = begins_again(run.items, item, run.depth, value, rest)
         run.unclear = run.unclear or again is None
         return bool(again)
 
