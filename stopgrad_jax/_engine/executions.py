@@ -73,23 +73,30 @@ def begins_again(
     # The equations of a function that JAX inlines have one stack.
     if new == last and item.eqn.primitive is not items[0].eqn.primitive:
         return False
-    level = level_of(new, item, depth, value)
+    level = function_level(new, item, depth, value)
     if level is None:
         return False
 
     def goes_on(k: int) -> bool | None:
-        return _adds_to(items, rest, k)
+        return adds_to([i.eqn for i in items], rest, k)
 
     return is_again(first, last, new, level, value, goes_on)
 
 
-def _adds_to(items: Sequence[Item], rest: Iterable[Any], k: int) -> bool | None:
-    """Tell whether a `sum`, called at this position, adds to what it added so far.
+def adds_to(made: Sequence[Any], rest: Iterable[Any], k: int) -> bool | None:
+    """Tell whether a `sum` adds to what it added so far, or was called anew.
 
-    If it was called anew, the first that it adds is added to 0. None if it adds
-    nothing more.
+    Then the first that it adds is added to 0.
+
+    Args:
+      made: the equations so far, the last of them an addition.
+      rest: those that follow.
+      k: the position in the stacks of the frame that calls `sum`.
+
+    Returns:
+      None if nothing more is added.
     """
-    last = _jax.stack_of(items[-1].eqn)
+    last = _jax.stack_of(made[-1])
 
     def is_in_sum(eqn: Any) -> bool:
         return _jax.stack_of(eqn)[: k + 1] == last[: k + 1]
@@ -98,7 +105,7 @@ def _adds_to(items: Sequence[Item], rest: Iterable[Any], k: int) -> bool | None:
         inside = _jax.stack_of(eqn)[k + 1 :]
         return is_in_sum(eqn) and bool(inside) and inside[0][0] is last[k + 1][0]
 
-    before = itertools.takewhile(is_addition, (i.eqn for i in reversed(items)))
+    before = itertools.takewhile(is_addition, reversed(made))
     so_far = {v for eqn in before for v in eqn.outvars}
     inside = itertools.takewhile(is_in_sum, rest)
     after = itertools.dropwhile(lambda eqn: not is_addition(eqn), inside)
@@ -109,25 +116,37 @@ def _adds_to(items: Sequence[Item], rest: Iterable[Any], k: int) -> bool | None:
     return any(v in so_far for v in read)
 
 
-def level_of(
-    stack: Stack, item: Item, depth: int, value: Position | None = None
-) -> int | None:
-    """Where in its stack an equation's spot at this depth is.
-
-    A comprehension is a part of the function that it is written in; but not for what
-    is assigned (at `value`) in it.
-    """
+def level_of(stack: Stack, item: Item, depth: int) -> int | None:
+    """Where in its stack an equation's spot at this depth is."""
     level = -1
     for spot in item.spots[: depth + 1]:
-        later = (k for k in range(level + 1, len(stack)))
+        later = range(level + 1, len(stack))
         level = next((k for k in later if stack[k][0] is spot.frame.code), None)
         if level is None:
             return None
-    code, spot = stack[level][0], item.spots[depth]
-    if not is_comprehension(code) or (value and is_within(value, extent_of(code))):
+    return level
+
+
+def function_level(
+    stack: Stack, item: Item, depth: int, value: Position | None = None
+) -> int | None:
+    """Where in its stack the function is that an equation's spot is written in.
+
+    That is no comprehension, but for what is assigned (at `value`) in it.
+    """
+    level, spot = level_of(stack, item, depth), item.spots[depth]
+    if level is None or not is_comprehension(spot.frame.code):
+        return level
+    if value and is_inside(value, spot):
         return level
     outer = (k for k in reversed(range(level)) if _is_home(stack[k][0], spot))
     return next(outer, level)
+
+
+def is_inside(place: Position, spot: Spot) -> bool:
+    """Tell whether a place is in the comprehension that a spot is in, but not all."""
+    extent = extent_of(spot.frame.code) if spot.frame.code else place
+    return place != extent and is_within(place, extent)
 
 
 def _is_home(code: Any, spot: Spot) -> bool:

@@ -24,7 +24,7 @@ from .bindings import (
     is_within,
     place_of,
 )
-from .executions import Execution, Item, begins_again, level_of
+from .executions import Execution, Item, begins_again, function_level, level_of
 from .labels import Spot
 from .variables import users_of
 
@@ -176,7 +176,8 @@ class Handed:
         function of `*args` hands them on, in order. None if it is another one.
         """
         stack = _jax.stack_of(first.eqn)
-        start, end = (level_of(stack, first, k) for k in (outer, depth))
+        start = level_of(stack, first, outer)
+        end = function_level(stack, first, depth)
         if start is None or end is None:
             return 0, None
         codes = [code for code, _ in stack[start + 1 : end]]

@@ -16,6 +16,7 @@ from typing import Any
 from .bindings import Position, is_within
 
 Stack = Sequence[tuple[types.CodeType, int]]
+GoesOn = Callable[[int], bool | None]
 
 
 def is_again(
@@ -24,7 +25,7 @@ def is_again(
     new: Stack,
     level: int,
     value: Position,
-    goes_on: Callable[[int], bool | None] | None = None,
+    goes_on: GoesOn | None = None,
 ) -> bool | None:
     """Tell whether an equation begins a new execution of a statement.
 
@@ -66,36 +67,52 @@ def is_again(
     if new != first:
         return outer and not (inner or back)
     if outer and apart and not inner and len(back) == 1 and goes_on:
-        on = goes_on(back[0]) if adds_up(*new[back[0]]) else None
-        return None if on is None else not on
+        return _adds_anew(new, back[0], goes_on)
     return None if outer and (inner or back) else outer
 
 
-def begins_call(last: Stack, new: Stack, level: int) -> bool | None:
+def begins_call(
+    last: Stack, new: Stack, level: int, goes_on: GoesOn | None = None
+) -> bool | None:
     """Tell whether a function was called anew between two equations.
 
     Args:
       last: the stack at an equation that was made in a call of it.
       new: the stack at the equation that follows at once.
       level: the position of the function in both stacks.
+      goes_on: as for `is_again`.
 
     Returns:
       None if it may have been, or a loop in the function went round.
     """
     pairs = zip(last, new, strict=False)
     same = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
-    outer = any(_loops(*new[k]) for k in range(level))
+    outer = any(_loops(*new[k]) or calls_back(new, k) for k in range(level))
     end_level = len(new) if same is None else same
     inner = any(_loops(*new[k]) for k in range(level, end_level))
+    back = [k for k in range(level, end_level) if calls_back(new, k)]
     if same is None:  # one instruction: of a function that JAX inlines, or it again
-        return (None if inner else True) if outer else False
+        return (None if inner or back else True) if outer else False
     (code, end), (other, offset) = last[same], new[same]
-    if same < level or (same == level and code is not other):
+    apart = code is not other
+    if same < level or (same == level and apart):
         return True
-    if code is other and offset > end:
+    if not apart and offset > end:
         return False
-    inner = inner or (code is other and bool(_loops(code, offset, end)))
-    return (None if outer else False) if inner else True
+    inner = inner or (not apart and bool(_loops(code, offset, end)))
+    if outer and apart and not inner and len(back) == 1 and goes_on:
+        one, two = last[back[0] + 1][0], new[back[0] + 1][0]
+        if _is_generator(one):  # what it made is now added
+            return False
+        if one is two or _is_generator(two):
+            return _adds_anew(new, back[0], goes_on)
+    return (None if outer else False) if inner or back else outer or not apart
+
+
+def _adds_anew(new: Stack, k: int, goes_on: GoesOn) -> bool | None:
+    """Tell whether the call of `sum` at this position is another one; None: unknown."""
+    on = goes_on(k) if _adds_up(*new[k]) else None
+    return None if on is None else not on
 
 
 def _in_common(last: Stack, new: Stack) -> int:
@@ -106,7 +123,7 @@ def _in_common(last: Stack, new: Stack) -> int:
 
 def extent_of(code: types.CodeType) -> Position:
     """Return the place of all that a comprehension does."""
-    places = [p for p in code.co_positions() if None not in p and p[3] > 0]
+    places = [p for p in code.co_positions() if None not in p and (p[3] or 0) > 0]
     starts, ends = [p[::2] for p in places], [p[1::2] for p in places]
     return (*min(starts), *max(ends))  # type: ignore[return-value]
 
@@ -121,13 +138,17 @@ def calls_back(stack: Stack, k: int) -> bool:
         return False
     operation, name, _ = _called(*stack[k])
     code = stack[k + 1][0]
-    if code.co_flags & inspect.CO_GENERATOR:
+    if _is_generator(code):
         return operation not in ("FOR_ITER", "SEND")
     through = operation in ("LIST_EXTEND", "SET_UPDATE", "UNPACK_SEQUENCE", "UNPACK_EX")
     return through or (name in _CALL_BACK and name != code.co_name)
 
 
-def adds_up(code: types.CodeType, offset: int) -> bool:
+def _is_generator(code: types.CodeType) -> bool:
+    return bool(code.co_flags & inspect.CO_GENERATOR)
+
+
+def _adds_up(code: types.CodeType, offset: int) -> bool:
     """Tell a call of the builtin `sum` that begins with 0."""
     _, name, count = _called(code, offset)
     return name == "sum" and count == 1
