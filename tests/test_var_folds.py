@@ -22,6 +22,7 @@ NOTES = []
 
 def note(x):
     NOTES.append(x)
+    return x
 
 
 def square(x):
@@ -66,71 +67,60 @@ def assert_close(a, b):
 
 def over_a_list(p):
     y = sum(jnp.sum(w**2) for w in p)
-    note(y)
-    return y
+    return note(y)
 
 
 def over_values(p):
     y = sum(jnp.sum(w**2) for w in dict(enumerate(p)).values())
-    note(y)
-    return y
+    return note(y)
 
 
 def over_pairs(p):
     y = sum(jnp.vdot(u, v) * k for k, (u, v) in enumerate(zip(p, p, strict=True)))
-    note(y)
-    return y
+    return note(y)
 
 
 def over_leaves(p):
     y = 0.5 * sum(wave(w) for w in jax.tree.leaves({"a": p[0], "b": p[1:]}))
-    note(y)
-    return y
+    return note(y)
 
 
 def mapped(p):
     y = sum(map(wave, p))
-    note(y)
-    return y
+    return note(y)
 
 
 def nested(p):
     y = sum(sum(jnp.sin(u) for u in v) for v in p)
-    note(y)
-    return y
+    return note(y)
 
 
 def two_generators(p):
     y = jnp.sqrt(sum(square(v) for v in p) + sum(wave(v) for v in p))
-    note(y)
-    return y
+    return note(y)
 
 
 def in_a_branch(p):
     y = sum(wave(v) for v in p) if len(p) > 1 else wave(p[0])
-    note(y)
-    return y
+    return note(y)
 
 
 def with_a_start(p):
     y = sum((v**2 for v in p), start=jnp.ones(2))
-    note(y)
-    return y.sum()
+    return note(y).sum()
 
 
 def added_to(p):
     x = jnp.sum(p[0])
     y = x
     y += sum(wave(v) for v in p)
-    note(y)
-    return y
+    return note(y)
 
 
 def stored(p):
     parts = (wave(v) for v in p)
     y = jnp.sqrt(sum(parts))
-    note(y)
-    return y
+    return note(y)
 
 
 def returned(p):
@@ -138,8 +128,7 @@ def returned(p):
         return (wave(v) for v in p)
 
     y = sum(parts())
-    note(y)
-    return y
+    return note(y)
 
 
 def yielded(p):
@@ -148,8 +137,7 @@ def yielded(p):
         yield from map(wave, p)
 
     y = sum(parts()) * 2.0
-    note(y)
-    return y
+    return note(y)
 
 
 def handed_on(p):
@@ -160,92 +148,77 @@ def handed_on(p):
         return result
 
     y = total(wave(v) for v in p)
-    note(y)
-    return y
+    return note(y)
 
 
 def handed_on_to_sum(p):
     y = (lambda parts: sum(parts))(wave(v) for v in p) * 2.0
-    note(y)
-    return y
+    return note(y)
 
 
 def from_a_generator(p):
     y = sum(v * 2.0 for v in (jnp.sin(u) for u in p))
-    note(y)
-    return y.sum()
+    return note(y).sum()
 
 
 def chain(p):
     y = sum(itertools.chain((wave(v) for v in p), map(square, p)))
-    note(y)
-    return y
+    return note(y)
 
 
 def reduced(p):
     y = functools.reduce(lambda a, b: jnp.sin(a) * b, map(wave, p))
-    note(y)
-    return y
+    return note(y)
 
 
 def reduced_generator(p):
     y = functools.reduce(operator.mul, (wave(v) for v in p))
-    note(y)
-    return y
+    return note(y)
 
 
 def reduced_by_jax(p):
     y = functools.reduce(jnp.maximum, (wave(v) for v in p))
-    note(y)
-    return y
+    return note(y)
 
 
 def reduced_tree(p):
     y = jax.tree.reduce(operator.add, jax.tree.map(lambda a, b: wave(a * b), p, p))
-    note(y)
-    return y
+    return note(y)
 
 
 def accumulated(p):
     y = list(itertools.accumulate((wave(v) for v in p), lambda a, b: a * b))[-1] + 1.0
-    note(y)
-    return y
+    return note(y)
 
 
 def chosen_by_key(p):
     y = max((wave(v) for v in p), key=lambda x: (x * 2.0).ndim) * 3.0
-    note(y)
-    return y
+    return note(y)
 
 
 def sorted_by_key(p):
     y = sorted((wave(v) for v in p), key=lambda x: (x * 2.0).ndim)[0] * 3.0
-    note(y)
-    return y
+    return note(y)
 
 
 def stacked(p):
     y = jnp.stack(list(map(wave, p)))
-    note(y)
-    return y.sum()
+    return note(y).sum()
 
 
 def layers(p):
     y = chained(linear, squash, linear, squash)(p[0])
-    note(y)
-    return y.sum()
+    return note(y).sum()
 
 
 def layers_of_two_kinds(p):
     y = chained(linear, jnp.cos, linear)(p[0])
-    note(y)
-    return y.sum()
+    return note(y).sum()
 
 
 def layers_reduced(p):
     y = functools.reduce(lambda x, f: f(x), (linear, squash, linear), p[0])
-    note(y)
-    return y.sum()
+    return note(y).sum()
 
 
 def inside_an_expression(p):
@@ -300,8 +273,7 @@ def in_two_loops(p):
 def in_a_helper(p):
     def norm(q):
         y = jnp.sqrt(sum(square(v) for v in q))
-        note(y)
-        return y
+        return note(y)
 
     return norm(p) * norm(p[:2])
 
@@ -309,8 +281,7 @@ def in_a_helper(p):
 def in_a_helper_in_a_loop(p):
     def norm(q):
         y = sum(square(v) for v in q)
-        note(y)
-        return y
+        return note(y)
 
     return sum(norm(p[:k]) for k in (1, 2, 3)) + sum(map(norm, (p, p)))
 
@@ -318,8 +289,7 @@ def in_a_helper_in_a_loop(p):
 def in_a_helper_that_is_handed_a_generator(p):
     def total(parts):
         y = sum(v * 2.0 for v in parts)
-        note(y)
-        return y
+        return note(y)
 
     return sum(total(wave(v) * k for v in p) for k in range(2))
 
@@ -327,8 +297,7 @@ def in_a_helper_that_is_handed_a_generator(p):
 def in_a_function_that_is_mapped(p):
     def one(q):
         y = jnp.sum(q**2) * 2.0
-        note(y)
-        return y
+        return note(y)
 
     return sum(list(map(one, p)))
 
@@ -336,8 +305,7 @@ def in_a_function_that_is_mapped(p):
 def in_a_function_that_reduces(p):
     def one(a, b):
         y = jnp.sin(a) * b
-        note(y)
-        return y
+        return note(y)
 
     return jnp.sum(functools.reduce(one, p))
 
@@ -345,8 +313,7 @@ def in_a_function_that_reduces(p):
 def in_a_key(p):
     def one(a):
         y = jnp.sum(jnp.sin(a) * a)
-        note(y)
-        return y.ndim
+        return note(y).ndim
 
     return jnp.sum(sorted(p, key=one)[0])
 
