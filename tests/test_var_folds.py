@@ -161,11 +161,6 @@ def from_a_generator(p):
     return note(y).sum()
 
 
-def chain(p):
-    y = sum(itertools.chain((wave(v) for v in p), map(square, p)))
-    return note(y)
-
-
 def reduced(p):
     y = functools.reduce(lambda a, b: jnp.sin(a) * b, map(wave, p))
     return note(y)
@@ -361,7 +356,7 @@ ONE = [
         two_generators,
     ),
     *(in_a_branch, with_a_start, stored, returned, yielded, handed_on),
-    *(handed_on_to_sum, from_a_generator, chain, reduced, reduced_generator),
+    *(handed_on_to_sum, from_a_generator, reduced, reduced_generator),
     *(reduced_by_jax, reduced_tree, accumulated, chosen_by_key, sorted_by_key, stacked),
     *(layers, layers_of_two_kinds, layers_reduced, inside_an_expression),
 ]
