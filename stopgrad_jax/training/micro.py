@@ -39,7 +39,7 @@ def split(batch: Any, rounds: int, called: str) -> Any:
         came = f"a leading size of {size}"
         raise ValueError(beats(called, expected, came, instead))
     return structure.unflatten(
-        jnp.reshape(x, (size // rounds, rounds, *jnp.shape(x)[1:])) for _, x in flat
+        jnp.reshape(x, (size // rounds, rounds, *jnp.shape(x)[1:])) for x in flat
     )
 
 
