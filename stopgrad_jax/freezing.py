@@ -250,7 +250,7 @@ def _masked(structure: Any, leaves: list[Any], trains: list[bool]) -> Any:
 
 def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
     """Return the gradients of the leaves that train, in a tree that hides the rest."""
-    structure, paths = jax.tree.structure(tree), leaf_paths(tree)
+    structure = jax.tree.structure(tree)
     try:
         leaves = leaves_like(gradients, tree)
     except (ValueError, TypeError):
@@ -262,8 +262,9 @@ def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
                 "jax.grad(loss)(params), or None at frozen leaves",
             )
         ) from None
-    for path, gradient, train in zip(paths, leaves, trains, strict=True):
+    for k, (gradient, train) in enumerate(zip(leaves, trains, strict=True)):
         if train and gradient is None:
+            path = leaf_paths(tree)[k]
             raise ValueError(
                 beats(
                     called,
