@@ -350,6 +350,11 @@ def _below(tree: Any, root: str, full: str) -> Iterator[tuple[str, str, Any]]:
             yield from _below(child, *names)
 
 
+def leaf_paths(tree: Any) -> list[str]:
+    """Return the path of each leaf, no two alike; "" where the tree is one leaf."""
+    return [above[-1] if above else "" for above in paths_of(tree)]
+
+
 def paths_of(tree: Any) -> list[list[str]]:
     """For each leaf: the paths of all that it lies in, its own last; see `nodes`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)

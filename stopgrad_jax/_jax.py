@@ -440,20 +440,20 @@ def is_no_reverse(error: Exception) -> bool:
 # Arrays -------------------------------------------------------------------------
 
 
-def mark(array: Any) -> None:
-    """Note on an array that a step of ours made it; copies and aliases have no mark.
+def mark(array: Any, owner: object) -> None:
+    """Note on an array what owns it; copies and aliases have no mark.
 
     An attribute, where arrays can have one: a registry of weak references would take
     as long as the call of a compiled step. Without a mark an array is copied, not lost.
     """
     if isinstance(array, jax.Array) and not is_traced(array):
         with contextlib.suppress(AttributeError):
-            array._stopgrad_jax_made = True  # type: ignore
+            array._stopgrad_jax_owner = owner  # type: ignore
 
 
-def is_marked(array: Any) -> bool:
-    """Tell whether `mark` was called on this very array."""
-    return getattr(array, "_stopgrad_jax_made", False)
+def owner_of(array: Any) -> object | None:
+    """Return what `mark` was last called with for this very array."""
+    return getattr(array, "_stopgrad_jax_owner", None)
 
 
 def is_key(x: Any) -> bool:

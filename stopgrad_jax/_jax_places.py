@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import itertools
 import os
+import sys
 import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -126,7 +129,20 @@ def stack_of(eqn: Any) -> tuple[tuple[types.CodeType, int], ...]:
     traceback = eqn.source_info.traceback
     if not hasattr(traceback, "raw_frames"):
         return ()
-    return tuple(zip(*traceback.raw_frames(), strict=True))[::-1]
+    frames = zip(*traceback.raw_frames(), strict=True)
+    if sys.version_info < (3, 12):
+        frames = ((code, _calls(code).get(offset, offset)) for code, offset in frames)
+    return tuple(frames)[::-1]
+
+
+@functools.cache
+def _calls(code: types.CodeType) -> dict[int, int]:
+    """Return where a call is, for the instruction before it that Python 3.11 has.
+
+    Once a function in C was called often enough, that one calls it.
+    """
+    pairs = itertools.pairwise(dis.get_instructions(code))
+    return {a.offset: b.offset for a, b in pairs if a.opname == "PRECALL"}
 
 
 def is_of_jax(eqn: Any) -> bool:

@@ -24,6 +24,7 @@ from ._address import (
     Var,
     has_wildcard,
     is_address,
+    leaf_paths,
     matching,
     nodes,
     paths_of,
@@ -204,7 +205,7 @@ def _some_gradient(
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    paths = [above[-1] if above else "" for above in paths_of(tree)]
+    paths = leaf_paths(tree)
     return list(zip(paths, jax.tree.leaves(tree), strict=True))
 
 

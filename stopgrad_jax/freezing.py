@@ -16,7 +16,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
-from ._address import printed
+from ._address import leaf_paths, printed
 from ._edge import public
 from ._errors import beats, shortened, type_of
 from ._where import Where, is_predicate, leaves_like, selected
@@ -250,7 +250,7 @@ def _masked(structure: Any, leaves: list[Any], trains: list[bool]) -> Any:
 
 def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
     """Return the gradients of the leaves that train, in a tree that hides the rest."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    structure = jax.tree.structure(tree)
     try:
         leaves = leaves_like(gradients, tree)
     except (ValueError, TypeError):
@@ -262,14 +262,15 @@ def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
                 "jax.grad(loss)(params), or None at frozen leaves",
             )
         ) from None
-    for (path, _), gradient, train in zip(flat, leaves, trains, strict=True):
+    for k, (gradient, train) in enumerate(zip(leaves, trains, strict=True)):
         if train and gradient is None:
+            path = leaf_paths(tree)[k]
             raise ValueError(
                 beats(
                     called,
                     "a gradient at each leaf that trains",
-                    f'None at "{printed(path)}", which is not frozen',
-                    f'sg.freeze(optimizer, [..., "{printed(path)}"]), or '
+                    f'None at "{path}", which is not frozen',
+                    f'sg.freeze(optimizer, [..., "{path}"]), or '
                     'unconnected_gradients="zero"',
                 )
             )
@@ -334,8 +335,8 @@ def _nothing(leaf: Any) -> Any:
 
 def _described(state: Any) -> dict[str, str]:
     """Return the path and the type of each array, but for its weakness."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {printed(path): type_of(jax.typeof(x)) for path, x in flat}
+    pairs = zip(leaf_paths(state), jax.tree.leaves(state), strict=True)
+    return {path: type_of(jax.typeof(x)) for path, x in pairs}
 
 
 def _require_same_optimizer(old: Any, new: Any, called: str) -> None:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import stopgrad_jax._jax as _jax
 
-from ._address import Address, op, paths_of, point, var
+from ._address import Address, leaf_paths, op, point, var
 from ._checks import require_function, shown
 from ._edge import public
 from ._engine.closures import refusing
@@ -74,7 +74,7 @@ def name(tree: T, name: str) -> T:
             )
         )
     flat, structure = jax.tree.flatten(tree)
-    paths = [above[-1] if above else "" for above in paths_of(tree)]
+    paths = leaf_paths(tree)
     if paths == [""] and is_traceable(tree):
         return checkpoint_name(tree, name)
     names = [f"{name}/{path}" if path else name for path in paths]

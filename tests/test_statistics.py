@@ -78,6 +78,71 @@ def test_sites_of_one_name_are_told_apart():
     assert {k: float(v.norm) for k, v in found.items()} == {"h/0": 1.0, "h/1": 3.0}
 
 
+def twice(x):
+    h = jnp.sin(x)
+    h = jnp.sin(h)
+    return sg.name(h * 3.0, "h")
+
+
+COS = np.cos(np.float32(0.5))
+SLOPES = [3.0 * np.cos(np.sin(np.float32(0.5))), 3.0, 1.0]  # by each h, at 0.5
+
+
+@pytest.mark.parametrize(
+    ("xs", "expected"),
+    [
+        ([sg.var("h", nth=0), sg.var("h", nth=1)], SLOPES[:2]),
+        ([sg.var("h", nth=-1), "h"], SLOPES[1:]),
+        ([sg.point("h"), sg.var("h", nth=0), sg.var("h", nth=1)], [1.0, *SLOPES[:2]]),
+        ([sg.op("sin", nth=1), sg.op("sin", nth=0)], [3.0, SLOPES[0]]),
+    ],
+)
+def test_addresses_of_one_name_are_told_apart(xs, expected, run):
+    """By themselves, as they are printed; a string is as it is written."""
+    found = run(sg.gradient_stats(twice, xs))(jnp.float32(0.5))
+    keys = [x if isinstance(x, str) else repr(x) for x in xs]
+    assert found.keys() == set(keys)
+    norms = [found[key].norm for key in keys]
+    np.testing.assert_allclose(norms, expected, rtol=2e-6)
+
+
+def test_executions_of_two_statements_of_one_name_are_told_apart():
+    def f(x):
+        for k in (2.0, 3.0):
+            h = k * x
+            h = jnp.exp(h)
+            x = x + h * 0.0 + k
+        return h + x
+
+    first, second = sg.var("h", nth=0), sg.var("h", nth=1)
+    found = sg.gradient_stats(f, [first, second, "x"])(jnp.float32(0.0))
+    parts = {f"{address!r}/{k}" for address in (first, second) for k in (0, 1)}
+    assert found.keys() == parts | {"x"}
+
+
+def test_variables_of_two_functions_are_told_apart():
+    def one(x):
+        h = 2.0 * x
+        return h
+
+    def other(x):
+        h = 3.0 * x
+        return h
+
+    xs = [sg.var("one.h"), sg.var("other.h")]
+    found = sg.gradient_stats(lambda x: one(x) * other(x), xs)(jnp.float32(1.0))
+    assert {k: float(v.norm) for k, v in found.items()} == {
+        'sg.var("one.h")': 3.0,
+        'sg.var("other.h")': 2.0,
+    }
+
+
+def test_one_value_at_two_addresses_has_one_key():
+    f = lambda x: sg.name(2.0 * x, "h") ** 2
+    found = sg.gradient_stats(f, ["h", sg.point("h"), "x", "*"])(jnp.float32(1.0))
+    assert {k: float(v.norm) for k, v in found.items()} == {"h": 4.0, "x": 8.0}
+
+
 @pytest.mark.skipif(
     jax.config.jax_check_tracer_leaks,
     reason="JAX reports plain JAX as a leak here (tests/test_jax.py)",

@@ -1,5 +1,6 @@
 """Every address that an error says to write works when it is pasted."""
 
+import ast
 import functools
 import re
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import models_unedited as models
+import numpy as np
 import pytest
 import remedies
 from programs import f32
@@ -286,6 +288,20 @@ def test_what_was_not_passed():
     assert f"\n  write: {write}" in str(caught.value)
     found = sg.gradients(model, "temperature", ys="return/loss")(*ARGS, temperature=2.0)
     assert found.shape == ()
+
+    unwritable = [jnp.array([1.1, 2.0]), np.arange(3.0), float("nan"), object()]
+    for default in (*unwritable, (1.0,) * 50, [jnp.ones(2)], jnp.float32(1.1)):
+        fun = lambda x, w=default: jnp.sum(x)
+        with pytest.raises(sg.AddressError) as caught:
+            sg.gradients(fun, "w")(X)
+        write = "pass w in the call: what is passed can be addressed"
+        assert str(caught.value).endswith(f"\n  write: {write}")
+    for default in (1.5, -2, (0.5, 1.0), "mean"):
+        fun = lambda x, w=default: jnp.sum(x)
+        with pytest.raises(sg.AddressError) as caught:
+            sg.gradients(fun, "w")(X)
+        passed = re.search(r"write: w=(.*) in the call", str(caught.value))
+        assert ast.literal_eval(passed[1]) == default
 
     half = functools.partial(model, ARGS[0])
     with pytest.raises(sg.AddressError, match="partial has filled"):

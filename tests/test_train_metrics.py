@@ -35,6 +35,58 @@ def test_nonfinite_gradients_are_named():
     assert metrics["nonfinite"] == {"head": True}
 
 
+ALIKE = {"mlp/lin": {"w": f32(1.0)}, "mlp": {"lin": {"w": f32(0.0)}}}
+FLAT, DEEP = "['mlp/lin']/['w']", "['mlp']/['lin']/['w']"
+
+
+def alike(p, x):
+    """The derivative of the root at 0 is infinite."""
+    return jnp.sum(p["mlp/lin"]["w"] * x + jnp.sqrt(p["mlp"]["lin"]["w"] * x))
+
+
+@pytest.mark.parametrize("nonfinite", ["report", "skip"])
+def test_paths_that_are_printed_alike_are_told_apart(nonfinite):
+    step = make_step(alike, optax.sgd(0.1), nonfinite=nonfinite)
+    _, metrics = step(step.init(ALIKE), f32(1.0))
+    assert metrics["nonfinite"] == {FLAT: False, DEEP: True}
+    assert metrics["zero"] == {FLAT: False, DEEP: False}
+    _, metrics = step(step.init(ALIKE), f32(0.0))
+    assert metrics["zero"] == {FLAT: True, DEEP: False}  # nan
+    keys = sg.gradient_stats(alike, "p")(ALIKE, f32(1.0)).keys()
+    assert keys == {f"p/{FLAT}", f"p/{DEEP}"}
+
+
+def test_where_one_of_them_is_frozen_the_other_is_called_as_it_was():
+    frozen = {"mlp/lin": {"w": False}, "mlp": {"lin": {"w": True}}}
+    step = make_step(alike, optax.sgd(0.1), nonfinite="report", frozen=frozen)
+    _, metrics = step(step.init(ALIKE), f32(1.0))
+    assert metrics["nonfinite"] == {"mlp/lin/w": False}
+
+
+def test_sizes_at_paths_that_are_printed_alike_are_compared():
+    batch = {"a/b": jnp.ones((4, 1)), "a": {"b": jnp.ones((6, 1))}}
+    fun = lambda p, x: p["w"] * jnp.sum(x["a/b"]) + jnp.sum(x["a"]["b"])
+    step = make_step(fun, optax.sgd(0.1), accumulate=2)
+    sizes = r"leading sizes \{.*'a'.*6.*'a/b'.*4\}"
+    with pytest.raises(ValueError, match=sizes):
+        step(step.init({"w": f32(1.0)[0]}), batch)
+    step = make_step(lambda p, x: p["w"] * jnp.sum(x["a/b"]), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=sizes):
+        fit(step, step.init({"w": f32(1.0)[0]}), batch, steps=2, progress=False)
+
+
+def test_a_state_of_other_shapes_at_paths_that_are_printed_alike_is_refused():
+    wrong = {"mlp/lin": {"w": f32(1.0, 2.0)}, "mlp": {"lin": {"w": f32(0.0)}}}
+    step = make_step(alike, optax.adam(0.1))
+    state = step.init(ALIKE)
+    for other in (
+        wrong,
+        {"mlp/lin": wrong["mlp"]["lin"], "mlp": {"lin": wrong["mlp/lin"]}},
+    ):
+        with pytest.raises(ValueError, match=r"optimizer's state[\s\S]*\[2\] at"):
+            step(state.replace(opt_state=step.init(other).opt_state), f32(1.0))
+
+
 def test_one_array_is_called_as_the_loss_calls_it():
     shift = lambda w, x: jnp.sum((w - x) ** 2)
     partial = functools.partial(lambda scale, w, x: scale * shift(w, x), 2.0)

@@ -186,7 +186,7 @@ def test_what_stepped_arrays_cost():
     state, _ = step(step.init(params()), X)
     donated, _ = given_away(step, state)
     assert {id(x) for x in donated} == {id(x) for x in jax.tree.leaves(state)}
-    assert _jax.is_marked(before)
+    assert _jax.owner_of(before) is _jax.owner_of(states["d"].step)
     # Also what `fit` hands back, and what is saved and restored is copied once.
     looped, _ = fit(step, state, lambda n: X, steps=2, progress=False)
     donated, _ = given_away(step, looped)
@@ -287,15 +287,90 @@ def test_a_callback_may_step_from_the_state_it_is_shown():
     assert (seen, state.step) == ([3, 5], 4)
 
 
-def test_a_state_that_lost_its_parameters_to_another_says_so():
-    """The one use of a shared array that cannot work: a state that is not told."""
-    p, states, _ = alternating(SHARED["replace"])
-    step = make_step(lambda p, x: jnp.mean((p["g"] * x - p["d"]) ** 2), optax.sgd(0.1))
-    state = step.init(p).replace(params=states["d"].params)
+# Each takes (mine, other) and returns mine with something of the other's.
+TAKEN = {
+    "params": lambda mine, other: mine.replace(params=other.params),
+    "opt_state": lambda mine, other: mine.replace(opt_state=other.opt_state),
+    "step": lambda mine, other: mine.replace(step=other.step),
+    "all": lambda mine, other: mine.replace(**other._asdict()),
+    "one leaf": lambda mine, other: mine.replace(
+        params={**mine.params, "a": other.params["a"]}
+    ),
+    "by hand": lambda mine, other: State(other.params, mine.opt_state, mine.step),
+    "under its name": lambda mine, other: mine._replace(params=other.params),
+}
+
+
+@pytest.mark.parametrize("how", TAKEN)
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.1)])
+def test_what_is_taken_from_another_state_stays_there(how, optimizer):
+    """Both train on, as if each had been given a copy."""
+    step, other_step = make_step(loss, optimizer), make_step(loss, optimizer)
+    other, _ = other_step(other_step.init(params()), X)
+    start, _ = step(step.init(params()), 2.0 * X)
+    expected = TAKEN[how](*jax.tree.map(np.array, (start, other)))
+    expected, _ = step(expected, X)
+    held, kept = jax.tree.leaves(other), pickle.loads(pickle.dumps(other))
+    taken, _ = step(TAKEN[how](start, other), X)
+    jax.tree.map(assert_same_bits, taken, expected)
+    assert not any(deleted(held))
+    jax.tree.map(assert_same_bits, other, kept)
+    other_step(other, X)
+    assert all(deleted(held))  # still its own: donated, not copied
+
+
+def test_the_best_parameters_so_far_are_restored_twice():
+    step = make_step(loss, optax.adam(0.1))
+    state, _ = step(step.init(params()), X)
+    best = state.params
+    for _ in range(2):
+        fresh, _ = step(step.init(params()).replace(params=best), X)
+        step(fresh, X)
+    assert not any(deleted(best))
+
+
+def test_a_state_of_fit_stays_when_another_one_takes_of_it():
+    step = make_step(loss, optax.adam(0.1))
+    fitted, _ = fit(step, step.init(params()), [X] * 2, steps=2, progress=False)
+    state, _ = step(step.init(params()).replace(params=fitted.params), X)
     step(state, X)
-    again = make_step(lambda p, x: jnp.sum(p["g"] * x), optax.sgd(0.1), frozen="d")
+    assert not any(deleted(fitted))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.replace(step=jnp.int32(0)),
+        lambda s: s.replace(step=0),
+        lambda s: s.replace(params={**s.params}),
+        lambda s: s.replace(params=s.params, opt_state=s.opt_state, step=s.step),
+        lambda s: s.replace(),
+    ],
+)
+def test_what_is_left_in_a_state_is_donated(change):
+    step = make_step(loss, optax.adam(0.1))
+    state, _ = step(step.init(params()), X)
+    own = jax.tree.leaves((state.params, state.opt_state))
+    step(change(state), X)
+    assert all(deleted(own))
+
+
+def test_what_a_state_takes_is_copied_once():
+    step = make_step(loss, optax.adam(0.1))
+    other, _ = step(step.init(params()), X)
+    state, _ = step(step.init(params()).replace(params=other.params), X)
+    donated, _ = given_away(step, state)
+    assert {id(x) for x in donated} == {id(x) for x in jax.tree.leaves(state)}
+
+
+def test_a_state_that_was_used_up_says_so():
+    """A name for the same arrays: not another state."""
+    step = make_step(loss, optax.adam(0.1))
+    state, _ = step(step.init(params()), X)
+    again = state.replace(step=jnp.int32(0))
+    step(state, X)
     with pytest.raises(RuntimeError, match=r"used up[\s\S]*params=other\.params"):
-        again(states["d"], X)
+        step(again, X)
 
 
 def test_migrating_what_is_kept_for_several_parameters_together():

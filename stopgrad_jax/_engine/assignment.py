@@ -13,51 +13,19 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Assigned, Binding, Position, is_within
+from .executions import (
+    Execution,
+    Item,
+    begins_again,
+    is_literal,
+    is_repeat,
+    level_of,
+)
 from .labels import Spot
-from .repeats import is_again
 
 
 class Unclear(Exception):
     """Which array a variable was given cannot be told; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Item:
-    """One equation of a run."""
-
-    index: int
-    eqn: Any
-    spots: Sequence[Spot]
-
-
-@dataclasses.dataclass(eq=False)
-class Execution:
-    """One execution of a statement; `depth` is that of its function in the spots."""
-
-    target: int
-    binding: Binding
-    spot: Spot
-    depth: int
-    items: list[Item] = dataclasses.field(default_factory=list)
-    before: Execution | None = None  # the execution that it follows at once
-    unclear: bool = False
-
-    @property
-    def name(self) -> str:
-        """The variable."""
-        return self.binding.name
-
-    @property
-    def assigned(self) -> Assigned | None:
-        """What it is given; None where the value is taken apart by a star."""
-        return self.binding.assigned
-
-    def is_cut_wrongly(self) -> bool:
-        """Tell whether a function that JAX inlines may have been cut in two."""
-        if self.before is None or not _is_repeat(self.items[0], self.before.items[-1]):
-            return False
-        a, b = ([i.eqn.primitive for i in run.items] for run in (self, self.before))
-        return a != b
 
 
 class Given:
@@ -105,7 +73,7 @@ class Given:
 
     def _row(self, items: Sequence[Item], expression: Assigned) -> tuple[Item, int]:
         """`u, v = x` for an array: the rows, in order."""
-        inside = {v for i in items for v in i.eqn.invars if not _is_literal(v)}
+        inside = {v for i in items for v in i.eqn.invars if not is_literal(v)}
         rows = [(i, r) for i in items for r in _results(i) if r[1] not in inside]
         at = expression.position(len(rows))
         if at is None or expression.below:
@@ -192,8 +160,9 @@ class Given:
     ) -> Sequence[Item]:
         """Return the last of the executions that follow one another."""
         run: list[Item] = []
-        for item in items:
-            if run and begins_again(run, item, depth, assigned.value):
+        for k, item in enumerate(items):
+            rest = (i.eqn for i in items[k:])
+            if run and begins_again(run, item, depth, assigned.value, rest):
                 run = []
             run.append(item)
         return run
@@ -243,7 +212,7 @@ class Given:
     def _refuse_several(self, item: Item) -> None:
         """A function called for each leaf of a tree leaves one value each."""
         for other, _ in self._live(self._run.items):
-            if other.index != item.index and _is_repeat(other, item):
+            if other.index != item.index and is_repeat(other, item):
                 raise Unclear("a function is called there for several values")
 
     def _refuse_early_use(self, item: Item, var: Any) -> None:
@@ -251,7 +220,7 @@ class Given:
         made_of, own = {var}, {i.index for i in self._run.items}
         for other in self._run.items:
             if other.index > item.index and not made_of.isdisjoint(
-                v for v in other.eqn.invars if not _is_literal(v)
+                v for v in other.eqn.invars if not is_literal(v)
             ):
                 made_of.update(other.eqn.outvars)
         if any(not own.issuperset(self._users.get(v, ())) for v in made_of - {var}):
@@ -328,31 +297,3 @@ def _is_direct(item: Item, depth: int) -> bool:
 
 def _results(item: Item) -> Iterator[tuple[int, Any]]:
     return enumerate(item.eqn.outvars)
-
-
-def _is_repeat(a: Item, b: Item) -> bool:
-    return _jax.stack_of(a.eqn) == _jax.stack_of(b.eqn)
-
-
-def _is_literal(atom: Any) -> bool:
-    return isinstance(atom, _jax.Literal)
-
-
-def begins_again(
-    items: Sequence[Item], item: Item, depth: int, value: Position
-) -> bool | None:
-    """Tell whether an equation begins a new execution; see `is_again`."""
-    first, last, new = (_jax.stack_of(i.eqn) for i in (items[0], items[-1], item))
-    # The equations of a function that JAX inlines have one stack.
-    if new == last and item.eqn.primitive is not items[0].eqn.primitive:
-        return False
-    level = level_of(new, item, depth)
-    return False if level is None else is_again(first, last, new, level, value)
-
-
-def level_of(stack: Sequence[Any], item: Item, depth: int) -> int | None:
-    """Where in its stack an equation's spot at this depth is."""
-    code = item.spots[depth].frame.code
-    before = sum(spot.frame.code is code for spot in item.spots[:depth])
-    levels = [k for k, (other, _) in enumerate(stack) if other is code]
-    return levels[before] if before < len(levels) else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
 
+from .executions import adds_to
 from .repeats import Stack, begins_call
 
 
@@ -38,7 +41,9 @@ class Call:
 class Calls:
     """Sorts equations, which are added in program order, into calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, eqns: Sequence[Any]) -> None:
+        """Begin; `eqns` are all those of the program."""
+        self._eqns = eqns
         self.found: dict[Any, list[Call]] = {}
         self._going: dict[Any, Call] = {}
         self._now: dict[Any, Call] = {}
@@ -53,7 +58,7 @@ class Calls:
         call = self._going.get(full)
         # The equations of a backward pass have the stacks of the forward one again.
         backward = "transpose" in _jax.transforms_of(eqn)
-        again = call is not None and not backward and self._again(call, eqn, stack)
+        again = call is not None and not backward and self._again(call, index, stack)
         if call is None or again:
             call = Call(level, [], [], before=call)
             self.found.setdefault(key, []).append(call)
@@ -65,12 +70,16 @@ class Calls:
         self._now[full] = call
         return call
 
-    @staticmethod
-    def _again(call: Call, eqn: Any, stack: Stack) -> bool | None:
-        last = _jax.stack_of(call.last)
+    def _again(self, call: Call, index: int, stack: Stack) -> bool | None:
+        last, eqn = _jax.stack_of(call.last), self._eqns[index]
         if stack == last and eqn.primitive is not call.eqns[0].primitive:
             return False
-        return begins_call(last, stack, call.level)
+
+        def goes_on(k: int) -> bool | None:
+            rest = itertools.islice(self._eqns, index, None)
+            return adds_to(call.eqns, rest, k)
+
+        return begins_call(last, stack, call.level, goes_on)
 
 
 def _primitives(call: Call) -> list[Any]:

@@ -13,16 +13,7 @@ from typing import Any, NamedTuple
 
 import stopgrad_jax._jax as _jax
 
-from .assignment import (
-    Execution,
-    Given,
-    Item,
-    Unclear,
-    assigning,
-    begins_again,
-    last_assigning,
-    level_of,
-)
+from .assignment import Given, Unclear, assigning, last_assigning
 from .bindings import (
     DISPLAYS,
     STATEMENT,
@@ -33,6 +24,7 @@ from .bindings import (
     is_within,
     place_of,
 )
+from .executions import Execution, Item, begins_again, function_level, level_of
 from .labels import Spot
 from .variables import users_of
 
@@ -184,7 +176,8 @@ class Handed:
         function of `*args` hands them on, in order. None if it is another one.
         """
         stack = _jax.stack_of(first.eqn)
-        start, end = (level_of(stack, first, k) for k in (outer, depth))
+        start = level_of(stack, first, outer)
+        end = function_level(stack, first, depth)
         if start is None or end is None:
             return 0, None
         codes = [code for code, _ in stack[start + 1 : end]]
@@ -334,8 +327,9 @@ def _hands_on(call: ast.Call, function: Function) -> bool:
 def _executions(items: Sequence[Item], depth: int, value: Position) -> list[list[Item]]:
     """Cut equations of a statement, or a function, into its executions."""
     runs = [[items[0]]]
-    for item in items[1:]:
-        again = begins_again(runs[-1], item, depth, value)
+    for k, item in enumerate(items[1:], 1):
+        rest = (i.eqn for i in items[k:])
+        again = begins_again(runs[-1], item, depth, value, rest)
         if again is None:
             raise Unclear("it cannot be told where one execution of it ends")
         if again:

@@ -168,7 +168,7 @@ class Labels:
         name = frame.code.co_name if frame.code else ""
         function = frame.function
         if name in _COMPREHENSIONS:  # a part of the statement around it
-            function = function.rpartition(".<locals>")[0] or function
+            function = function_of(frame)
             if spots and spots[-1].frame.file == frame.file:
                 spots.pop()
         spots.append(self._spot(frame, function))
@@ -191,6 +191,19 @@ class Labels:
             at_home = self._home and real.startswith(self._home)
             self._users[file] = bool(at_home) or not library
         return self._users[file]
+
+
+def is_comprehension(code: types.CodeType | None) -> bool:
+    """Tell a comprehension or generator expression from a function."""
+    return code is not None and code.co_name in _COMPREHENSIONS
+
+
+def function_of(frame: _jax.Frame) -> str:
+    """Return the name of the function that a comprehension is written in."""
+    function = frame.function
+    while function.rpartition(".")[2] in _COMPREHENSIONS:
+        function = function.rpartition(".")[0].removesuffix(".<locals>")
+    return function or frame.function
 
 
 def code_of(fun: Any) -> types.CodeType | None:

@@ -89,7 +89,7 @@ class Operations:
         return self._groups[id(jaxpr)][1]
 
     def _found(self, jaxpr: Any) -> Iterator[Group]:
-        calls, users = Calls(), users_of(jaxpr, backward=True)
+        calls, users = Calls(jaxpr.eqns), users_of(jaxpr, backward=True)
         for index, eqn in enumerate(jaxpr.eqns):
             stack = _jax.stack_of(eqn)
             calls.step()

@@ -19,9 +19,10 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
 from .anew import map_jaxprs, naming, reading, with_eqns
-from .assignment import Item, Unclear, level_of
+from .assignment import Unclear
 from .bindings import Function
 from .calls import Call, Calls
+from .executions import Item, function_level
 from .handed import Handed, Spread
 from .labels import Labels, Spot, code_of, printed_file
 from .nested import nested
@@ -170,7 +171,7 @@ class Parameters:
         spread: Spread | None,
     ) -> Iterator[_Naming]:
         """Parameters of functions that are called while a jaxpr is traced."""
-        items, calls = [], Calls()
+        items, calls = [], Calls(jaxpr.eqns)
         meant: dict[Any, tuple[int, Function, Place, list[int]]] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = self._labels.path(eqn, self._labels.nowhere)
@@ -182,7 +183,7 @@ class Parameters:
             if path not in self._in_path:
                 self._in_path[path] = list(self._meant(path.spots))
             for depth, function, place, targets in self._in_path[path]:
-                level = level_of(_jax.stack_of(eqn), item, depth)
+                level = function_level(_jax.stack_of(eqn), item, depth)
                 if level is not None:
                     key = (path.spots[:depth], place)
                     meant[key] = depth, function, place, targets

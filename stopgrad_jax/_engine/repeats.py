@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .bindings import Position, is_within
 
 Stack = Sequence[tuple[types.CodeType, int]]
+GoesOn = Callable[[int], bool | None]
 
 
 def is_again(
-    first: Stack, last: Stack, new: Stack, level: int, value: Position
+    first: Stack,
+    last: Stack,
+    new: Stack,
+    level: int,
+    value: Position,
+    goes_on: GoesOn | None = None,
 ) -> bool | None:
     """Tell whether an equation begins a new execution of a statement.
 
@@ -28,18 +35,24 @@ def is_again(
       new: the stack at the equation that follows.
       level: the position of the statement's own function in the stacks.
       value: the place of the expression that the statement assigns.
+      goes_on: says of a call of `sum` at a position of the stacks whether what is
+        added next is added to the sum so far; None if that is not known.
 
     Returns:
       None if both could be: loops around the statement and inside what it calls.
     """
-    if not new or new != first:
-        return False
-    pairs = zip(last, new, strict=False)
-    same = next((k for k, (a, b) in enumerate(pairs) if a != b), len(new))
-    if same < level or (same < len(new) and last[same][0] is not new[same][0]):
-        return True
-    inner, outer = False, any(_loops(*new[k]) for k in range(level))
-    for k in range(level, min(same + 1, len(new))):
+    same = _in_common(last, new)
+    apart = same < min(len(last), len(new)) and last[same][0] is not new[same][0]
+    if new != first:  # `f(x)` in a loop over functions; else the execution goes on
+        if not apart or same <= level:
+            return False
+    elif not new or same < level or (apart and same == level):
+        return bool(new)
+    # Two functions that are entered from one instruction were called one after the
+    # other: by a loop, or by one call of a function in C, as of `sum` and `reduce`.
+    outer = any(_loops(*new[k]) or calls_back(new, k) for k in range(level))
+    inner = False
+    for k in range(level, same if apart else min(same + 1, len(new))):
         code, offset = new[k]
         end = last[k][1] if k < len(last) else offset
         if offset > end:
@@ -50,34 +63,127 @@ def is_again(
             outer = outer or len(own) < len(around)
             around = own
         inner = inner or bool(around)
-    return None if inner and outer else outer
+    back = [k for k in range(level, same) if calls_back(new, k)]
+    if new != first:
+        return outer and not (inner or back)
+    if outer and apart and not inner and len(back) == 1 and goes_on:
+        return _adds_anew(new, back[0], goes_on)
+    return None if outer and (inner or back) else outer
 
 
-def begins_call(last: Stack, new: Stack, level: int) -> bool | None:
+def begins_call(
+    last: Stack, new: Stack, level: int, goes_on: GoesOn | None = None
+) -> bool | None:
     """Tell whether a function was called anew between two equations.
 
     Args:
       last: the stack at an equation that was made in a call of it.
       new: the stack at the equation that follows at once.
       level: the position of the function in both stacks.
+      goes_on: as for `is_again`.
 
     Returns:
       None if it may have been, or a loop in the function went round.
     """
     pairs = zip(last, new, strict=False)
     same = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
-    outer = any(_loops(*new[k]) for k in range(level))
+    outer = any(_loops(*new[k]) or calls_back(new, k) for k in range(level))
     end_level = len(new) if same is None else same
     inner = any(_loops(*new[k]) for k in range(level, end_level))
+    back = [k for k in range(level, end_level) if calls_back(new, k)]
     if same is None:  # one instruction: of a function that JAX inlines, or it again
-        return (None if inner else True) if outer else False
+        return (None if inner or back else True) if outer else False
     (code, end), (other, offset) = last[same], new[same]
-    if same < level or (same == level and code is not other):
+    apart = code is not other
+    if same < level or (same == level and apart):
         return True
-    if code is other and offset > end:
+    if not apart and offset > end:
         return False
-    inner = inner or (code is other and bool(_loops(code, offset, end)))
-    return (None if outer else False) if inner else True
+    inner = inner or (not apart and bool(_loops(code, offset, end)))
+    if outer and apart and not inner and len(back) == 1 and goes_on:
+        one, two = last[back[0] + 1][0], new[back[0] + 1][0]
+        if _is_generator(one):  # what it made is now added
+            return False
+        if one is two or _is_generator(two):
+            return _adds_anew(new, back[0], goes_on)
+    return (None if outer else False) if inner or back else outer or not apart
+
+
+def _adds_anew(new: Stack, k: int, goes_on: GoesOn) -> bool | None:
+    """Tell whether the call of `sum` at this position is another one; None: unknown."""
+    on = goes_on(k) if _adds_up(*new[k]) else None
+    return None if on is None else not on
+
+
+def _in_common(last: Stack, new: Stack) -> int:
+    """Count the calls that two stacks begin with alike."""
+    pairs = zip(last, new, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), len(new))
+
+
+def extent_of(code: types.CodeType) -> Position:
+    """Return the place of all that a comprehension does."""
+    places = [p for p in code.co_positions() if None not in p and (p[3] or 0) > 0]
+    starts, ends = [p[::2] for p in places], [p[1::2] for p in places]
+    return (*min(starts), *max(ends))  # type: ignore[return-value]
+
+
+def calls_back(stack: Stack, k: int) -> bool:
+    """Tell whether one call of a function in C may enter the next frame repeatedly.
+
+    A generator is, unless it is a loop of Python's that goes through it. A function is
+    where the text calls one of these that calls functions back or goes through a `map`.
+    """
+    if k + 1 >= len(stack):
+        return False
+    operation, name, _ = _called(*stack[k])
+    code = stack[k + 1][0]
+    if _is_generator(code):
+        return operation not in ("FOR_ITER", "SEND")
+    through = operation in ("LIST_EXTEND", "SET_UPDATE", "UNPACK_SEQUENCE", "UNPACK_EX")
+    return through or (name in _CALL_BACK and name != code.co_name)
+
+
+def _is_generator(code: types.CodeType) -> bool:
+    return bool(code.co_flags & inspect.CO_GENERATOR)
+
+
+def _adds_up(code: types.CodeType, offset: int) -> bool:
+    """Tell a call of the builtin `sum` that begins with 0."""
+    _, name, count = _called(code, offset)
+    return name == "sum" and count == 1
+
+
+_CALL_BACK = frozenset(
+    "accumulate all any deque dict filter frozenset list map max min reduce set sorted "
+    "starmap sum tuple unflatten".split()
+)
+_OF_MODULES = ("accumulate", "reduce", "starmap")  # functools.reduce, not x.sum
+
+
+@functools.cache
+def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
+    """Return what an instruction does, what it calls by name, with how many arguments.
+
+    No name for a method: `x.sum()` is none of Python's.
+    """
+    before: list[dis.Instruction] = []
+    for i in dis.get_instructions(code):
+        if i.offset == offset:
+            break
+        before.append(i)
+    else:
+        return "", "", 0
+    if not i.opname.startswith("CALL"):
+        return i.opname, "", 0
+    start = _place(i)[:2]
+    loads = [
+        b for b in before if b.opname.startswith("LOAD_") and "CONST" not in b.opname
+    ]
+    names = [str(b.argval) for b in loads if _place(b)[:2] == start]
+    is_method = len(names) == 2 and names[1] in _OF_MODULES
+    name = names[-1] if len(names) == 1 or is_method else ""
+    return i.opname, name, (i.arg or 0) if i.opname == "CALL" else 0
 
 
 def _loops(code: types.CodeType, start: int, end: int | None = None) -> list[Any]:

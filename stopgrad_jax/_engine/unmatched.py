@@ -5,6 +5,7 @@ What an error says to write has been tried: it selects something in this program
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -34,6 +35,16 @@ from .unfound import Looked, every_eqn, written
 from .walk import Search
 
 Told = tuple[str, str]  # what came, and what to write instead
+
+
+def is_literal(value: Any, most: int = 40) -> bool:
+    """Tell what Python reads back as it prints it, and that is short: no array is."""
+    text = repr(value)
+    try:
+        same = ast.literal_eval(text) == value if len(text) <= most else False
+    except (ValueError, SyntaxError):
+        return False
+    return same is True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +155,8 @@ class Unmatched:
         parameter = _parameters(self.traced.fun).get(name)
         fun, own = self.traced.name, self.traced.fun
         if parameter is not None and parameter.default is not parameter.empty:
-            default = f"{name}={parameter.default!r:.40}"
+            known = is_literal(parameter.default)
+            default = f"{name}={parameter.default!r}" if known else f"pass {name}"
             came = f'"{name}" is a parameter of {fun} that was not passed'
             return came, f"{default} in the call: what is passed can be addressed"
         while isinstance(own, functools.partial):

@@ -7,18 +7,45 @@ An execution of a statement is a run of equations that were made while it was ru
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
-from .assignment import Execution, Given, Item, Unclear, begins_again, level_of
+from .assignment import Given, Unclear
 from .bindings import Binding, Function
-from .labels import Labels, Spot
+from .executions import Execution, Item, begins_again, is_inside, level_of
+from .labels import Labels, Spot, function_of, is_comprehension
 
 
-class Anywhere(Labels):
+class Apart(Spot):
+    """A part of a generator that is gone through elsewhere than where it is written."""
+
+
+class Running(Labels):
+    """Paths with the statement that was running in each function.
+
+    That of a generator expression is where it is gone through.
+    """
+
+    def __init__(self, fun: Any) -> None:
+        super().__init__(fun)
+        self._apart: dict[_jax.Frame, Spot] = {}
+
+    def _push(self, spots: list[Spot], frame: _jax.Frame) -> None:
+        if is_comprehension(frame.code):
+            spot, above = self._spot(frame, function_of(frame)), spots[-1:]
+            same = above and above[0].function == spot.function
+            if not same or above[0].statement != spot.statement:
+                new = Apart(frame, spot.function)
+                spots.append(self._apart.setdefault(frame, new))
+                return
+        super()._push(spots, frame)
+
+
+class Anywhere(Running):
     """Paths through installed libraries, too: their code can be asked for by name."""
 
     def is_users(self, file: str) -> bool:
@@ -97,7 +124,7 @@ class Variables:
     ) -> None:
         own = {k: var for k, var in targets.items() if k not in anywhere}
         rest = {k: var for k, var in targets.items() if k in anywhere}
-        self._own = Labels(fun)
+        self._own = Running(fun)
         self._searched = [(self._own, own), *([(Anywhere(fun), rest)] if rest else ())]
         self._in_path: dict[Any, list[tuple[int, Site, int]]] = {}
         self.known: dict[Any, Site] = {}
@@ -163,16 +190,17 @@ class Variables:
             for depth, site, target in self._matches(path, targets):
                 key = (path.spots[:depth], target, *site.key)
                 run = going.get(key)
-                if run is None or self._begins_again(run, item):
+                if run is None or self._begins_again(run, item, jaxpr):
                     run = Execution(target, site.binding, site.spot, depth, before=run)
                     yield run
                 run.items.append(item)
                 now[key] = run
             going = now
 
-    def _begins_again(self, run: Execution, item: Item) -> bool:
+    def _begins_again(self, run: Execution, item: Item, jaxpr: Any) -> bool:
         value = run.assigned.value if run.assigned else run.spot.position
-        again = begins_again(run.items, item, run.depth, value)
+        rest = itertools.islice(jaxpr.eqns, item.index, None)
+        again = begins_again(run.items, item, run.depth, value, rest)
         run.unclear = run.unclear or again is None
         return bool(again)
 
@@ -211,7 +239,9 @@ def _assignments(spots: Sequence[Spot]) -> Iterator[tuple[int, Site]]:
     for depth, spot in enumerate(spots):
         if spot.is_current:
             for binding in spot.source.assignments(spot.position):
-                yield depth, Site(spot, binding)
+                # Gone through elsewhere, a generator runs only a `:=` of its own.
+                if not isinstance(spot, Apart) or is_inside(binding.place, spot):
+                    yield depth, Site(spot, binding)
 
 
 def is_called(label: str, path: Sequence[str], name: str) -> bool:

@@ -161,7 +161,7 @@ def _specials(
     named = dict[Path, list[str]]()  # of a tree that is named as a whole, its own name
     for op in analysis.graph.ops:
         if _jax.kind_of(op.eqn) == "name":
-            parts = _jax.params_of(op.eqn)["name"].split("/")
+            parts = str(_jax.params_of(op.eqn)["name"]).split("/")
             pairs = zip(named.get(op.path, parts), parts, strict=False)
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
             named[op.path] = [one for one, _ in same] or parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec
 
 import jax
@@ -75,7 +75,9 @@ def gradient_stats(
     Returns:
       A function of `fun`'s arguments that returns {address of each array: `Stats`}, an
       ordinary pytree of scalars. A name that occurs several times has the addresses
-      "h/0", "h/1". In `shard_map` the numbers are those of all shards together (with
+      "h/0", "h/1"; where two of `xs` would have one key, as `sg.var("h", nth=0)` and
+      `sg.var("h", nth=1)`, the key of each begins with the address as it is printed.
+      In `shard_map` the numbers are those of all shards together (with
       `check_vma=False` each device's copy of a replicated value counts).
 
     Raises:
@@ -140,7 +142,7 @@ def measured(
     else:
         y_tree = program.tree(ys)
     pairs = cotangents(program, y_tree, None, called)
-    places = dict(_places(program, addresses, called))
+    places = _named(list(_places(program, addresses, called)))
 
     everything = xs | set(places.values())
     ends = [y for y, _ in pairs]
@@ -189,21 +191,47 @@ def _numbers(totals: jax.Array, size: int) -> Any:
     return norm(totals), largest, fraction, nonfinite.astype(jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """One array that is asked for: `path` begins with `root`, the address's own."""
+
+    address: Address
+    root: str
+    path: str
+    value: Value
+
+    @property
+    def name(self) -> str:
+        """Its path below the address as that is printed."""
+        whole = self.address if isinstance(self.address, str) else repr(self.address)
+        return whole + self.path[len(self.root) :]
+
+
+def _named(places: Sequence[_Place]) -> dict[str, Value]:
+    """Return each place by its path; by its address where that is another's path."""
+    at: dict[str, set[Value]] = {}
+    for place in places:
+        at.setdefault(place.path, set()).add(place.value)
+    shared = {p.address for p in places if len(at[p.path]) > 1}
+    return {p.name if p.address in shared else p.path: p.value for p in places}
+
+
 def _places(
     program: Program, addresses: Iterable[Address], called: str
-) -> Iterator[tuple[str, Value]]:
-    """Yield the full address and the place of each array that is asked for."""
+) -> Iterator[_Place]:
+    """Yield each array that is asked for."""
     for address in addresses:
         every = [
-            (path, place)
+            _Place(address, root, path, place)
             for root, tree in program.matched[address].places.items()
             for path, place in nodes(tree, root)
             if isinstance(place, Value)
         ]
-        types = {path: program.types[place] for path, place in every}
-        carry = [(p, v) for p, v in every if _jax.is_differentiable(types[p])]
+        types = [program.types[place.value] for place in every]
+        pairs = zip(every, types, strict=True)
+        carry = [place for place, type in pairs if _jax.is_differentiable(type)]
         if not carry:
-            came = ", ".join(dict.fromkeys(map(type_of, types.values())))
+            came = ", ".join(dict.fromkeys(map(type_of, types)))
             raise TypeError(
                 beats(
                     f"{called}: address {address!r}",

@@ -81,7 +81,7 @@ class Runner:
     def given_up(self) -> Any:
         """Return the newest state for good: its next owner may donate what is new."""
         pairs = zip(self._leaves, self._owned, strict=True)
-        made([x for x, owns in pairs if owns], ())
+        made([x for x, owns in pairs if owns], (), None)
         return self.state
 
     def one(self, batch: Any) -> Any:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import printed
+from stopgrad_jax._address import leaf_paths
 from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 
@@ -198,9 +198,9 @@ def _are_arrays(batches: Any) -> bool:
 
 
 def _check_arrays(batches: Any, steps: int) -> None:
-    flat, _ = jax.tree_util.tree_flatten_with_path(batches)
-    scalars = [printed(p) for p, x in flat if not x.ndim]
-    sizes = {printed(p): x.shape[0] for p, x in flat if x.ndim}
+    flat = list(zip(leaf_paths(batches), jax.tree.leaves(batches), strict=True))
+    scalars = [path for path, x in flat if not x.ndim]
+    sizes = {path: x.shape[0] for path, x in flat if x.ndim}
     expected = f"arrays have a leading axis of batches, at least steps={steps} of them"
     if scalars:
         came = f'a scalar at "{scalars[0]}"' if scalars[0] else "a scalar"

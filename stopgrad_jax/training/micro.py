@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import printed
+from stopgrad_jax._address import leaf_paths
 from stopgrad_jax._errors import beats
 
 
@@ -18,17 +18,17 @@ def split(batch: Any, rounds: int, called: str) -> Any:
     An array that is sharded over its leading axis then stays where it is: every
     device has a part of each micro-batch.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(batch)
+    flat, structure = jax.tree.flatten(batch)
     sizes: dict[str, int] = {}
     called = f"{called[:-1]}, accumulate={rounds})"
     expected = f"arrays with one leading size, which {rounds} divides, in a batch"
     instead = "a batch with examples on the leading axis of each array"
-    for path, leaf in flat:
+    for path, leaf in zip(leaf_paths(batch), flat, strict=True):
         shape = jnp.shape(leaf)
         if not shape:
-            came = f'a scalar at "{printed(path)}"' if path else "a scalar"
+            came = f'a scalar at "{path}"' if path else "a scalar"
             raise ValueError(beats(called, expected, came, instead))
-        sizes[printed(path) or "batch"] = shape[0]
+        sizes[path or "batch"] = shape[0]
     if len(set(sizes.values())) != 1:
         came = f"leading sizes {sizes}" if sizes else "no array"
         raise ValueError(beats(called, expected, came, instead))
@@ -39,7 +39,7 @@ def split(batch: Any, rounds: int, called: str) -> Any:
         came = f"a leading size of {size}"
         raise ValueError(beats(called, expected, came, instead))
     return structure.unflatten(
-        jnp.reshape(x, (size // rounds, rounds, *jnp.shape(x)[1:])) for _, x in flat
+        jnp.reshape(x, (size // rounds, rounds, *jnp.shape(x)[1:])) for x in flat
     )
 
 

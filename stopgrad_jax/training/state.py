@@ -13,6 +13,8 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.trace import is_traceable
 from stopgrad_jax._where import Where, selected
 
+from .owned import copied
+
 
 class State(NamedTuple):
     """Parameters, the optimizer's state and the number of steps so far: a pytree.
@@ -33,8 +35,12 @@ class State(NamedTuple):
     def replace(self, **changes: Any) -> State:
         """Return the state with other `params`, `opt_state` or `step`.
 
-        What you put in stays yours: the next step copies it before it trains.
+        What you put in stays yours, or that of the state it is from: the next step
+        copies it before it trains. What you leave is donated as before.
         """
+        owner, step = _jax.owner_of(self.step), changes.get("step", self.step)
+        if step is not self.step and owner is not None and not _jax.is_traced(step):
+            changes["step"] = copied(step, owner)  # it tells what is the state's own
         return self._replace(**changes)
 
 

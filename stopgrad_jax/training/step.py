@@ -78,10 +78,11 @@ class Step:
         """
         layout = self._layout(params, batch, key)
         trained, rest = layout.split(jax.tree.leaves(params))
-        trained = [copied(x) for x in trained]
-        leaves, structure = self._fresh(layout, trained)
+        owner = object()
+        trained = [copied(x, owner) for x in trained]
+        leaves, structure = self._fresh(layout, trained, owner)
         params, count = layout.join(trained, rest), jnp.zeros((), jnp.int32)
-        _jax.mark(count)
+        _jax.mark(count, owner)
         return State(params, structure.unflatten(leaves), count)
 
     @public
@@ -111,7 +112,9 @@ class Step:
         trained, opt_state, count, metrics = program(*args)
         self._watch.tell()
         if not jax.config.jax_disable_jit:  # type: ignore
-            made(jax.tree.leaves((trained, opt_state, count)), jax.tree.leaves(args))
+            used_up = _jax.owner_of(state.step) if self._donate else None
+            results = jax.tree.leaves((trained, opt_state, count))
+            made(results, jax.tree.leaves(args), used_up)
         return State(layout.join(trained, args[1]), opt_state, count), metrics
 
     @public
@@ -149,10 +152,12 @@ class Step:
         )
         trained, rest = now.split(jax.tree.leaves(state.params))
         moments, structure = jax.tree.flatten(opt_state)
-        both = owned([*trained, *moments], rest)
+        owner = _jax.owner_of(state.step) or object()
+        both = owned([*trained, *moments], rest, owner)
         params = now.join(both[: len(trained)], rest)
         opt_state = structure.unflatten(both[len(trained) :])
-        return State(params, opt_state, state.step)
+        (count,) = owned([state.step], (), owner)
+        return State(params, opt_state, count)
 
     def _layout(self, params: Any, batch: Any, key: Any) -> Layout:
         """Say which leaves train: asked once of each tree, as paths take time."""
@@ -172,7 +177,9 @@ class Step:
             self._layouts[seen] = layout
         return self._layouts[seen]
 
-    def _fresh(self, layout: Layout, trained: list[Any]) -> tuple[list[Any], Any]:
+    def _fresh(
+        self, layout: Layout, trained: list[Any], owner: object
+    ) -> tuple[list[Any], Any]:
         """Return the leaves and the structure of a new optimizer state.
 
         Each is a copy: it may be one of the parameters, or an array of the optimizer.
@@ -181,7 +188,7 @@ class Step:
         leaves, structure = jax.tree.flatten(state)
         del state
         for k, leaf in enumerate(leaves):  # one at a time: the memory of one more
-            leaves[k] = copied(leaf)
+            leaves[k] = copied(leaf, owner)
         return leaves, structure
 
     def _hiding(self, layout: Layout) -> optax.GradientTransformation:
@@ -225,7 +232,8 @@ class Step:
         trained, rest, opt_state, count, batch, key = args
         if self._donate:
             flat, structure = jax.tree.flatten((trained, opt_state, count))
-            flat = owned(flat, jax.tree.leaves((rest, batch, key)))
+            others = jax.tree.leaves((rest, batch, key))
+            flat = owned(flat, others, _jax.owner_of(count))
             trained, opt_state, count = structure.unflatten(flat)
         layouts, leaves = None, jax.tree.leaves(args)
         if any(map(is_spread, leaves)):

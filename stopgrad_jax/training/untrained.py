@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import stopgrad_jax._words as words
-from stopgrad_jax._address import is_address, printed
+from stopgrad_jax._address import is_address, paths_of
 from stopgrad_jax._errors import AddressError
 from stopgrad_jax._where import Where, selected
 
@@ -32,6 +32,7 @@ def by_cause(
         path = flat[k][0]
         for length in range(1, len(path) + 1):
             below.setdefault(path[:length], set()).add(k)
+    every = paths_of(params)
     groups: dict[str, set[int]] = {}
     for k, why in causes.items():
         groups.setdefault(why, set()).add(k)
@@ -39,10 +40,10 @@ def by_cause(
     for why, group in groups.items():
         paths = []
         for k in sorted(group):
-            path = flat[k][0]
-            tops = (path[:n] for n in range(1, len(path) + 1))
-            top = next((p for p in tops if below[p] <= group), ())
-            paths.append(printed(top) or root)
+            path, names = flat[k][0], every[k]
+            tops = range(1, len(path) + 1)
+            top = next((n for n in tops if below[path[:n]] <= group), 0)
+            paths.append(names[top - 1] if top else root)
         found[why] = list(dict.fromkeys(paths))
     return found
 

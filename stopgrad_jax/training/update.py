@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import printed
+from stopgrad_jax._address import leaf_paths
 from stopgrad_jax._errors import beats, quoted
 
 from .gradient import Objective
@@ -165,13 +165,12 @@ def _anywhere(found: jax.Array) -> jax.Array:
 
 def _paths(tree: Any, root: str) -> list[str]:
     """Return the path of each leaf; the root's name where the tree is one array."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [printed(path) or root for path, _ in flat]
+    return [path or root for path in leaf_paths(tree)]
 
 
 def _shapes(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {printed(path): jnp.shape(leaf) for path, leaf in flat}
+    pairs = zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+    return {path: jnp.shape(leaf) for path, leaf in pairs}
 
 
 def _listed(found: dict[str, Any], most: int = 4) -> str:
