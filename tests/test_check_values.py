@@ -66,7 +66,7 @@ def test_a_rule_with_another_value_is_named(name):
         sg.check_gradients(function)(0.5)
     first, second, write = str(caught.value).split("\n")
     assert "the rule of sine (tests/test_check_values.py:" in first
-    assert second == f"  {_words.ELSEWHERE}"
+    assert second == "  so what comes after it is differentiated at another value"
     numbers = re.findall(r": (\S+) by the function, (\S+) by the rule$", first)
     if is_one:
         ((own, told),) = numbers
