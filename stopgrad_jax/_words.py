@@ -16,7 +16,6 @@ def listed(names: Sequence[str]) -> str:
 
 
 # What `flow` and the contracts say of an input ---------------------------------------
-
 # The dtype of every leaf is neither float nor complex.
 NO_FLOAT = "carries no gradient, since it is {kinds}."
 # No value of the outputs is computed from it.
@@ -64,9 +63,7 @@ NOT_COMPUTED = "the output is not computed from it"
 # A check was made and thrown away without a call.
 NEVER_CALLED = "{called} was never called, so it checks nothing: write {called}(*args)"
 
-
 # Why a gradient ends ------------------------------------------------------------------
-
 # An address in `stop_gradients` of the query selects the value.
 HELD = "held constant by stop_gradients"
 # Later writes with constant indices cover every entry that was computed from it.
@@ -100,9 +97,7 @@ RETURNS_BOOL = "{name} returns bool, and a bool carries no gradient"
 RETURNS_INTEGERS = "{name} returns {types}, integers carry no gradient"
 RETURNS_OTHER = "{name} returns {types}, {types} carries no gradient"
 
-
 # What `find_nonfinite` says -----------------------------------------------------------
-
 # Of each sentence the comment says what must have been seen before.
 
 
@@ -144,7 +139,6 @@ CALLED_BACK = (
 CALLED_BACK_HINT = "look at what the callback returned in the first call"
 
 # Under an expression: what happens in it. ------------------------------------------
-
 HERE = "{kind} here"
 IN_DERIVATIVE = "{kind} here, in its derivative"  # it is no part of the value
 TURNS = "inf turns to nan here"  # its nonfinite operands are inf, its result nan
@@ -224,7 +218,6 @@ def factor_hint(kind: str) -> str:
 
 # An argument is nonfinite, and the value shows it.
 BEFORE = "it came from outside: look at what made it"
-
 # A slope has no finite value for finite operands.
 SLOPE = "the slope is not finite at this point: keep the operand away from it"
 # Of what comes back and a slope one is zero and the other one infinite.
@@ -234,7 +227,6 @@ ZERO_COMES_BACK = (
 )
 # What comes back is nonfinite for finite operands, none of which is zero.
 BACK_OVERFLOWS = "the product leaves the range of {dtype} on the way back"
-
 # By operation: what its operands must have been.
 EXP = (
     "{name} leaves the range of {dtype} above {limit:.4g}; jax.nn.softmax and "
@@ -257,18 +249,18 @@ SUBNORMAL = (
     "{name} of a number below {tiny:.3g}, the smallest normal one of {dtype}: XLA may "
     "take it for zero"
 )
-
 # An error was raised while the function ran, and so it is, step by step.
 RUNS = "the function must run to its end: it raised by itself"
 CALL_IT = "the call without find_nonfinite, which raises the same, and mend that first"
-
-
 # What `check_gradients` says ----------------------------------------------------------
-
 # The differences of a rule's own function over several distances agree with one
 # another, by more than they are unsure of, on something else than the rule says.
 WRONG_RULE = "the rule of {rule} is not the derivative of its function"
-# The same of all that the function declares, and of what JAX's derivative is.
+# And what seems wrong is not, once the rule returns what its function does.
+WRONG_VALUE = "the rule of {rule} returns another value than its function"
+VALUES = ": {own} by the function, {told} by the rule"
+ELSEWHERE = "so what comes after it is differentiated at another value"
+# The same as WRONG_RULE of all that is declared, and of what JAX's derivative is.
 WRONG_LEAF = "wrong derivative {place}"
 # The differences agree with one another only up to `error`, or rounding may be as much.
 UNSETTLED = (
@@ -281,13 +273,22 @@ SHARE = ", as its share of the derivative {place}"
 # One of these stands where a number is not the derivative of one entry by one entry.
 ALONG = ", along the direction `.direction` of this error"
 WEIGHED = ", of the result weighed by `.weights` of this error"
-# The slopes on the two sides of the point differ by more than curvature explains.
+# At second order: of more than one number, the slope along all of them is looked at.
+OF_SLOPE = ", of the slope along `.first_directions` of this error, one for each leaf"
+# The slopes of both sides differ by more than curvature does, down to the last digits.
 AT_KINK = "the point is at a kink: slope {left} on one side, {right} on the other"
+# They differ over longer distances, and are not seen to differ over the shortest.
+NEAR_KINK = "there is a kink within {distance} of the point"
+# The same, and one side's slope is JAX's derivative, which may be that of the point.
+UNSETTLED_KINK = (
+    "the derivative {place} cannot be settled in {dtype}: {told} by JAX and by the "
+    "differences of one side, and not by those of the other"
+)
+FARTHER = "a point farther from the kink"
 ALLOW = 'allow=["{name}"], if it differs on purpose'
 SETTLE = "float64 throughout, or a point where the function is less curved"
-# The function (at second order: its derivative) is not finite on one side of the point,
-# or on both, or (its derivative) at the point; and the differences of the other side do
-# not settle that the derivative is right. `numbers` are of that side, if there is one.
+# The function (or its derivative, or that at the point) is not finite on one side, and
+# the other (of which `numbers` are, if there is one) does not settle that it is right.
 BORDER = (
     "the derivative {place} cannot be settled: the point is at the border of a domain, "
     "as the {of} is not finite {where}: {numbers}"
@@ -327,9 +328,7 @@ CLOSED_RULE = (
     "the data outside: check_gradients(lambda x: {name}(x, data))(x)",
 )
 
-
 # What a training step says ------------------------------------------------------------
-
 Beats = tuple[str, str, str]  # what was expected, what came, what to write instead
 
 

@@ -30,7 +30,7 @@ from .ignored import without_ignored
 from .nested import nested
 from .own_stop import is_handed
 from .sites import Sites
-from .tap import handed, still, tap, weighed
+from .tap import handed, instead, last_digit, still, tap, weighed, where_moved
 
 # What the entries of an equation's token stand for.
 TOLD, LEFT, RIGHT, NOISE = range(4)
@@ -48,6 +48,7 @@ class Reading:
         and their share of the derivative is what they say.
       opened: those whose function is itself understood as the program is.
       freed: stops that are none: a rule takes care of them.
+      valued: those whose value at the base is that of their function.
       held: rules that are compared by what their functions use alone.
       quantized: where JAX's derivative is zero, values stay at the base, too.
       forward: the derivative is taken in forward mode.
@@ -57,6 +58,7 @@ class Reading:
     followed: frozenset[int] = frozenset()
     opened: frozenset[int] = frozenset()
     freed: frozenset[int] = frozenset()
+    valued: frozenset[int] = frozenset()
     held: frozenset[int] = frozenset()
     quantized: bool = False
     forward: bool = False
@@ -130,6 +132,8 @@ class Declared:
             return moved
         if name == "gate":
             return moved or _is_open(eqn.params["rule"])
+        if key in reading.valued:
+            return True
         if moved and key in reading.asked | reading.followed | reading.opened:
             return True
         if nested(eqn) is None or key in self.sites:
@@ -206,7 +210,7 @@ class Declared:
         reading, key = self.reading, id(eqn)
         followed = key in reading.followed or self._hides(eqn)
         if len(copies) == 1:
-            return [_jax.bind(eqn, *copies[0])]
+            return [self._valued(eqn, copies[0], _jax.bind(eqn, *copies[0]))]
         if len(copies) == 2:
             if followed:
                 base = _jax.bind(eqn, *copies[0])
@@ -218,9 +222,11 @@ class Declared:
         if key in tokens:
             base = self._moved_by(tokens[key][TOLD], eqn, copies)
         out = _jax.bind(eqn, *base)
-        here = constant(out)
         if followed:
+            here = constant(out)
             return [out, here, here]
+        out = self._valued(eqn, copies[0], out)
+        here = constant(out)
         moved = [here if _same(c, copies[0]) else _function(eqn, c) for c in copies[1:]]
         if key in reading.opened:
             inner = nested(eqn)
@@ -233,6 +239,14 @@ class Declared:
         if key in tokens:
             out = self._asked(tokens[key], out, here, moved)
         return [out, *moved]
+
+    def _valued(self, eqn: Any, base: Copy, out: list[Any]) -> list[Any]:
+        """Give a result the value of the function, and the derivative of the rule."""
+        if id(eqn) not in self.reading.valued:
+            return out
+        own = _function(eqn, constant(base))
+        pairs = zip(out, own, strict=True)
+        return [instead(x, y) if is_float(x) else y for x, y in pairs]
 
     def _moved_by(self, token: Any, eqn: Any, copies: Copies) -> list[Any]:
         """Let the operands of a rule move as the copies do, with the token."""
@@ -371,17 +385,6 @@ def _minus(there: Copy, here: Copy) -> list[Any]:
 
 def _plus(x: Any, delta: Any) -> Any:
     return x + delta if is_float(x) else x
-
-
-def last_digit(x: Any) -> jax.Array:
-    """Return how much rounding may change each entry of a value."""
-    size = jnp.abs(x) * jnp.finfo(x.dtype).eps
-    return jnp.where(jnp.isfinite(size), size, 0).astype(x.dtype)
-
-
-def where_moved(moved: Any, size: Any) -> jax.Array:
-    """Return the rounding of what moved; if all is stuck, rounding is what holds it."""
-    return jnp.where(moved | ~jnp.any(moved), size, jnp.zeros_like(size))
 
 
 def _difference(there: Any, here: Any) -> jax.Array:

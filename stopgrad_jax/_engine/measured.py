@@ -79,8 +79,8 @@ def measure(program: Program, reading: Reading) -> Callable[..., Any]:
         def function(values: Any, tokens: Any) -> Any:
             return run(values, tokens, plus, minus)
 
-        derive = _forward if reading.forward else _reverse
-        out, moved, found = derive(function, values, tokens, program.weights)
+        found = derive(reading.forward)(function, values, tokens, program.weights)
+        out, moved, found = found
         found.pop(EVERY, None)
         return [out, *moved], found
 
@@ -105,8 +105,7 @@ def rounding(
             return program.kept(out), ()
 
         tokens = {key: jnp.zeros(()) for key in (*rules, EVERY, INSIDE)}
-        derive = _forward if forward else _reverse
-        return derive(function, values, tokens, program.weights)[2]
+        return derive(forward)(function, values, tokens, program.weights)[2]
 
     def known(moved: Any) -> Shares | None:
         try:
@@ -116,6 +115,11 @@ def rounding(
         return {key: np.abs(np.asarray(x, np.float64)) for key, x in found.items()}
 
     return known
+
+
+def derive(forward: bool) -> Callable[..., Any]:
+    """Return what derives by tokens: (results, what is beside them, shares)."""
+    return _forward if forward else _reverse
 
 
 def _reverse(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any:

@@ -22,15 +22,13 @@ from .declared import (
     Declared,
     constant,
     is_float,
-    last_digit,
     times,
-    where_moved,
 )
 from .gate import gate
 from .nested import nested
 from .own_stop import is_handed
 from .rules import SCALE
-from .tap import tap, weighed
+from .tap import last_digit, tap, weighed, where_moved
 
 # What moves values and computes none. Left out for speed: they would only count twice.
 _EXACT = (

@@ -54,6 +54,11 @@ class Slope:
         largest = max(abs(self.left), abs(self.right))
         return abs(self.left - self.right) > 0.1 * largest + 4 * self.error
 
+    def moved(self, by: float) -> Slope:
+        """Return the same of a function with a slope more."""
+        sides = {"left": self.left + by, "right": self.right + by}
+        return dataclasses.replace(self, value=self.value + by, **sides)
+
 
 def slope(differences: Sequence[Difference]) -> Slope | None:
     """Extrapolate differences, the widest first; None if too few are finite.
@@ -137,6 +142,25 @@ def side(differences: Sequence[Difference], which: str) -> Side | None:
             error = abs(value - before) + near.noise / (1 - ratio) ** 2
             found.append(Side(value, error, largest))
         best, before = min(best, *found, key=lambda s: s.error), value
+    return best
+
+
+def one_sided(differences: Sequence[Difference], which: str) -> Side | None:
+    """Extrapolate the differences of one side of a point at which all is finite.
+
+    They change with the distance by the curvature, and by a kink on this side.
+    """
+    pairs = [(d, float(getattr(d, which))) for d in differences]
+    finite = [(d, value) for d, value in pairs if np.isfinite(value)]
+    largest = max((abs(value) for _, value in finite), default=0.0)
+    best = None
+    for k, ((wide, far), (near, here)) in enumerate(itertools.pairwise(finite)):
+        ratio = wide.distance / near.distance
+        value = here + (here - far) / (ratio - 1)
+        nearer = (abs(value - other) - d.noise for d, other in finite[k + 2 :])
+        error = max(abs(value - here), *nearer, 0.0) + near.noise
+        if best is None or error < best.error:
+            best = Side(value, error, largest)
     return best
 
 

@@ -1,6 +1,6 @@
-"""Two primitives that ask JAX's derivative about a value, and leave it as it is.
+"""Primitives that ask JAX's derivative about a value, and leave it as it is.
 
-Both take part where the derivative passes by, and nowhere else: what JAX does not
+All take part where the derivative passes by, and nowhere else: what JAX does not
 differentiate, they do not make it differentiate. They compile to nothing.
 """
 
@@ -19,6 +19,7 @@ from .rule import Rule
 
 tap_p = _jax.Primitive("tap")  # value, shift -> value
 still_p = _jax.Primitive("still")  # value, moved, token -> moved
+instead_p = _jax.Primitive("instead")  # value, other -> other
 
 
 def tap(value: Any, shift: Any) -> jax.Array:
@@ -38,6 +39,11 @@ def still(value: Any, moved: Any, token: Any) -> jax.Array:
     return still_p.bind(value, moved, token)
 
 
+def instead(value: Any, other: Any) -> jax.Array:
+    """Return `other`, with the tangent of `value`."""
+    return instead_p.bind(value, other)
+
+
 def weighed(token: Any, sizes: Any) -> jax.Array:
     """Return `token * sizes`, but in reverse mode with magnitudes of cotangents.
 
@@ -52,6 +58,17 @@ def handed(token: Any, x: Any) -> jax.Array:
     It is of an entry that does not move, or of one that does not count.
     """
     return gate([token.astype(x.dtype) * x], [token], [x], _PRODUCTS)[0]
+
+
+def last_digit(x: Any) -> jax.Array:
+    """Return how much rounding may change each entry of a value."""
+    size = jnp.abs(x) * jnp.finfo(x.dtype).eps
+    return jnp.where(jnp.isfinite(size), size, 0).astype(x.dtype)
+
+
+def where_moved(moved: Any, size: Any) -> jax.Array:
+    """Return the rounding of what moved; if all is stuck, rounding is what holds it."""
+    return jnp.where(moved | ~jnp.any(moved), size, jnp.zeros_like(size))
 
 
 def _pull(cts: Any, residuals: Any) -> list[Any]:
@@ -83,11 +100,19 @@ def _still_jvp(primals: Any, tangents: Any) -> Any:
     return (value if held else moved), ad.Zero(jax.typeof(moved).to_tangent_aval())
 
 
+def _instead_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
+
+
 tap_p.def_impl(lambda value, shift: value)
 still_p.def_impl(lambda value, moved, token: moved)
+instead_p.def_impl(lambda value, other: other)
 tap_p.def_abstract_eval(lambda value, shift: value)
 still_p.def_abstract_eval(lambda value, moved, token: moved)
+instead_p.def_abstract_eval(lambda value, other: other)
 ad.primitive_jvps[tap_p] = _tap_jvp
 ad.primitive_jvps[still_p] = _still_jvp
+ad.primitive_jvps[instead_p] = _instead_jvp
 mlir.register_lowering(tap_p, lambda ctx, value, shift: [value])
 mlir.register_lowering(still_p, lambda ctx, value, moved, token: [moved])
+mlir.register_lowering(instead_p, lambda ctx, value, other: [other])

@@ -62,10 +62,14 @@ def check_gradients(
 
     Raises:
       AssertionError: a derivative is wrong; names the leaf or the function, and both
-        numbers, and says so where the point is at a kink. Or it cannot be told: at the
-        border of a domain, where the differences settle nothing, or where no entry of
-        the result is finite. Its attributes `direction` and `weights` are arrays, where
-        the numbers are along a direction of a leaf, or of a weighed sum of the results.
+        numbers, and says so where the point is at a kink. Or a rule returns another
+        value than its function, at which what comes after it is differentiated. Or it
+        cannot be told: at the border of a domain, so near a kink that differences see
+        both of its sides, where they settle nothing, or where no entry of the result is
+        finite. Its attributes `direction` and `weights` are arrays, where the numbers
+        are along a direction of a leaf, or of a weighed sum of the results. At second
+        order of more than one number `first_directions` holds an array for each leaf
+        that carries a gradient: the numbers are how the slope along these changes.
       ValueError: an unknown mode, order or name in `allow`.
       TypeError: there is nothing to differentiate, or it is traced, complex or narrow;
         or forward mode of a function that has none.

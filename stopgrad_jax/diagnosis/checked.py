@@ -34,6 +34,7 @@ from .directions import (
 from .judge import BORDER, RIGHT, WRONG, Verdict
 from .readings import groups_of_stops, known_sites
 from .told import Told
+from .values import at_own_values, is_repeated, whose_value
 
 
 class Checked(Told):
@@ -217,8 +218,16 @@ class Checked(Told):
         verdict = compared.judge_rule(key, direction, along, carefully=True)
         if verdict.kind != WRONG:
             return compared
-        alone = frozenset({key})
+        alone, compared = frozenset({key}), at_own_values(compared)
 
+        def is_right(valued: frozenset[int]) -> bool:
+            other = compared.reread(valued=valued)
+            return other.judge_rule(key, direction, along, True).kind != WRONG
+
+        verdict = compared.judge_rule(key, direction, along, carefully=True)
+        if verdict.kind != WRONG:
+            self._require_values(compared, is_right, 0.0)
+            return compared
         declared = Declared(self.program.sites, reading)
         site = self.program.sites[key]
         if _jax.kind_of(site.eqn) in _jax.CUSTOM and declared.holds_special(site.eqn):
@@ -236,7 +245,7 @@ class Checked(Told):
             self._say_drawn(key)
             rest = reading.asked - alone
             return compared.reread(asked=rest, followed=reading.followed | alone)
-        raise self._wrong_rule(verdict, key, direction)
+        raise self.wrong_rule(verdict, key, direction)
 
     def _taken_care_of(self, compared: Compared, key: int) -> list[frozenset[int]]:
         """Return groups of stops that a rule may give the derivative of.
@@ -268,21 +277,6 @@ class Checked(Told):
         text = _words.DRAWN.format(called=self.called, rule=site.shown, name=name)
         warn(text)
 
-    def _wrong_rule(
-        self, verdict: Verdict, key: int, direction: Direction
-    ) -> AssertionError:
-        site = self.program.sites[key]
-        numbers = self.numbers(verdict, direction, "the rule")
-        place = self.place(direction)
-        said = _words.WRONG_RULE.format(rule=site.shown)
-        share = _words.SHARE.format(place=place) + self.what(direction)
-        name = best_name(site, self.program.sites)
-        return self.error(
-            f"{said}: {numbers}{share}{self.kink(verdict, direction)}\n"
-            f"  write: {_words.ALLOW.format(name=name)}",
-            direction,
-        )
-
     def followed(self) -> frozenset[int]:
         """Return the rules that are taken at their word, at second order too."""
         compared = next(iter(self.compared.values()))
@@ -307,8 +301,40 @@ class Checked(Told):
             verdict = compared.judge(slope, direction, line, carefully=True)
             if verdict.kind == RIGHT or self._is_cut(compared, verdict, direction):
                 continue
+            compared = at_own_values(compared)
+            verdict = self._at_own_values(compared, mode, direction)
+            if verdict.kind == RIGHT:
+                continue
             self._blame(compared, direction, verdict.kind != BORDER)
             raise self.wrong_leaf(verdict, direction, mode)
+
+    def _at_own_values(
+        self, compared: Compared, mode: str, direction: Direction
+    ) -> Verdict:
+        """Compare a derivative once more; raise if a rule's value is what is wrong."""
+        line, told = self.along[direction], self._told(mode)[direction]
+        verdict = compared.judge(told, direction, line, carefully=True)
+
+        def is_right(valued: frozenset[int]) -> bool:
+            run = functools.partial(self.function, valued=valued)
+            lines, weights = [{direction[0]: line}], self.program.weights
+            along = jax.jit(functools.partial(slope_of, mode, run))
+            (slope,) = along(self.program.values(), lines, weights)
+            kind = compared.judge(float(slope), direction, line, carefully=True).kind
+            return kind == RIGHT
+
+        if compared.reading.valued:
+            least = self.tol if verdict.kind == RIGHT else 0.0
+            self._require_values(compared, is_right, least)
+        return verdict
+
+    def _require_values(
+        self, compared: Compared, is_right: Callable[..., bool], least: float
+    ) -> None:
+        """Raise if the value that a rule returns is what is wrong."""
+        if (found := whose_value(compared, is_right, least)) is not None:
+            key, both = found
+            raise self.wrong_value(key, None if is_repeated(compared, key) else both)
 
     def _is_cut(
         self, compared: Compared, verdict: Verdict, direction: Direction
@@ -332,13 +358,16 @@ class Checked(Told):
         for key in sorted(rest):
             verdict = other.judge_rule(key, direction, line, carefully=True)
             if verdict.kind == WRONG:
-                raise self._wrong_rule(verdict, key, direction)
+                raise self.wrong_rule(verdict, key, direction)
 
     # What JAX says -----------------------------------------------------------------
 
-    def function(self, values: Values) -> list[Any]:
+    def function(
+        self, values: Values, valued: frozenset[int] = frozenset()
+    ) -> list[Any]:
         """Run the program, its gates that are not linear left out."""
-        program, declared = self.program, Declared(self.program.sites, Reading())
+        program, reading = self.program, Reading(valued=valued)
+        declared = Declared(program.sites, reading)
         copies = [program.filled(values)]
         (out,) = declared.run(program.jaxpr, program.consts, copies, {})
         return program.kept(out)
@@ -355,17 +384,3 @@ class Checked(Told):
             return dict(zip(self.along, map(float, slopes), strict=True))
 
         return told
-
-    def no_forward_mode(self) -> TypeError:
-        """Return the error for a function that has no forward derivative."""
-        sites = self.program.sites.values()
-        rules = [site.shown for site in sites if site.is_users and site.reverse_only]
-        came = quoted(rules or ["a custom_vjp of JAX's own"])
-        return TypeError(
-            beats(
-                f"{self.called}, modes=('fwd',)",
-                "a function with a forward derivative",
-                f"one with a reverse rule only: {came}",
-                'modes=("rev",)',
-            )
-        )

@@ -32,7 +32,17 @@ from stopgrad_jax._engine.measured import (
 from stopgrad_jax._engine.slope import Difference
 
 from .directions import FEW
-from .judge import BORDER, UNSURE, WRONG, Share, Verdict, judge, judge_rule
+from .judge import (
+    BORDER,
+    UNSURE,
+    WRONG,
+    Share,
+    Verdict,
+    between,
+    judge,
+    judge_rule,
+)
+from .near import look_near
 
 # By the size of the dtype. Powers of two: then a distance costs no rounding of its own.
 DISTANCES = {
@@ -44,6 +54,9 @@ _WIDE = {4: (1.0, 0.5, 0.25, 0.125), 8: (0.5, 0.25, 0.125, 0.0625, 0.03125)}
 # And where the function changes faster than these can see, if rounding is known.
 _NEAR = {4: (2.0**-14, 2.0**-16, 2.0**-18, 2.0**-20), 8: (2.0**-28, 2.0**-32, 2.0**-36)}
 _TOLERANCE = {4: 1e-3, 8: 1e-6}
+
+# Differences of infinities are asked for as others are, and come to nan.
+_NO_NUMBERS = np.errstate(invalid="ignore")
 
 Direction = tuple[int, int]  # which leaf, and which of its directions
 Function = Callable[[Values], list[Any]]
@@ -162,6 +175,7 @@ class Compared:
         known = [key for key in asked if _jax.kind_of(sites[key].eqn) in _jax.CUSTOM]
         return rounding(self.program, self.reading.forward, known)
 
+    @_NO_NUMBERS
     def judge_rule(
         self, key: int, direction: Direction, along: jax.Array, carefully: bool
     ) -> Verdict:
@@ -170,11 +184,21 @@ class Compared:
         known = self.noise(direction, along) if carefully else {}
         other = (_jax.gate_name(self.program.sites[key].eqn) and INSIDE) or EVERY
         noise = known.get(key, known.get(other, 0.0))
-        verdict = judge_rule(self.shares(steps, key, noise), self.tol)
+        shares = self.shares(steps, key, noise)
+        verdict = judge_rule(shares, self.tol)
+        if carefully:
+
+            def share(distance: float) -> Difference:
+                step = self._step(direction[0], along, distance)
+                return between(self.shares([step], key, 0.0))[0]
+
+            close, digit = self.tol * abs(verdict.told), self._digit(direction, along)
+            verdict = look_near(verdict, 0.0, close, between(shares), digit, share)
         if self.program.is_left_out(verdict.told):
             return dataclasses.replace(verdict, kind=UNSURE)
         return verdict
 
+    @_NO_NUMBERS
     def judge(
         self,
         told: float,
@@ -189,11 +213,23 @@ class Compared:
         noise = known.get(EVERY, 0.0)
         found = self.differences(steps, told, noise, weights)
         verdict = judge(told, found, self.tol, self._floor(steps, told, weights))
+        if carefully:
+
+            def probe(distance: float) -> Difference:
+                step = self._step(direction[0], along, distance)
+                return self.differences([step], told, 0.0, weights)[0]
+
+            close, digit = self.tol * abs(told), self._digit(direction, along)
+            verdict = look_near(verdict, told, close, found, digit, probe)
         ends = [end for step in steps for end in step.sums]
         if verdict.kind == BORDER and np.all(np.isfinite(ends)):  # it is a rule's word
             return dataclasses.replace(verdict, kind=WRONG)
         return verdict
 
+    def _digit(self, direction: Direction, along: jax.Array) -> float:
+        return digit_of(self.program.leaves[direction[0]], along)
+
+    @_NO_NUMBERS
     def is_flat(self, direction: Direction, along: jax.Array) -> bool:
         """Tell whether differences vanish that do not over longer distances."""
         found = self.differences(self.steps(direction, along), 0.0, 0.0)
@@ -220,6 +256,14 @@ def tolerance(program: Program, tol: float | None) -> float:
 def eps_of(program: Program) -> float:
     """Return the rounding unit of the narrowest leaf."""
     return float(np.finfo(np.float32 if size_of(program) == 4 else np.float64).eps)
+
+
+def digit_of(leaf: jax.Array, along: jax.Array) -> float:
+    """Return the distance along a direction over which all entries move that do."""
+    x, v = (np.abs(np.asarray(y, np.float64)) for y in (leaf, along))
+    moves = (v > 0) & np.isfinite(x)
+    most = float(np.max(x[moves] / v[moves], initial=1.0))
+    return float(np.finfo(leaf.dtype).eps) * most
 
 
 def _dot(weights: Sequence[Any], outs: Sequence[Any]) -> tuple[float, float]:

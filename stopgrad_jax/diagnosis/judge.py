@@ -20,13 +20,15 @@ class Verdict:
     """What was found: `told` is the derivative in question.
 
     `found` is None where no difference is finite. At the border of a domain `where`
-    says where what is compared is not finite, of the point.
+    says where what is compared is not finite, of the point. Beside a kink `near` is a
+    distance within which there is one; zero: it is at the point.
     """
 
     kind: str
     told: float
     found: Slope | None
     where: str = ""
+    near: float | None = None
 
     @property
     def value(self) -> float:
@@ -116,21 +118,19 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
             return Verdict(UNSURE, last.told, None)
         found = Slope(last.true, 0.0, last.left, last.right)
         return Verdict(WRONG, last.told, found)
-    between = slope(
-        [
-            Difference(s.distance, s.left - s.told, s.right - s.told, s.noise)
-            for s in finite
-        ]
-    )
-    if between is None:
+    off = slope(between(finite))
+    if off is None:
         return Verdict(RIGHT, 0.0, None)
-    near = next(s for s in finite if s.distance == between.distance)
-    found = dataclasses.replace(
-        between,
-        value=near.told + between.value,
-        left=near.told + between.left,
-        right=near.told + between.right,
-    )
+    near = next(s for s in finite if s.distance == off.distance)
+    found = off.moved(near.told)
     size = max(abs(near.told), abs(found.value))
-    wrong = abs(between.value) > tol * size + 2 * between.error
+    wrong = abs(off.value) > tol * size + 2 * off.error
     return Verdict(WRONG if wrong else RIGHT, near.told, found)
+
+
+def between(shares: Sequence[Share]) -> list[Difference]:
+    """Return what is between a rule and the differences of its function."""
+    return [
+        Difference(s.distance, s.left - s.told, s.right - s.told, s.noise)
+        for s in shares
+    ]

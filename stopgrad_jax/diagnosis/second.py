@@ -17,8 +17,9 @@ from stopgrad_jax._engine.sites import sites_in
 from stopgrad_jax._engine.slope import Difference
 
 from .checked import Checked
-from .compare import Direction, Function, distances_of, slope_of
+from .compare import Direction, Function, digit_of, distances_of, slope_of
 from .judge import RIGHT, Verdict, judge
+from .near import look_near
 
 
 def compare_second(checked: Checked, mode: str) -> None:
@@ -29,7 +30,8 @@ def compare_second(checked: Checked, mode: str) -> None:
         if verdict.kind != RIGHT:
             verdict = second.judge(direction, told, carefully=True)
         if verdict.kind != RIGHT:
-            raise checked.wrong_leaf(verdict, direction, f"{mode}, second order")
+            how = f"{mode}, second order"
+            raise checked.wrong_leaf(verdict, direction, how, second.every)
 
 
 class _Second:
@@ -41,7 +43,7 @@ class _Second:
         parts = np.random.RandomState(1).uniform(0.5, 1.5, len(checked.along))
         for ((k, _), v), w in zip(checked.along.items(), parts, strict=True):
             every[k] += jnp.asarray(w, v.dtype) * v
-        self._every = every
+        self.every = every
         self._slope = functools.partial(self._first, self._moved)
         self._run = jax.jit(self._slope)
         self._base = float(self._run(program.values()))
@@ -57,7 +59,7 @@ class _Second:
 
     def _first(self, function: Function, values: Values) -> Any:
         weights = self._program.weights
-        return slope_of(self._mode, function, values, [self._every], weights)[0]
+        return slope_of(self._mode, function, values, [self.every], weights)[0]
 
     def told(self) -> dict[Direction, float]:
         """Return the second derivatives, as JAX says."""
@@ -73,18 +75,12 @@ class _Second:
 
     def judge(self, direction: Direction, told: float, carefully: bool) -> Verdict:
         """Compare one of them with the differences of the gradient."""
-        start, eps = self._program.values(), self._checked.eps
-        k, found = direction[0], list[Difference]()
-        for h in distances_of(self._program, carefully):
-            step = jnp.asarray(h, start[k].dtype) * self._checked.along[direction]
-            sides = (start[k] + step, start[k] - step)
-            plus, minus = (float(self._run(start | {k: x})) for x in sides)
-            base = self._base
-            digits = eps * abs(told) if np.isfinite(told) else 0.0
-            noise = 8 * eps * max(abs(base), abs(plus)) + digits
-            found.append(
-                Difference(h, (base - minus) / h, (plus - base) / h, noise / h)
-            )
+        line, tol = self._checked.along[direction], self._checked.tol
+
+        def over(h: float) -> Difference:
+            return self._difference(direction, told, h)
+
+        found = list(map(over, distances_of(self._program, carefully)))
         floor = next(
             d.noise for d in found if d.distance <= distances_of(self._program)[0]
         )
@@ -94,10 +90,23 @@ class _Second:
                 dataclasses.replace(d, noise=d.noise + noise / d.distance)
                 for d in found
             ]
-        verdict = judge(told, found, self._checked.tol, floor)
+        verdict = judge(told, found, tol, floor)
+        if carefully:
+            digit = digit_of(self._program.leaves[direction[0]], line)
+            verdict = look_near(verdict, told, tol * abs(told), found, digit, over)
         if not np.isfinite(self._base):
             return dataclasses.replace(verdict, where="at it")
         return verdict
+
+    def _difference(self, direction: Direction, told: float, h: float) -> Difference:
+        start, eps, k = self._program.values(), self._checked.eps, direction[0]
+        step = jnp.asarray(h, start[k].dtype) * self._checked.along[direction]
+        sides = (start[k] + step, start[k] - step)
+        plus, minus = (float(self._run(start | {k: x})) for x in sides)
+        base = self._base
+        digits = eps * abs(told) if np.isfinite(told) else 0.0
+        noise = 8 * eps * max(abs(base), abs(plus)) + digits
+        return Difference(h, (base - minus) / h, (plus - base) / h, noise / h)
 
     def _noise(self, direction: Direction) -> float:
         """How far rounding may change the gradient."""
