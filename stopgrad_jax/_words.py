@@ -215,13 +215,14 @@ def guard(old: str, new: str) -> str:
 
 
 def factor_hint(kind: str) -> str:
-    """Say why a hidden value matters; it is not seen in the value."""
-    return (
-        f"the gradient multiplies by it, and zero times {kind} is nan: it has to be "
-        "finite before it is used, not only after"
-    )
+    """Say why a value matters that is hidden from the value; the gradient is nan."""
+    what = f"zero times {kind} is nan"
+    return f"the gradient multiplies by it, and {what}: {FINITE_BEFORE}"
 
 
+FINITE_BEFORE = "it has to be finite before it is used, not only after"
+# The same, where the gradient is infinite and nowhere nan.
+FACTOR_IS_INFINITE = f"the gradient multiplies by it and is infinite: {FINITE_BEFORE}"
 # An argument is nonfinite, and the value shows it.
 BEFORE = "it came from outside: look at what made it"
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -15,12 +15,11 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.entries import count, nonfinite, wide
 from stopgrad_jax._engine.labels import Labels, Path, Spot
-from stopgrad_jax._engine.levels import Level, Op
 from stopgrad_jax._engine.nested import nested
-from stopgrad_jax._engine.trial import Change, Guarded, Replaced, evaluate
+from stopgrad_jax._engine.roles import is_backward
+from stopgrad_jax._engine.trial import Change, Guarded, evaluate
 
 from .programs import Program
-from .written import replaced, scopes, with_finfo, written
 
 MOST = 4  # edits that are tried out: each compiles the program once more
 
@@ -168,6 +167,19 @@ def is_mapped(eqn: Any) -> bool:
     return "vmap" in _jax.transforms_of(eqn)
 
 
+def is_where(eqn: Any) -> bool:
+    """Tell the equation of a `where` of three operands."""
+    named = eqn.primitive.name == "jit" and eqn.params["name"] == "_where"
+    return named and len(eqn.invars) == 3 and not is_backward(eqn)
+
+
+def is_where_call(node: Any) -> TypeGuard[ast.Call]:
+    """Tell the call of a `where` of three operands, each at its place."""
+    if not isinstance(node, ast.Call) or len(node.args) != 3 or node.keywords:
+        return False
+    return ast.unparse(node.func).rpartition(".")[2] == "where"
+
+
 def variables(atoms: Sequence[Any]) -> list[Any]:
     """Leave the literals out."""
     return [atom for atom in atoms if not isinstance(atom, _jax.Literal)]
@@ -228,80 +240,3 @@ def guards(
 
 def _is_float(x: Any) -> bool:
     return _jax.is_differentiable(jax.typeof(x))
-
-
-# A large number for an infinity ---------------------------------------------------
-
-
-def large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
-    """Return the edit that puts in the lowest finite number for -inf."""
-    found = (
-        candidate
-        for body in bodies(program.source[0], labels, labels.nowhere, set())
-        for candidate in _infinities(body, fun)
-    )
-    return first_that_does(program, labels, found)
-
-
-def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
-    for index, eqn in enumerate(body.jaxpr.eqns):
-        spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
-        if -np.inf not in literals or not spots:
-            continue
-        function = written(spots[-1])
-        node = function.expression(spots[-1]) if function else None
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        if node.func.attr not in ("where", "full", "full_like"):
-            continue
-        every = [x for x in node.args if _is_infinity(x)]
-        aval = eqn.outvars[0].aval
-        if len(every) != 1 or not _jax.is_differentiable(aval):
-            continue
-        module = with_finfo(node.func.value, scopes(spots[-1], fun))
-        if not module:
-            continue
-        new = f"{module}.finfo({module}.{aval.dtype}).min"
-        if aval.weak_type:
-            new = f"float({new})"
-        text = replaced(node, every[0], new)
-        users = frozenset(k for k in body.at(spots))
-        lowest = float(jax.numpy.finfo(aval.dtype).min)
-        edit, change = (
-            Edit(ast.unparse(node), text),
-            Replaced(body.jaxpr, users, -np.inf),
-        )
-        yield Candidate(change, lambda _, edit=edit: edit, spots, text, [lowest])
-
-
-def _literal(atom: Any) -> Any:
-    is_number = isinstance(atom, _jax.Literal) and np.ndim(atom.val) == 0
-    return atom.val if is_number else None
-
-
-def _is_infinity(node: ast.expr) -> bool:
-    if not isinstance(node, ast.UnaryOp) or not isinstance(node.op, ast.USub):
-        return False
-    inner = node.operand
-    return isinstance(inner, ast.Attribute) and inner.attr in ("inf", "Inf")
-
-
-# Shapes and dtypes of a largest number that is subtracted.
-_AS_IT_IS = frozenset(
-    "broadcast_in_dim stop_gradient reshape squeeze convert_element_type max".split()
-)
-
-
-def subtracts_largest(level: Level, op: Op) -> bool:
-    """Tell whether an operation takes the largest of some numbers off them."""
-
-    def is_largest(value: int) -> bool:
-        if value not in level.maker:
-            return False
-        made = level.ops[level.maker[value]]
-        name = made.eqn.primitive.name
-        if name == "reduce_max":
-            return True
-        return name in _AS_IT_IS and any(map(is_largest, made.reads))
-
-    return op.eqn.primitive.name == "sub" and is_largest(op.reads[1])

@@ -82,12 +82,14 @@ def find_nonfinite(
         traced = trace(fun, args, kwargs)
         labels = Labels(fun)
         with jax.debug_nans(False), jax.debug_infs(False):
-            program: Program | None = forward(traced)
+            value = program = forward(traced)
             found = _search(program, labels, called)
             if found is None and wanted != []:
                 program = backward(traced, wanted, asked, called) or program
                 found = _search(program, labels, called)
-            if found is None and program.wrong_by_steps:
+            if program is not value and value.wrong_by_steps:  # it comes first
+                found = search(value, Runner(labels), by_steps=True)
+            elif found is None and program.wrong_by_steps:
                 found = search(program, Runner(labels), by_steps=True)
             return None if found is None else report(found, labels, fun)
 

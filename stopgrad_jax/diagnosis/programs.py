@@ -18,6 +18,7 @@ from stopgrad_jax._engine.entries import (
     Index,
     count,
     critical,
+    has_nan,
     index_of,
     only,
     ordinary,
@@ -96,6 +97,11 @@ class Program:
     def wrong(self) -> list[int]:
         """Which of the results are nonfinite."""
         return self.bad(self.operands)
+
+    @functools.cached_property
+    def gives_nan(self) -> bool:
+        """Whether any of the results holds a nan, and not infinities alone."""
+        return any(map(has_nan, self._run(*self.operands)))
 
     @functools.cached_property
     def wrong_by_steps(self) -> list[int]:
