@@ -237,6 +237,18 @@ def in_an_item(x):
     return jnp.sum(jnp.where(x > 1, y, 0.0)) + jnp.sum(jnp.floor(kept["y"]))
 
 
+def by_its_norm(x):
+    return jnp.sum(jnp.where(x > 0, x / jnp.linalg.norm(x), 0.0))
+
+
+def through_a_sum(x):
+    total = jnp.cumsum(jnp.sqrt(jnp.abs(x)))
+    return jnp.sum(jnp.where(x > 0, total, 0.0))
+
+
+# Other entries read what is masked.
+MIXED = [(by_its_norm, f32(0.0, 0.0)), (through_a_sum, f32(2.0, 0.0))]
+
 SECOND_READER = [
     under_two_conditions,
     on_both_sides,

@@ -77,6 +77,13 @@ def test_another_reader_is_not_changed(function):
     holds(function, [ZERO], [-OTHER])
 
 
+@pytest.mark.parametrize(("function", "x"), cases.MIXED, ids=NAME)
+def test_other_entries_that_read_it_are_not_changed(function, x):
+    assert np.isnan(jax.grad(function)(x)).any()
+    holds(function, [x], [f32(-0.5, 2.0)])
+    holds(function, [x], [f32(3.0, -4.0)])
+
+
 @pytest.mark.parametrize("function", cases.BRANCHES, ids=NAME)
 def test_a_branch_that_was_not_taken_reads_it(function):
     report = sg.find_nonfinite(function)(ZERO)
@@ -139,11 +146,17 @@ def test_an_infinite_gradient_is_not_called_nan():
     x = f32(0.0, 0.5)
     assert np.isposinf(jax.grad(function)(x)[0])  # - log x - 1
     report = sg.find_nonfinite(function)(x)
-    assert _words.FACTOR_IS_INFINITE in report.hint
+    assert report.hint == (
+        "the gradient multiplies by it and is infinite: it has to be finite before it "
+        "is used, not only after"
+    )
     twice = lambda x: jnp.sum(jax.scipy.special.xlogy(x, x))
     assert np.isnan(jax.grad(twice)(x)[0])
     report = sg.find_nonfinite(twice)(x)
-    assert _words.factor_hint("an infinity") in report.hint
+    assert report.hint == (
+        "the gradient multiplies by it, and zero times an infinity is nan: it has to "
+        "be finite before it is used, not only after"
+    )
 
 
 def root(x):

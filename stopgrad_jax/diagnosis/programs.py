@@ -125,7 +125,15 @@ class Program:
     @functools.cached_property
     def every(self) -> list[Any]:
         """All results, also those without a name."""
-        return jax.jit(self.remade(_jax.evaluate))(*self.operands)
+        return self.every_of(self.operands)
+
+    def every_of(self, operands: Sequence[Any]) -> list[Any]:
+        """Return all results for other operands."""
+        return self._run_all(*operands)
+
+    @functools.cached_property
+    def _run_all(self) -> Callable[..., list[Any]]:
+        return jax.jit(self.remade(_jax.evaluate))
 
     def given(self) -> Given | None:
         """Return which operand is to blame, if the results are finite without.
