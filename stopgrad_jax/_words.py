@@ -176,7 +176,7 @@ def example(number: int) -> str:
 # Remedies --------------------------------------------------------------------------
 #
 # Each was tried out before it is printed: with it the results are finite, those that
-# were so before have not changed, and they do not depend on the number that is put in.
+# were so before, here or for drawn numbers, are as they were, whatever is put in.
 
 
 def double_where(where: str, old: str, new: str, side: str) -> str:
@@ -200,7 +200,7 @@ MASKED_ROW = (
 )
 
 
-# The value itself was nan, so it is another one with the remedy.
+# The value itself was nan, and is another one now; none but its own largest was taken.
 UNIFORM = (
     "; such a row then counts all its entries alike: if that is not meant, mask it"
 )
