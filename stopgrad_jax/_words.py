@@ -170,7 +170,7 @@ def example(number: int) -> str:
 # Remedies --------------------------------------------------------------------------
 #
 # Each was tried out before it is printed: with it the results are finite, those that
-# were so before have not changed, and they do not depend on the number that is put in.
+# were so before, here or for drawn numbers, are as they were, whatever is put in.
 
 
 def double_where(where: str, old: str, new: str, side: str) -> str:
@@ -194,7 +194,7 @@ MASKED_ROW = (
 )
 
 
-# The value itself was nan, so it is another one with the remedy.
+# The value itself was nan, and is another one now; none but its own largest was taken.
 UNIFORM = (
     "; such a row then counts all its entries alike: if that is not meant, mask it"
 )
@@ -209,13 +209,14 @@ def guard(old: str, new: str) -> str:
 
 
 def factor_hint(kind: str) -> str:
-    """Say why a hidden value matters; it is not seen in the value."""
-    return (
-        f"the gradient multiplies by it, and zero times {kind} is nan: it has to be "
-        "finite before it is used, not only after"
-    )
+    """Say why a value matters that is hidden from the value; the gradient is nan."""
+    what = f"zero times {kind} is nan"
+    return f"the gradient multiplies by it, and {what}: {FINITE_BEFORE}"
 
 
+FINITE_BEFORE = "it has to be finite before it is used, not only after"
+# The same, where the gradient is infinite and nowhere nan.
+FACTOR_IS_INFINITE = f"the gradient multiplies by it and is infinite: {FINITE_BEFORE}"
 # An argument is nonfinite, and the value shows it.
 BEFORE = "it came from outside: look at what made it"
 # A slope has no finite value for finite operands.

@@ -151,7 +151,8 @@ MISSING = f32(1.0, np.nan, 3.0)
 # What is printed is an edit that does.
 EDITED = [
     *((f, x) for f in (fewer_axes, row_norm, leading) for x in (ROWS, LONG)),
-    (divisor_name, PAIR),
+    *((f, PAIR) for f in (divisor_name, other_b)),
+    (arctan, ENTRY),
     *((f, ENTRY) for f in (inverted, multi_use, same_twice, chain, power, augmented)),
     (scanned, ENTRY),
     (attention, f32(1.0, 2.0, 0.5)),
@@ -159,6 +160,5 @@ EDITED = [
 ]
 # None is found, or it could not be written here; the report says the cause.
 TOLD = [
-    (other_b, PAIR),
-    *((f, ENTRY) for f in (select, rebound, lax_select, where_of_a_sum, arctan)),
+    *((f, ENTRY) for f in (select, rebound, lax_select, where_of_a_sum)),
 ]

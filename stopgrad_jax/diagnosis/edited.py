@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.entries import count, nonfinite, wide
 from stopgrad_jax._engine.labels import Labels, Path, Spot
-from stopgrad_jax._engine.levels import Level, Op
 from stopgrad_jax._engine.nested import nested
-from stopgrad_jax._engine.trial import Change, Guarded, Replaced, evaluate
+from stopgrad_jax._engine.roles import is_backward
+from stopgrad_jax._engine.trial import Change, Guarded, evaluate
 
 from .programs import Program
-from .written import replaced, scopes, with_finfo, written
 
+FEW = 1000  # entries: of these one sample may not hold all that another holds
 MOST = 4  # edits that are tried out: each compiles the program once more
 
 
@@ -97,7 +97,8 @@ def tried(
 ) -> float | None:
     """Return the first number with which changes make all results finite.
 
-    What was finite before must not change, and nothing must depend on the number.
+    What was finite before must not change, and nothing must depend on the number. What
+    is finite of other samples must not change either.
     """
 
     def run(number: Any, spread: Any, *operands: Any) -> list[Any]:
@@ -110,20 +111,65 @@ def tried(
         for number in numbers:
             one, two = (compiled(number, s, *program.operands) for s in (0.0, 0.25))
             finite = not any(count(one[k]) for k in program.results)
-            if finite and all(map(_agree, before, one)) and all(map(_agree, one, two)):
-                return number
+            same = finite and all(map(_agree, before, one))
+            if same and all(map(_agree, one, two)):
+                keep = functools.partial(compiled, number, 0.0)
+                return number if _keeps(program, keep) else None
     except Exception:  # they do not fit the program
         return None
     return None
 
 
-def _agree(x: Any, y: Any) -> bool:
+def _keeps(program: Program, changed: Callable[..., list[Any]]) -> bool:
+    """Tell whether a change leaves what is finite of other samples as it is.
+
+    Not looked at where other numbers might never end, or be called back with.
+    """
+    jaxpr, _ = program.source
+    if program.calls_back or program.jaxpr.effects or _is_open(jaxpr):
+        return True
+    for operands in _samples(program):
+        pairs = zip(program.every_of(operands), changed(*operands), strict=True)
+        if not all(_agree(x, y, 1e-2) for x, y in pairs):
+            return False
+    return True
+
+
+def _is_open(jaxpr: Any) -> bool:
+    """Tell a program with a loop that ends when its numbers say so."""
+    return any(
+        eqn.primitive.name == "while" or any(map(_is_open, _jax.programs_in(eqn)))
+        for eqn in _jax.opened(jaxpr)[0].eqns
+    )
+
+
+def _samples(program: Program) -> Iterator[list[Any]]:
+    """Yield other operands: some entries as they are, others anew or zero."""
+    rng = np.random.default_rng(0)
+    count = len(program.operands) - program.cotangents
+    ranges = ((-2.0, 2.0, 0.2), (0.05, 1.5, 0.0), (0.5, 4.0, 0.4))
+    size = sum(np.size(x) for x in program.operands[:count] if _is_float(x))
+    for low, high, zeros in ranges * (4 if size < FEW else 1):
+        operands = list(program.operands)
+        for k, x in enumerate(operands[:count]):
+            if _is_float(x):
+                drawn = rng.uniform(low, high, np.shape(x))
+                drawn = np.where(rng.random(np.shape(x)) < zeros, 0.0, drawn)
+                same = rng.random(np.shape(x)) < zeros
+                new = jax.numpy.asarray(drawn, jax.numpy.result_type(x))
+                operands[k] = jax.numpy.where(same, x, new)
+            elif not _jax.is_key(x) and jax.numpy.result_type(x).kind == "b":
+                operands[k] = jax.numpy.asarray(rng.random(np.shape(x)) < 0.6)
+        yield operands
+
+
+def _agree(x: Any, y: Any, rtol: float = 1e-4) -> bool:
     if _jax.is_key(x) or not np.issubdtype(wide(x).dtype, np.inexact):
         return True
     fine = ~nonfinite(x)
     a, b = wide(x)[fine], wide(y)[fine]
     size = np.abs(a).max(initial=0.0)
-    return bool(np.allclose(a, b, rtol=1e-4, atol=1e-5 * size))
+    return bool(np.allclose(a, b, rtol=rtol, atol=0.1 * rtol * size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +212,19 @@ def bodies(
 def is_mapped(eqn: Any) -> bool:
     """Tell an equation under `vmap`."""
     return "vmap" in _jax.transforms_of(eqn)
+
+
+def is_where(eqn: Any) -> bool:
+    """Tell the equation of a `where` of three operands."""
+    named = eqn.primitive.name == "jit" and eqn.params["name"] == "_where"
+    return named and len(eqn.invars) == 3 and not is_backward(eqn)
+
+
+def is_where_call(node: Any) -> TypeGuard[ast.Call]:
+    """Tell the call of a `where` of three operands, each at its place."""
+    if not isinstance(node, ast.Call) or len(node.args) != 3 or node.keywords:
+        return False
+    return ast.unparse(node.func).rpartition(".")[2] == "where"
 
 
 def variables(atoms: Sequence[Any]) -> list[Any]:
@@ -228,80 +287,3 @@ def guards(
 
 def _is_float(x: Any) -> bool:
     return _jax.is_differentiable(jax.typeof(x))
-
-
-# A large number for an infinity ---------------------------------------------------
-
-
-def large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
-    """Return the edit that puts in the lowest finite number for -inf."""
-    found = (
-        candidate
-        for body in bodies(program.source[0], labels, labels.nowhere, set())
-        for candidate in _infinities(body, fun)
-    )
-    return first_that_does(program, labels, found)
-
-
-def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
-    for index, eqn in enumerate(body.jaxpr.eqns):
-        spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
-        if -np.inf not in literals or not spots:
-            continue
-        function = written(spots[-1])
-        node = function.expression(spots[-1]) if function else None
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        if node.func.attr not in ("where", "full", "full_like"):
-            continue
-        every = [x for x in node.args if _is_infinity(x)]
-        aval = eqn.outvars[0].aval
-        if len(every) != 1 or not _jax.is_differentiable(aval):
-            continue
-        module = with_finfo(node.func.value, scopes(spots[-1], fun))
-        if not module:
-            continue
-        new = f"{module}.finfo({module}.{aval.dtype}).min"
-        if aval.weak_type:
-            new = f"float({new})"
-        text = replaced(node, every[0], new)
-        users = frozenset(k for k in body.at(spots))
-        lowest = float(jax.numpy.finfo(aval.dtype).min)
-        edit, change = (
-            Edit(ast.unparse(node), text),
-            Replaced(body.jaxpr, users, -np.inf),
-        )
-        yield Candidate(change, lambda _, edit=edit: edit, spots, text, [lowest])
-
-
-def _literal(atom: Any) -> Any:
-    is_number = isinstance(atom, _jax.Literal) and np.ndim(atom.val) == 0
-    return atom.val if is_number else None
-
-
-def _is_infinity(node: ast.expr) -> bool:
-    if not isinstance(node, ast.UnaryOp) or not isinstance(node.op, ast.USub):
-        return False
-    inner = node.operand
-    return isinstance(inner, ast.Attribute) and inner.attr in ("inf", "Inf")
-
-
-# Shapes and dtypes of a largest number that is subtracted.
-_AS_IT_IS = frozenset(
-    "broadcast_in_dim stop_gradient reshape squeeze convert_element_type max".split()
-)
-
-
-def subtracts_largest(level: Level, op: Op) -> bool:
-    """Tell whether an operation takes the largest of some numbers off them."""
-
-    def is_largest(value: int) -> bool:
-        if value not in level.maker:
-            return False
-        made = level.ops[level.maker[value]]
-        name = made.eqn.primitive.name
-        if name == "reduce_max":
-            return True
-        return name in _AS_IT_IS and any(map(is_largest, made.reads))
-
-    return op.eqn.primitive.name == "sub" and is_largest(op.reads[1])

@@ -15,10 +15,20 @@ from stopgrad_jax._engine.entries import has_nan, wide
 from stopgrad_jax._engine.labels import Labels
 from stopgrad_jax._engine.roles import COTANGENT
 
-from .edited import guards, large_number, subtracts_largest
+from .edited import guards
+from .infinities import large_number, subtracts_largest
 from .masking import double_where
 from .search import Found
-from .written import is_constant, numpy_of, operands_of, replaced, scopes, written
+from .settled import binds, is_plain
+from .written import (
+    is_constant,
+    names_in,
+    numpy_of,
+    operands_of,
+    replaced,
+    scopes,
+    written,
+)
 
 
 def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
@@ -37,6 +47,8 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return edited
     came_in = found.given or found.constant
     if found.hidden or (came_in and found.factor is not None):
+        if not found.program.gives_nan:
+            return _words.FACTOR_IS_INFINITE
         return _words.factor_hint(_kind(found, birth))
     if came_in:
         return _words.BEFORE if found.given else ""
@@ -54,7 +66,8 @@ def _edited(found: Found, birth: Birth, labels: Labels, fun: Any) -> str:
             row = subtracts_largest(birth.frames[-1].level, birth.op)
             cause = _words.MASKED_ROW if row else _cause(birth)
             words = _words.large_number(cause, edit.old, edit.new)
-            return words + _words.UNIFORM if row and not found.hidden else words
+            alike = subtracts_largest(birth.frames[-1].level, birth.op, alone=True)
+            return words + _words.UNIFORM if alike and not found.hidden else words
     if found.factor is None and found.side != "backward":
         return ""
     operand = found.given.operand if found.given else None
@@ -146,12 +159,12 @@ _OVERFLOW = frozenset(
 )
 _AT_ZERO = ("log", "div", "rem", "rsqrt")  # singular there
 
-# Where these have a finite value and a finite slope; b is a divisor. Complex numbers
-# have no order, and are only kept from zero.
+# Where these have a finite value; b is a divisor. Complex numbers have no order, and
+# are only kept from zero.
 _DOMAINS = {
     "log": ("> 0", "1.0"),
     "log1p": ("> -1", "0.0"),
-    "sqrt": ("> 0", "1.0"),
+    "sqrt": (">= 0", "1.0"),
     "rsqrt": ("> 0", "1.0"),
     "div": ("!= 0", "1.0"),
 }
@@ -159,6 +172,7 @@ _DOMAINS = {
 
 _TESTS: dict[str, Callable[[Any], Any]] = {
     "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
     "> -1": lambda x: x > -1,
     "!= 0": lambda x: x != 0,
 }
@@ -173,11 +187,13 @@ def _guard(found: Found, birth: Birth, labels: Labels, fun: Callable[..., Any]) 
     entries, dtype = _entries(birth), str(birth.result.dtype)
     if not entries or (name == "div" and entries[-1] != 0):
         return ""
+    if name == "sqrt" and not np.all(wide(birth.operands[-1])):
+        return ""  # its value at zero is healthy, and its slope is not
     if name in _AT_ZERO and _is_subnormal(entries[-1], dtype):
         return ""
     function, module = written(spot), numpy_of(scopes(spot, fun))
     node = function.expression(spot) if function else None
-    if node is None or not module or not _is_only(node, name):
+    if function is None or node is None or not module or not _is_only(node, name):
         return ""
     operand = node.right if isinstance(node, ast.BinOp) else operands_of(node)[0]
     domain, number = _DOMAINS[name]
@@ -188,12 +204,51 @@ def _guard(found: Found, birth: Birth, labels: Labels, fun: Callable[..., Any]) 
     variable, test = op.eqn.invars[-1], _TESTS[domain]
     if not guards(found.program, labels, op.eqn, variable, test, float(number)):
         return ""
-    inside = ast.unparse(operand)
+    once = _once(node, operand, function.function, scopes(spot, fun))
+    if once is None:
+        return ""
+    first, again = once
     tight = isinstance(operand, ast.Name | ast.Call | ast.Attribute | ast.Subscript)
-    where = f"{inside if tight else f'({inside})'} {domain}"
-    safe = replaced(node, operand, f"{module}.where({where}, {inside}, {number})")
+    tight = tight and first == again
+    where = f"{first if tight else f'({first})'} {domain}"
+    masked = f"{again if tight or first != again else f'({again})'} {domain}"
+    safe = replaced(node, operand, f"{module}.where({masked}, {again}, {number})")
     new = f"{module}.where({where}, {safe}, value)"
     return _words.guard(ast.unparse(node), new)
+
+
+def _once(
+    node: ast.expr, operand: ast.expr, function: ast.AST, names: Any
+) -> tuple[str, str] | None:
+    """Return how an operand is written first, and how after that; None if not at all.
+
+    What may be another value the second time, or have an effect, is given a name. It is
+    computed first then, so nothing else may be computed before it.
+    """
+    text = ast.unparse(operand)
+    if is_plain(operand, names):
+        return text, text
+    if _waits(operand):
+        return None
+    if isinstance(node, ast.BinOp) and not is_constant(node.left):
+        if not isinstance(node.left, ast.Name) or node.left.id in binds(operand):
+            return None
+    for part in ast.walk(function):
+        if isinstance(part, _COMPREHENSIONS) and node in ast.walk(part):
+            return None
+    used = names_in(function) | binds(function)
+    name = next((name for name in _NAMES if name not in used), None)
+    return (f"{name} := {text}", name) if name else None
+
+
+def _waits(operand: ast.expr) -> bool:
+    return any(
+        isinstance(n, ast.Await | ast.Yield | ast.YieldFrom) for n in ast.walk(operand)
+    )
+
+
+_NAMES = ("z", "u", "v", "operand")
+_COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 
 def _is_only(node: ast.expr, name: str) -> bool:

@@ -23,11 +23,15 @@ from .edited import (
     first_that_does,
     is_in,
     is_mapped,
+    is_where,
+    is_where_call,
     variables,
 )
 from .programs import Program
+from .readers import all_ran, is_hidden, spots_of
+from .reads import Reading, is_of_its_type, is_same, occurrences
 from .settled import binds, is_plain, is_settled
-from .written import names_in, operands_of, place, replaced, scopes, written
+from .written import names_in, place, replaced, scopes, written
 
 
 def double_where(
@@ -44,42 +48,43 @@ def double_where(
     candidates = (
         candidate
         for body in bodies(jaxpr, labels, labels.nowhere, blamed)
-        for candidate in _maskings(body, path, numbers, fun)
+        for candidate in _maskings(body, path, numbers, labels, fun, jaxpr)
     )
     return first_that_does(program, labels, candidates)
 
 
 def _maskings(
-    body: Body, path: Path, numbers: Sequence[float], fun: Any
+    body: Body,
+    path: Path,
+    numbers: Sequence[float],
+    labels: Labels,
+    fun: Any,
+    source: Any,
 ) -> Iterator[Candidate]:
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots = body.paths[index].spots
-        if not _is_where(eqn) or not spots:
+        if not is_where(eqn) or not spots:
             continue
-        again = [k for k in body.at(spots) if _is_where(body.jaxpr.eqns[k])]
+        again = [k for k in body.at(spots) if is_where(body.jaxpr.eqns[k])]
         function = written(spots[-1]) if again == [index] else None
         where = function.expression(spots[-1]) if function else None
-        if function is None or not _is_where_call(where):
+        if function is None or not is_where_call(where):
             continue
         depth = len(spots) - 1
         calls = (body.paths[k].spots for k in body.at(spots[:-1]))
         around = {call[depth] for call in calls if len(call) > depth}
         for spot in around.intersection(path.spots) - {spots[-1]}:
-            masking = _Masking(body, index, function, where, spots, spot, fun)
+            reading = Reading(body, labels, fun)
+            masking = _Masking(reading, body, index, function, where, spots, spot, fun)
+            inline = is_within(spot.position, place(where))
+            if not inline:
+                ran = spots_of(source, labels, labels.nowhere, spot.frame.file)
+                node = function.expression(spot)
+                if node is None or not all_ran(function.function, node, where, ran):
+                    continue
             for change, write, outer, key in masking.edits():
                 calls = (*spots[:-1], outer)
                 yield Candidate(change, write, calls, (spots[-1], key), numbers)
-
-
-def _is_where(eqn: Any) -> bool:
-    named = eqn.primitive.name == "jit" and eqn.params["name"] == "_where"
-    return named and len(eqn.invars) == 3 and not is_backward(eqn)
-
-
-def _is_where_call(node: Any) -> bool:
-    if not isinstance(node, ast.Call) or len(node.args) != 3 or node.keywords:
-        return False
-    return ast.unparse(node.func).rpartition(".")[2] == "where"
 
 
 class _Masking:
@@ -87,6 +92,7 @@ class _Masking:
 
     def __init__(
         self,
+        reading: Reading,
         body: Body,
         where: int,
         function: Any,
@@ -95,7 +101,7 @@ class _Masking:
         spot: Spot,
         fun: Any,
     ) -> None:
-        self._names = scopes(spot, fun)
+        self._names, self._reading = scopes(spot, fun), reading
         self._body, self._where, self._function = body, body.jaxpr.eqns[where], function
         self._node, self._spots, self._spot = node, spots, spot
         self._group = body.at([*spots[:-1], spot])
@@ -115,7 +121,9 @@ class _Masking:
         for variable, operand in pairs:
             whole = inline and isinstance(operand, ast.Name)
             region = written_there if whole else node
-            users = self._readers(variable, place(region))
+            users = self._readers(variable, operand, region)
+            if not users or not is_hidden(self._body, users, self._where, branch):
+                continue
             shape = condition.aval.shape
             mapped = self._body.mapped or is_mapped(self._where)
             is_open = mapped and shape not in ((), variable.aval.shape)
@@ -152,45 +160,53 @@ class _Masking:
         return inline or is_settled(function, condition, self._node, node, self._names)
 
     def _operands(self, node: ast.expr) -> Iterator[tuple[Any, ast.expr]]:
-        """Yield the variables that the expression reads, and how they are written."""
-        eqns = [self._body.jaxpr.eqns[k] for k in self._group]
-        eqns = [eqn for eqn in eqns if not is_backward(eqn)]
-        made = {v for eqn in eqns for v in eqn.outvars}
-        read = [v for eqn in eqns for v in variables(eqn.invars)]
-        outside = [v for v in dict.fromkeys(read) if v not in made]
-        outside = [v for v in outside if _jax.is_differentiable(v.aval)]
-        operands = operands_of(node)
-        if isinstance(node, ast.BinOp):
-            pair = self._sides(eqns, made)
-            sides = [node.left, node.right]
-            for side, variable in reversed([*zip(sides, pair, strict=False)]):
-                if variable in outside and side in operands:
-                    yield variable, side
-        elif len(outside) == len(operands) == 1:
-            yield outside[0], operands[0]
+        """Yield the variables that the expression reads, and how they are written.
 
-    @staticmethod
-    def _sides(eqns: Sequence[Any], made: set[Any]) -> list[Any]:
-        """Return the variables left and right of an operator, before broadcasting."""
-        makers = {v: eqn for eqn in eqns for v in eqn.outvars}
-        for eqn in eqns:
-            if len(eqn.invars) != 2:
-                continue
-            sides = list(eqn.invars)
-            for k, side in enumerate(sides):
-                while not isinstance(side, _jax.Literal) and side in made:
-                    side = makers[side].invars[0]
-                sides[k] = None if isinstance(side, _jax.Literal) else side
-            return sides
-        return []
+        The last one first: of a quotient it is the divisor.
+        """
+        eqns = [(k, self._body.jaxpr.eqns[k]) for k in self._group]
+        eqns = [(k, eqn) for k, eqn in eqns if not is_backward(eqn)]
+        made = {v for _, eqn in eqns for v in eqn.outvars}
+        found = dict[tuple[Any, str], ast.expr]()
+        for k, eqn in eqns:
+            for v in variables(eqn.invars):
+                if v in made or not _jax.is_differentiable(v.aval):
+                    continue
+                read = self._reading.operands(k, v, len(self._spots) - 1)
+                if read and is_within(place(read[0]), place(node)):
+                    found.setdefault((v, ast.dump(read[0])), read[0])
+        for (variable, _), operand in reversed(found.items()):
+            yield variable, operand
 
-    def _readers(self, variable: Any, region: Any) -> frozenset[int]:
-        depth, found = len(self._spots) - 1, set[int]()
+    def _readers(
+        self, variable: Any, operand: ast.expr, region: ast.expr
+    ) -> frozenset[int]:
+        """Return the equations that read another number once the text is replaced.
+
+        None, where it is not certain which they are.
+        """
+        depth, found, known = len(self._spots) - 1, set[int](), list[ast.expr]()
         for k in self._body.at(self._spots[:-1]):
-            spots = self._body.paths[k].spots
-            inside = len(spots) > depth and is_within(spots[depth].position, region)
-            if inside and any(v is variable for v in self._body.jaxpr.eqns[k].invars):
+            spots, eqn = self._body.paths[k].spots, self._body.jaxpr.eqns[k]
+            inside = len(spots) > depth and is_within(
+                spots[depth].position, place(region)
+            )
+            if not inside or not is_in(variable, variables(eqn.invars)):
+                continue
+            read = self._reading.operands(k, variable, depth)
+            if not read:
+                node = self._function.expression(spots[depth])
+                if node is None or occurrences(node, operand):
+                    return frozenset()
+            elif is_same(read[0], operand):
                 found.add(k)
+                known += read
+        if names_in(operand) & binds(region):  # another variable there: it is not told
+            return frozenset(found)
+        places = {place(node) for node in known}
+        for node in occurrences(region, operand):
+            if place(node) not in places and not is_of_its_type(region, node):
+                return frozenset()
         return frozenset(found)
 
     def _told(self, operand: ast.expr) -> Any:

@@ -39,7 +39,8 @@ def find_nonfinite(
     Forward: `fun` is run, once compiled; only if something is nonfinite it is run again
     step by step, as far as needed.
     Backward: likewise the gradients by `xs`, if `fun` returns one array or `ys` is
-    given.
+    given. Before one is said to be born there, or nothing found, the operations of
+    `fun` are run one by one, as they are without `jax.jit`.
 
     Args:
       fun: any function that JAX can trace; a training step too, whose gradients are
@@ -82,12 +83,15 @@ def find_nonfinite(
         traced = trace(fun, args, kwargs)
         labels = Labels(fun)
         with jax.debug_nans(False), jax.debug_infs(False):
-            program: Program | None = forward(traced)
+            value = program = forward(traced)
             found = _search(program, labels, called)
             if found is None and wanted != []:
                 program = backward(traced, wanted, asked, called) or program
                 found = _search(program, labels, called)
-            if found is None and program.wrong_by_steps:
+            later = found is None or found.side == "backward"
+            if later and program is not value and value.wrong_by_steps:
+                found = search(value, Runner(labels), by_steps=True)
+            elif found is None and program.wrong_by_steps:
                 found = search(program, Runner(labels), by_steps=True)
             return None if found is None else report(found, labels, fun)
 

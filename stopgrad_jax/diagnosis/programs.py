@@ -19,6 +19,7 @@ from stopgrad_jax._engine.entries import (
     Index,
     count,
     critical,
+    has_nan,
     index_of,
     only,
     ordinary,
@@ -99,6 +100,11 @@ class Program:
         return self.bad(self.operands)
 
     @functools.cached_property
+    def gives_nan(self) -> bool:
+        """Whether any of the results holds a nan, and not infinities alone."""
+        return any(map(has_nan, self._run(*self.operands)))
+
+    @functools.cached_property
     def wrong_by_steps(self) -> list[int]:
         """Which are nonfinite where the operations run one by one, as without `jit`.
 
@@ -120,7 +126,15 @@ class Program:
     @functools.cached_property
     def every(self) -> list[Any]:
         """All results, also those without a name."""
-        return jax.jit(self.remade(_jax.evaluate))(*self.operands)
+        return self.every_of(self.operands)
+
+    def every_of(self, operands: Sequence[Any]) -> list[Any]:
+        """Return all results for other operands."""
+        return self._run_all(*operands)
+
+    @functools.cached_property
+    def _run_all(self) -> Callable[..., list[Any]]:
+        return jax.jit(self.remade(_jax.evaluate))
 
     def given(self) -> Given | None:
         """Return which operand is to blame, if the results are finite without.

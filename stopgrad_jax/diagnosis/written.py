@@ -58,6 +58,18 @@ class Written:
             isinstance(n, ast.arg) and n.arg == name for n in every
         )
 
+    def imported_from(self, node: ast.expr) -> str:
+        """Return the module that the file imports a name, or its owner, from; or ""."""
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        name = node.id if isinstance(node, ast.Name) else ""
+        for statement in ast.walk(self._tree):
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                for alias in statement.names:
+                    if name in bound(alias):
+                        return getattr(statement, "module", None) or alias.name
+        return ""
+
 
 def written(spot: Spot) -> Written | None:
     """Return the function that an expression is in; None without its source."""
@@ -119,6 +131,11 @@ def operands_of(node: ast.expr) -> list[ast.expr]:
     return [node.value] if isinstance(node, ast.Subscript) else []
 
 
+def is_read(node: ast.expr) -> bool:
+    """Tell what is read and not computed: a variable, an attribute or an item."""
+    return isinstance(node, ast.Name | ast.Attribute | ast.Subscript)
+
+
 def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
     """Write an expression with another one for a part of it.
 
@@ -126,12 +143,12 @@ def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
     where it stands.
     """
     inside = ast.parse(f"({new})", mode="eval").body
-    is_read = isinstance(old, ast.Name | ast.Attribute | ast.Subscript)
+    everywhere = is_read(old)
 
     class Replace(ast.NodeTransformer):
         def visit(self, node: ast.AST) -> ast.AST:
             same = isinstance(node, ast.expr) and place(node) == place(old)
-            same = same or (is_read and ast.dump(node) == ast.dump(old))
+            same = same or (everywhere and ast.dump(node) == ast.dump(old))
             return inside if same else self.generic_visit(node)
 
     return ast.unparse(Replace().visit(copy.deepcopy(node)))
