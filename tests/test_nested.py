@@ -196,8 +196,10 @@ def test_flow_and_contracts(outer, inner):
     flow = sg.flow(loss)(W, X)
     assert flow.connected("w")
     assert flow.connected("x")
-    assert ("unknown" in str(flow)) is ("while" in pair)
-    if "while" in pair:
+    # By x JAX raises at the inner shard_map: it takes a cotangent to vary over devices.
+    raises = "while" in pair or pair == ("shard_map", "unchecked")
+    assert ("unknown" in str(flow)) is raises
+    if raises:
         return
     assert re.match(
         r"w \(.*\): (can get a gradient|connected; may)", str(flow.explain("w"))
