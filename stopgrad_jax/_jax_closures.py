@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.core
+from jax.extend.core import Literal
 
 
 def tracers_in(values: Iterable[Any]) -> Iterator[Any]:
@@ -55,4 +56,5 @@ def variable_of(x: Any) -> Any:
     Not public: `val` of the tracers of `jax.make_jaxpr` and `jax.jit`. Without it, a
     value of a trace that has ended is not told from one of a trace that goes on.
     """
-    return getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
+    variable = getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
+    return None if isinstance(variable, Literal) else variable  # that is a constant

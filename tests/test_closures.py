@@ -182,3 +182,22 @@ def test_what_the_error_says_to_write():
         for again in rewritten(fun).values():
             np.testing.assert_allclose(jax.grad(again)(X), SLOPES, rtol=1e-6)
         np.testing.assert_allclose(sg.gradients(fun, "h")(X), SLOPES, rtol=1e-6)
+
+
+def test_a_rule_that_closes_over_a_number():
+    """What JAX takes for a literal is a constant, and no value of the trace."""
+
+    def f(x):
+        k = jnp.float32(2.0) * 1.0
+
+        @jax.custom_vjp
+        def g(a):
+            return a * 2
+
+        g.defvjp(lambda a: (g(a), None), lambda _, ct: (ct * k,))
+        return jnp.sum(g(sg.name(x * 1.0, "h")))
+
+    x = jnp.arange(3.0)
+    for run in (lambda f: f, jax.jit):
+        value, found = run(sg.capture(f, "h"))(x)
+        assert (value, found["h"].tolist()) == (6.0, [0.0, 1.0, 2.0])

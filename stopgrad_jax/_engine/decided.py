@@ -1,10 +1,11 @@
-"""Which branch or case a constant of the program decides on, however it is handed in.
+"""Which case of a selection a constant of the program decides on, however handed in.
 
 `jax.lax.select(True, x, y)` has the constant at the selection itself. `jnp.where(True,
-x, y)` hands it to a jitted function, and `jax.lax.switch(1, ...)` clamps it first. Here
-a program is written so that its selections and branches have it themselves. Only single
-booleans and integers are followed, and only into what runs once where it is called:
-what a loop carries is another value in the next round.
+x, y)` hands it to a jitted function. Here a program is written so that its selections
+have it themselves. Only single booleans and integers are followed, and only into what
+runs once where it is called: what a loop carries is another value in the next round.
+A branch of a `cond` that a constant rules out still counts, as in TensorFlow: its
+values get zeros.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .anew import reading, with_eqns
-from .nested import Body, Nested, nested
-from .references import refs_of
+from .nested import Nested, nested
 
 _CALLS = ("jit", "closed_call", "remat2")
 
@@ -45,10 +45,6 @@ class Decided:
         inner = nested(eqn)
         if inner is None or inner.rule:
             return inner
-        if (case := taken(eqn, inner)) is not None:
-            every = enumerate(inner.bodies)
-            bodies = [body if k == case else _idle(body) for k, body in every]
-            return dataclasses.replace(inner, bodies=bodies)
         if _jax.kind_of(eqn) not in _CALLS:
             return inner
         (body,) = inner.bodies
@@ -63,21 +59,6 @@ class Decided:
         return dataclasses.replace(inner, bodies=[body])
 
 
-def taken(eqn: Any, inner: Nested) -> int | None:
-    """Return the branch that a `cond` takes, if a constant decides it."""
-    if eqn.primitive.name != "cond" or not _is_constant(eqn.invars[0]):
-        return None
-    if any(refs_of(body.jaxpr) for body in inner.bodies):
-        return None
-    last = len(inner.bodies) - 1
-    return min(max(int(eqn.invars[0].val), 0), last)
-
-
-def _idle(body: Body) -> Body:
-    """A branch that is not taken: none of its results is one of the equation."""
-    return dataclasses.replace(body, results=[None] * len(body.results))
-
-
 def _is_constant(atom: Any) -> bool:
     """Tell a literal that is one boolean or integer."""
     if not isinstance(atom, _jax.Literal) or np.ndim(atom.val):
@@ -89,7 +70,7 @@ def _written(jaxpr: Any, given: Mapping[Any, Any]) -> Any:
     known, eqns = dict(given), []
     for eqn in jaxpr.eqns:
         new = eqn
-        if eqn.primitive.name in ("select_n", "cond"):
+        if eqn.primitive.name == "select_n":
             which = eqn.invars[0]
             if not isinstance(which, _jax.Literal) and which in known:
                 new = eqn.replace(invars=[known[which], *eqn.invars[1:]])
@@ -117,11 +98,10 @@ def _folded(eqn: Any) -> Any:
 
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-# What lies between a constant and what it decides, in `jnp.where` and `jax.lax.switch`.
+# What lies between a constant and what it decides, in `jnp.where`.
 _FOLDS: Mapping[str, Callable[..., Any]] = {
     "broadcast_in_dim": lambda x: x,
     "convert_element_type": lambda x: x,
-    "clamp": lambda least, x, most: np.minimum(np.maximum(x, least), most),
     "ne": np.not_equal,
     "not": np.invert,
 }

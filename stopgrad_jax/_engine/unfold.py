@@ -10,7 +10,7 @@ import stopgrad_jax._jax as _jax
 
 from .apart import operands_of
 from .connect import Bits, Moves, Reach, may_run_no_round, read
-from .decided import Decided, taken
+from .decided import Decided
 from .dependence import Answer, Rules, chosen
 from .graph import Graph, Op, Value
 from .labels import Labels, Path
@@ -307,7 +307,7 @@ class _Unfolding:
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
-        if eqn.primitive.name == "cond" and taken(eqn, inner) is None:
+        if eqn.primitive.name == "cond":
             self.graph.cases.update(zip(op.values, sources, strict=True))
         refs: dict[int, Value | None] = {
             k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])
