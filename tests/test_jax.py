@@ -325,6 +325,7 @@ def test_what_a_callback_raises_comes_out_as_text_and_in_the_log(kind, caplog):
     assert not caplog.text
 
 
+@jax.check_tracer_leaks(False)  # it keeps them
 def test_a_traced_value_tells_which_variable_it_is():
     """What `closures` tells a value of a trace that has ended by."""
     kept = []
@@ -342,6 +343,7 @@ def test_a_traced_value_tells_which_variable_it_is():
     assert _jax.variable_of(jnp.ones(2)) is None
 
 
+@jax.check_tracer_leaks(False)  # it keeps them
 def test_constants_of_programs_in_programs():
     """Also those of the branches of a `cond`, which it holds in a tuple."""
     kept = []
@@ -357,7 +359,7 @@ def test_constants_of_programs_in_programs():
     cond = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond")
 
     def derivative(x):
-        return jax.jvp(lambda x: _jax.bind(cond, 1, x), (x,), (x,))
+        return jax.jvp(lambda x: _jax.bind(cond, jnp.int32(1), x), (x,), (x,))
 
     found, _ = _jax.opened(jax.make_jaxpr(derivative)(jnp.ones(2)))
     assert any(x is outer for x in _jax.held(found))
