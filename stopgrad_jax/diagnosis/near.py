@@ -9,12 +9,9 @@ from stopgrad_jax._engine.slope import Difference, Slope, one_sided
 
 from .judge import SIDES, UNSURE, WRONG, Verdict
 
-# Of a distance in last digits of the argument: the differences over it.
+# Of a distance: the differences over it.
 Probe = Callable[[float], Difference]
-_DIGITS = (1.0, 2.0, 4.0)
-_ROUNDED = (
-    1e-4  # of a jump: over short distances operands are rounded more than results
-)
+_DIGITS = (1.0, 2.0, 4.0)  # of the argument, its last: the nearest distances
 
 
 def look_near(
@@ -53,7 +50,7 @@ def look_near(
         other = 2 * found.value - told
         left, right = (told, other) if agrees[0] else (other, told)
         found = dataclasses.replace(found, left=left, right=right)
-    if _is_at([probe(k * digit) for k in (1.0, 2.0, 4.0)], found):
+    if _is_at([probe(k * digit) for k in _DIGITS], found):
         return dataclasses.replace(verdict, near=0.0)
     kind = UNSURE if any(agrees) else verdict.kind
     return dataclasses.replace(verdict, kind=kind, near=_distance(differences, found))
