@@ -163,30 +163,35 @@ seeds = (0, 1, 2)
 keys = jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
+def start(key):
+    """Draw the first weights of a seed, and the images of all its batches."""
+    first, rest = jax.random.split(key)
+    chosen = jax.random.randint(rest, (training_steps, batch), 0, train_count)
+    return init(first), chosen
+
+
+starts = jax.lax.map(start, keys)
+
+
 def train(derivative, every=steps):
     """Train; return test accuracy and the part of neurons that fire, by seed."""
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, training_steps))
 
-    def step(carry, key):
+    def step(carry, chosen):
         params, state = carry
-        chosen = jax.random.randint(key, (batch,), 0, train_count)
         data = images[chosen], labels[chosen]
         grads = jax.grad(loss)(params, *data, derivative, every)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    def run(key):
-        first, rest = jax.random.split(key)
-        params = init(first)
+    def run(params, chosen):
         carry = params, optimizer.init(params)
-        (params, _), _ = jax.lax.scan(
-            step, carry, jax.random.split(rest, training_steps)
-        )
+        (params, _), _ = jax.lax.scan(step, carry, chosen)
         scores, spikes = read(params, test_images, derivative)
         right = jnp.argmax(scores, axis=1) == test_labels
         return right.mean(), spikes.mean()
 
-    accuracy, firing = jax.jit(jax.vmap(run))(keys)
+    accuracy, firing = jax.jit(jax.vmap(run))(*starts)
     return np.asarray(accuracy), np.asarray(firing)
 
 

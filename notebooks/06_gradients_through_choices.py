@@ -519,11 +519,13 @@ optimizer = optax.adam(3e-3)
 blocks, block_steps, batch_size, seeds = 20, 35, 64, 3
 
 
-def test(params, key):
+test_canvases = jax.vmap(canvas)(
+    jax.random.split(jax.random.key(99), len(test_rows)), pictures[test_rows]
+)
+
+
+def test(params, images, places):
     """Part of the test digits found, and part read, at the best place."""
-    images, places = jax.vmap(canvas)(
-        jax.random.split(key, len(test_rows)), pictures[test_rows]
-    )
 
     def one(image, place, label):
         at = jnp.argmax(look(params, image))
@@ -534,36 +536,46 @@ def test(params, key):
     return found.mean(), right.mean()
 
 
-def train(loss):
-    """Train on fresh canvases; return what is found and read, by seed and block."""
+def batch(key):
+    """Draw fresh canvases, their labels, and a key for each choice."""
+    key1, key2, key3 = jax.random.split(key, 3)
+    rows = jax.random.choice(key1, train_rows, (batch_size,))
+    images, _ = jax.vmap(canvas)(jax.random.split(key2, batch_size), pictures[rows])
+    return images, labels[rows], jax.random.split(key3, batch_size)
 
-    def step(carry, key):
+
+def start(key):
+    """Draw the first weights of a seed, and all its batches."""
+    key1, key2 = jax.random.split(key)
+    keys = jax.random.split(key2, (blocks, block_steps))
+    return init(key1), jax.lax.map(lambda keys: jax.lax.map(batch, keys), keys)
+
+
+starts = jax.lax.map(start, jax.random.split(jax.random.key(1), seeds))
+
+
+def train(loss):
+    """Train on the batches; return what is found and read, by seed and block."""
+
+    def step(carry, data):
         params, state = carry
-        key1, key2, key3 = jax.random.split(key, 3)
-        rows = jax.random.choice(key1, train_rows, (batch_size,))
-        images, _ = jax.vmap(canvas)(jax.random.split(key2, batch_size), pictures[rows])
-        each = jax.random.split(key3, batch_size)
 
         def batch_loss(params):
-            every = jax.vmap(loss, (None, 0, 0, 0))
-            return every(params, images, labels[rows], each).mean()
+            return jax.vmap(loss, (None, 0, 0, 0))(params, *data).mean()
 
         updates, state = optimizer.update(jax.grad(batch_loss)(params), state)
         return (optax.apply_updates(params, updates), state), None
 
-    def block(carry, key):
-        carry, _ = jax.lax.scan(step, carry, jax.random.split(key, block_steps))
-        return carry, test(carry[0], jax.random.key(99))
+    def block(carry, data):
+        carry, _ = jax.lax.scan(step, carry, data)
+        return carry, test(carry[0], *test_canvases)
 
-    @jax.jit
-    def run(key):
-        key1, key2 = jax.random.split(key)
-        params = init(key1)
+    def run(params, data):
         carry = params, optimizer.init(params)
-        carry, results = jax.lax.scan(block, carry, jax.random.split(key2, blocks))
-        return carry[0], results
+        (params, _), results = jax.lax.scan(block, carry, data)
+        return params, results
 
-    return jax.vmap(run)(jax.random.split(jax.random.key(1), seeds))
+    return jax.jit(jax.vmap(run))(*starts)
 
 
 trained = {name: train(loss) for name, loss in losses.items()}
