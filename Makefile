@@ -14,6 +14,10 @@ CORE := check conformance edge flow gates jax nested nonfinite perturb points qu
   references rules scopes statistics trees var wildcards
 # Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
 QUICK_XLA := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
+# uv installs in seconds what takes pip minutes.
+PIP = $(@D)/bin/python -m pip install -q --disable-pip-version-check
+INSTALL = $(@D)/bin/uv pip install -q --python $(@D)
+environment = $(1) -m venv $(@D) && $(PIP) uv
 # Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
 LARQ := larq terminaltables tf-keras
 
@@ -92,32 +96,33 @@ test-strict-%: .venv/ready
 	STOPGRAD_STRICT="$*" .venv/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
 
 .venv/ready: pyproject.toml
-	$(NEWEST) -m venv .venv
-	.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[notebooks,dev]'
+	$(call environment,$(NEWEST))
+	$(INSTALL) -e '.[notebooks,dev]'
 	touch $@
 
 .venv-oldest/ready: pyproject.toml
 	@test -n "$(OLDEST)" || { echo "test-oldest needs Python 3.11, and found none"; exit 1; }
-	$(OLDEST) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'jax==0.10.2' 'jaxlib==0.10.2' scikit-learn
+	$(call environment,$(OLDEST))
+	$(INSTALL) -e '.[dev]' 'jax==0.10.2' 'jaxlib==0.10.2' scikit-learn
 	touch $@
 
 .venv-peers/ready: pyproject.toml
-	$(NEWEST) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,peers]'
-	.venv-peers/bin/python -m pip install -q --disable-pip-version-check --no-deps $(LARQ)
+	$(call environment,$(NEWEST))
+	$(INSTALL) -e '.[dev,peers]'
+	$(INSTALL) --no-deps $(LARQ)
 	touch $@
 
+# By pip, which can be told on a machine where to find a small torch.
 .venv-peers-torch/ready: pyproject.toml
 	@test -n "$(OLDEST)" || { echo "test-peers needs Python 3.11, and found none"; exit 1; }
-	$(OLDEST) -m venv .venv-peers-torch
-	.venv-peers-torch/bin/python -m pip install -q --disable-pip-version-check -e '.[peers-torch]'
-	.venv-peers-torch/bin/python -m pip install -q --disable-pip-version-check --no-deps spikingjelly
+	$(OLDEST) -m venv $(@D)
+	$(PIP) -e '.[peers-torch]'
+	$(PIP) --no-deps spikingjelly
 	touch $@
 
 .venv-zoo/ready: pyproject.toml
-	$(NEWEST) -m venv .venv-zoo
-	.venv-zoo/bin/python -m pip install -q --disable-pip-version-check -e '.[zoo]'
+	$(call environment,$(NEWEST))
+	$(INSTALL) -e '.[zoo]'
 	touch $@
 
 clean:
