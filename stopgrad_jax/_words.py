@@ -76,8 +76,10 @@ STOPPED = "stop_gradient, on purpose"
 STOPPED_BY_EDIT = "stop_gradient, put in by the edit of {address}"
 # A custom rule was asked, and its tangents or cotangents do not depend on what comes.
 RULE_RETURNS_ZERO = "the custom rule of {name} returns zero"
-# `sg.with_backward`, whose backward returned None for the argument.
-BACKWARD_RETURNS_NONE = "the backward function returns None for it"
+# `sg.with_backward`, whose backward returned None for the argument, or zeros.
+BACKWARD_RETURNS_NONE = "the backward function returns None or zeros for it"
+# `sg.transform_gradient`, whose function returned zeros, whatever comes, for the array.
+TRANSFORMED_TO_ZERO = "the function given to {name} returns zeros for it"
 # The second argument of `replace_value`, the forward function of `straight_through`.
 VALUE_ALONE = "{name} takes its value and not its derivative, on purpose"
 # JAX's own rule of a float operation hands no tangent on; the name is that operation's,

@@ -291,8 +291,9 @@ def wrapped(f, arity, rng):
 
 def points():
     rng = np.random.default_rng(7)
-    draw = lambda: jnp.asarray(rng.uniform(0.3, 1.2, 3), jnp.float32)
-    return [tuple(draw() for _ in range(3)) for _ in range(3)]
+    draw = lambda end: jnp.asarray(rng.uniform(0.3, end, 3), jnp.float32)
+    # The last are wide, since what is rounded may be 0 at all of the near ones.
+    return [tuple(draw(end) for _ in range(3)) for end in (1.2, 1.2, 1.2, 9.0, 9.0)]
 
 
 def gradients_of(seed):

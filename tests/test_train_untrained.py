@@ -84,7 +84,7 @@ CAUSES = {
     chosen: r"argmax returns int32, integers carry no gradient",
     overwritten: "overwritten: a later write replaces all of it",
     scanned: "stop_gradient, on purpose",
-    with_backward: "the backward function returns None for it",
+    with_backward: "the backward function returns None or zeros for it",
     in_aux_alone: "the loss is not computed from it",
 }
 

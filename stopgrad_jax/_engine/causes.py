@@ -300,7 +300,10 @@ def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str
         if rule := _jax.gate_name(op.eqn):
             if rule == "with_backward":
                 words = _words.BACKWARD_RETURNS_NONE
-                return "zero_rule", words, "backward returns None"
+                return "zero_rule", words, "backward returns None or zeros"
+            if rule == "transform_gradient":
+                words = _words.TRANSFORMED_TO_ZERO.format(name=rule)
+                return "zero_rule", words, "returns zeros"
             return "zero_rule", _words.VALUE_ALONE.format(name=rule), ""
     return "zero_derivative", *zero(ops, graph)
 

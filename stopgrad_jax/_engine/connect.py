@@ -95,7 +95,7 @@ class Moves:
         matches = {m.index: m for m in plan.matches} if plan else {}
         found: list[Bits] = []
         flags = self.moving(jaxpr, plan, moved)
-        overwritten = self._overwrites(jaxpr, plan.consts if plan else ())
+        overwritten = self._overwrites(jaxpr, plan)
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(env, atom) for atom in eqn.invars]
             match = matches.get(index)
@@ -105,14 +105,15 @@ class Moves:
             moving = None
             if moved is not None:
                 moving = [read(flags, a) for a in eqn.invars], moved[start:][:count]
+            left = None
+            if index in overwritten:
+                parts = [read(env, atom) for atom in overwritten[index]]
+                left = self._left(operands, parts)
             if wanted is not None and index not in wanted:
                 found += [0] * count
-            elif index in overwritten and match is None:
-                left = [read(env, atom) for atom in overwritten[index]]
-                env[eqn.outvars[0]] = self._left(operands, left)
             elif match is not None or any(operands):
                 results, inside, refs = self._equation(
-                    eqn, match, operands, mine, moving
+                    eqn, match, operands, mine, moving, left
                 )
                 env.update(zip(eqn.outvars, results, strict=True))
                 env.update((eqn.invars[k], bits) for k, bits in refs.items())
@@ -146,8 +147,12 @@ class Moves:
         operands: Sequence[Bits],
         sources: Sequence[Bits],
         moving: tuple[Sequence[Bits], Sequence[Bits]] | None,
+        left: Bits | None,
     ) -> tuple[list[Bits], list[Bits], dict[int, Bits]]:
-        """Bits of an equation's results, of what is found, of references it writes."""
+        """Bits of an equation's results, of what is found, of references it writes.
+
+        `left` are those of the result of a write that replaces another.
+        """
         inner, split = self._inside(eqn), len(match.inside) if match else 0
         refs: dict[int, Bits] = {}
         if inner is not None and not inner.rule:
@@ -162,6 +167,7 @@ class Moves:
             pattern = None if moving is None else _as_bits(moving[0])
             table = self._dependence(eqn, pattern)
             results, found = [apply(bits, operands) for bits in table], [0] * split
+            results = results if left is None else [left]
         own = zip(match.own, sources[split:], strict=True) if match else ()
         for k, (value, source) in enumerate(own):
             results[k] = source | (0 if self._held(value) else results[k])

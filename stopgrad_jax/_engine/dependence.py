@@ -206,7 +206,12 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         none = [0] * len(eqn.outvars)
         return Answer(none, refuses=every if raises else 0, always=raises)
     is_vjp = _jax.kind_of(eqn) == "custom_vjp_call"
-    for ask in (_ask_reverse,) if is_vjp else (_ask_forward, _ask_reverse):
+    asks = (_ask_forward, _ask_reverse)
+    if is_vjp:
+        asks = (_ask_reverse,)
+    elif eqn.primitive.name == "gate":  # what its rule says is in the transpose
+        asks = (_ask_reverse, _ask_forward)
+    for ask in asks:
         try:
             answer = ask(eqn, moved, results)
             if ask is _ask_forward:  # a rule may lack its transpose

@@ -67,7 +67,10 @@ def _pull(rule: Rule, cts: Arrays, residuals: Arrays) -> Arrays:
         known = isinstance(x, jax.Array)
         return x if known else jnp.asarray(x, getattr(x, "dtype", None))
 
-    with _jax.at_width_of(*map(jax.typeof, (*cts, *residuals))):
+    def type_of(x: Any) -> Any:  # a value that no gradient came to has a type alone
+        return x.aval if _is_zero(x) else jax.typeof(x)
+
+    with _jax.at_width_of(*map(type_of, (*cts, *residuals))):
         cts = [array(ad.instantiate_zeros(ct)) for ct in cts]
         residuals = [array(x) for x in residuals]
         if not rule.typed:

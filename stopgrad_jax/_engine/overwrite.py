@@ -17,6 +17,8 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .walk import Plan
+
 _WRITES = ("scatter", "dynamic_update_slice")
 _LARGEST = 1 << 20  # entries of an array that is followed
 _MOST = 64  # writes to one array that are followed
@@ -34,24 +36,31 @@ class Overwrites:
     """For each jaxpr, the writes that replace something that was written before."""
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[int, list[Any]]] = {}
+        self._known: dict[Any, dict[int, list[Any]]] = {}
 
-    def __call__(self, jaxpr: Any, consts: Sequence[Any]) -> dict[int, list[Any]]:
-        """Return, by the number of such a write, the variables that are left in it."""
-        if id(jaxpr) not in self._known:
+    def __call__(self, jaxpr: Any, plan: Plan | None) -> dict[int, list[Any]]:
+        """Return, by the number of such a write, the variables that are left in it.
+
+        An array that the plan asks about is one of them, and not what it is made of.
+        """
+        asked = [m.index for m in plan.matches if m.own] if plan else []
+        key = id(jaxpr), tuple(asked)
+        if key not in self._known:
             writes = [
                 k for k, e in enumerate(jaxpr.eqns) if e.primitive.name in _WRITES
             ]
-            found = _Array(jaxpr, consts).overwrites(writes) if writes else {}
-            self._known[id(jaxpr)] = found
-        return self._known[id(jaxpr)]
+            consts = plan.consts if plan else ()
+            arrays = _Array(jaxpr, consts, asked)
+            self._known[key] = arrays.overwrites(writes) if writes else {}
+        return self._known[key]
 
 
 class _Array:
     """What the arrays of a jaxpr hold after each write to them."""
 
-    def __init__(self, jaxpr: Any, consts: Sequence[Any]) -> None:
+    def __init__(self, jaxpr: Any, consts: Sequence[Any], asked: Sequence[int]) -> None:
         self._eqns = jaxpr.eqns
+        self._asked = {v for k in asked for v in jaxpr.eqns[k].outvars}
         self._makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         self._values = dict(zip(jaxpr.constvars, consts, strict=False))
         self._parts: dict[Any, list[_Part]] = {}
@@ -66,31 +75,37 @@ class _Array:
             everything = math.prod(update.aval.shape) == size
             # A lone write of a part of an array cannot replace all of it.
             if size <= _LARGEST and (everything or self._is_written(operand)):
-                left, before = self._after(eqn.outvars[0]), self._after(operand)
-                if len(left) <= len(before):
+                left, before = self._written(eqn), self._after(operand)
+                is_known = left[0].source is not eqn.outvars[0]
+                if is_known and len(left) <= len(before):
                     out[index] = [part.source for part in left]
         return out
 
     def _is_written(self, atom: Any) -> bool:
         eqn = None if isinstance(atom, _jax.Literal) else self._makers.get(atom)
-        return eqn is not None and eqn.primitive.name in _WRITES
+        is_write = eqn is not None and eqn.primitive.name in _WRITES
+        return is_write and atom not in self._asked
 
     def _after(self, atom: Any) -> list[_Part]:
         """Return the parts of an array, told apart as far as constants tell."""
-        everywhere = np.ones(atom.aval.shape, bool)
         if not self._is_written(atom):
-            return [_Part(everywhere, atom)]
-        if atom not in self._parts:
-            eqn = self._makers[atom]
+            return [_Part(np.ones(atom.aval.shape, bool), atom)]
+        return self._written(self._makers[atom])
+
+    def _written(self, eqn: Any) -> list[_Part]:
+        """Return the parts of what a write returns."""
+        out = eqn.outvars[0]
+        everywhere = np.ones(out.aval.shape, bool)
+        if out not in self._parts:
             before, where = self._after(eqn.invars[0]), self.written(eqn)
             if len(before) > _MOST:
-                return [_Part(everywhere, atom)]
+                return [_Part(everywhere, out)]
             update = _Part(everywhere if where is None else where, _updated(eqn))
             if where is not None:
                 before = [_Part(p.where & ~where, p.source) for p in before]
             parts = [p for p in (*before, update) if p.where.any()]
-            self._parts[atom] = parts
-        return self._parts[atom]
+            self._parts[out] = parts
+        return self._parts[out]
 
     def written(self, eqn: Any) -> np.ndarray | None:
         """Return which entries a write writes, or None if that is not known."""

@@ -110,7 +110,7 @@ class _Unfolding:
         env: dict[Any, Value | None] = dict(zip(jaxpr.invars, operands, strict=True))
         matches = {m.index: m for m in plan.matches} if plan else {}
         jaxpr = self._decided.program(jaxpr)
-        overwritten = self._overwrites(jaxpr, plan.consts if plan else ())
+        overwritten = self._overwrites(jaxpr, plan)
         flags, start = self._reach.moving(jaxpr, plan, moved), len(jaxpr.invars)
 
         def value_of(atom: Any) -> Value | None:
@@ -133,7 +133,7 @@ class _Unfolding:
                 results = self._reference(eqn, path, inputs, env)
                 self.graph.found += [None] * split
             else:
-                sources = None if match else overwritten.get(index)
+                sources = overwritten.get(index)
                 kept = None if sources is None else [value_of(v) for v in sources]
                 results = self._equation(eqn, path, inputs, kept, moving)
                 self.graph.found += [None] * split
