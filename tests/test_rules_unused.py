@@ -177,3 +177,34 @@ def test_a_rule_without_a_transpose_is_unknown():
     with pytest.raises(AssertionError, match=r"jax\.grad raises"):
         sg.assert_gradient(f, "x")(x, w)
     np.testing.assert_array_equal(sg.gradients(f, "w")(x, w), jax.grad(f, 1)(x, w))
+
+
+@pytest.mark.parametrize("layers", [2, 9, 12])
+def test_what_comes_to_a_rule_is_known_through_as_many_layers_as_there_are(layers):
+    """Each layer keeps two values apart, if it is not told that the other's moves."""
+    Zero = jax.custom_derivatives.SymbolicZero
+
+    @jax.custom_vjp
+    def layer(a, b):
+        return jnp.sin(a), 2 * b
+
+    def backward(a, cts):
+        if type(cts[1]) is not Zero:
+            return cts[1], cts[1]
+        return cts[0] * jnp.cos(a), None
+
+    layer.defvjp(
+        lambda a, b: (layer(a.value, b.value), a.value), backward, symbolic_zeros=True
+    )
+
+    def f(a, b):
+        for _ in range(layers):
+            a, b = layer(a, b)
+        return jnp.sum(a)
+
+    x = jnp.asarray([0.3, -0.7], jnp.float32)
+    assert np.any(jax.grad(f, 0)(x, x))
+    assert not np.any(jax.grad(f, 1)(x, x))
+    flow = sg.flow(f)(x, x)
+    assert [row.status for row in flow.inputs] == ["flows", "cut"]
+    sg.assert_no_gradient(f, "b", args=(x, x))

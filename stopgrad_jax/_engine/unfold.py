@@ -359,22 +359,26 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
     graph, rules, sinks = graph.copied(asked), Rules(), list(sinks)
     for _ in range(_ROUNDS):
         arrives, changed = graph.backward(sinks, graph.grads), False
-        for op in map(graph.ops.__getitem__, asked):
+        # From the last: what comes to a rule depends on those that follow it.
+        for op in map(graph.ops.__getitem__, reversed(asked)):
             cotangents = sum(1 << k for k, v in enumerate(op.values) if arrives[v])
             if cotangents == op.cotangents:
                 continue
-            op.cotangents, changed = cotangents, True
+            op.cotangents = cotangents
             answer, op.refuses = rules.by_source(op.eqn, op.moving, cotangents)
             op.always = answer.always
+            before = [graph.grads[value] for value in op.values]
             for value, bits in zip(op.values, answer.dependence, strict=False):
                 grads = [x for k, x in enumerate(op.inputs) if bits >> k & 1]
                 graph.grads[value] = _values(grads)
+            if before != [graph.grads[value] for value in op.values]:
+                arrives, changed = graph.backward(sinks, graph.grads), True
         if not changed:
             break
     return graph
 
 
-_ROUNDS = 8  # what arrives at a rule depends on what the rules behind it hand on
+_ROUNDS = 8  # in a loop, the rules that follow one may be those before it
 
 
 def _has_several(op: Op) -> bool:
