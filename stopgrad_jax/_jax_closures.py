@@ -18,7 +18,8 @@ from jax.extend.core import Literal
 def tracers_in(values: Iterable[Any]) -> Iterator[Any]:
     """Yield the traced values among some values, and those that functions hold.
 
-    Closures, defaults and partials are looked through, and the custom rules in them.
+    Closures, defaults, partials, methods and what `jax.jit` wraps are looked through,
+    the custom rules in them, and what a rule was handed by `nondiff_argnums`.
     """
     waiting, seen = list(values), set[int]()
     while waiting:
@@ -39,6 +40,18 @@ def tracers_in(values: Iterable[Any]) -> Iterator[Any]:
             waiting += x.__defaults__ or ()
         elif isinstance(x, jax.custom_vjp | jax.custom_jvp):
             waiting += vars(x).values()
+        elif isinstance(x, types.MethodType):
+            waiting += [x.__func__, *_attributes(x.__self__)]
+        elif type(x).__name__ == "Unhashable":  # JAX wraps such an argument in one
+            waiting += [x.val, *(_attributes(x.val) if callable(x.val) else ())]
+        elif callable(x) and not isinstance(x, type):
+            waiting.append(getattr(x, "__wrapped__", None))
+
+
+def _attributes(x: Any) -> list[Any]:
+    """Return what an object of the user holds: its methods read it."""
+    plain = isinstance(x, type | types.ModuleType | types.FunctionType)
+    return [] if plain else list(getattr(x, "__dict__", {}).values())
 
 
 def is_filled(cell: Any) -> bool:

@@ -7,7 +7,11 @@ import itertools
 from collections.abc import Container, Iterator
 from typing import Any
 
+from stopgrad_jax._address import Op
+from stopgrad_jax._errors import AddressError, beats
+
 from .nested import nested
+from .operations import Group
 from .plan import Found, Match, Plan
 from .walk import lifted
 
@@ -15,6 +19,46 @@ from .walk import lifted
 def count(plan: Plan, target: int) -> int:
     """Return how many operations of a program an address matches."""
     return sum(1 for _ in _operations(plan, target))
+
+
+def require_told(plan: Plan, op: Op, target: int, called: str) -> None:
+    """Refuse an address that may mean a call which may be several."""
+    why = unclear(plan, op, target)
+    if why:
+        raise AddressError(
+            beats(
+                f"{called}: address {op!r}",
+                "it must be told where each call begins and ends",
+                f"a call whose end cannot be told: {why}",
+                "a jitted function, or an operation in it",
+            )
+        )
+
+
+def unclear(plan: Plan, op: Op, target: int) -> str:
+    """Say why it cannot be told which operations an address means, or "".
+
+    A call whose end cannot be told may be several. That matters unless `nth` means the
+    same others, however many it is.
+    """
+    every = list(_operations(plan, target))
+    reasons = [x.unclear for x in every if isinstance(x, Group) and x.unclear]
+    meant = set[tuple[int, ...]]()
+    for times in (1, 2, 3) if reasons else ():
+        parts = [[x] * (times if _is_unclear(x) else 1) for x in every]
+        calls = [x for part in parts for x in part]
+        try:
+            chosen = [calls[k] for k in op.chosen(len(calls))]
+        except IndexError:
+            return reasons[0]
+        if any(map(_is_unclear, chosen)):
+            return reasons[0]
+        meant.add(tuple(map(id, chosen)))
+    return reasons[0] if len(meant) > 1 else ""
+
+
+def _is_unclear(operation: Any) -> bool:
+    return isinstance(operation, Group) and bool(operation.unclear)
 
 
 def only(plan: Plan, target: int, chosen: Container[int]) -> Plan:

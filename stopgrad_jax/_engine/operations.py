@@ -40,6 +40,7 @@ class Group:
       scope: the path of named scopes that all of it lies in.
       callers: the functions that were running when it was called.
       level: how many they were.
+      unclear: why it cannot be told which equations these are, and at which line.
     """
 
     target: int
@@ -51,6 +52,7 @@ class Group:
     scope: str
     callers: frozenset[str]
     level: int
+    unclear: str = ""
 
     @property
     def last(self) -> Any:
@@ -59,17 +61,16 @@ class Group:
 
 
 class Operations:
-    """Finds operations by name, and remembers calls that could not be told apart.
+    """Finds operations by name.
 
-    `unclear` maps a target to the line of a call of its function whose end cannot be
-    told, `differentiated` to that of a call whose derivative has been taken.
+    `differentiated` maps a target to the line of a call of its function whose
+    derivative has been taken.
     """
 
     def __init__(self, ops: Sequence[tuple[int, Op]]) -> None:
         self._ops = ops
         self._functions = [(k, names) for k, op in ops if (names := _names(op))]
         self._groups: dict[int, tuple[Any, list[Group]]] = {}
-        self.unclear: dict[int, str] = {}
         self.differentiated: dict[int, str] = {}
 
     def named(self, eqn: Any) -> Iterator[tuple[int, str]]:
@@ -104,7 +105,7 @@ class Operations:
                 if not any(
                     (t, _public(n)) == (target, _public(name)) for t, n in named
                 ):
-                    yield from self._group(target, name, call, users)
+                    yield self._group(target, name, call, users)
 
     def _running(self, stack: Sequence[Any]) -> Iterator[tuple[int, str, int]]:
         """Yield (target, name, level) of the outermost function that is meant."""
@@ -117,19 +118,20 @@ class Operations:
 
     def _group(
         self, target: int, name: str, call: Call, users: dict[Any, list[int]]
-    ) -> Iterator[Group]:
+    ) -> Group:
         first, last = call.indices[0], call.indices[-1]
-        line = _jax.line_of(call.eqns[0])
-        if call.is_unclear or len(call.indices) != last - first + 1:
-            self.unclear.setdefault(target, line)
-            return
+        unclear, line = "", _jax.line_of(call.eqns[0])
+        if call.is_unclear:
+            unclear = f"loops run around it and inside it ({line})"
+        elif len(call.indices) != last - first + 1:
+            unclear = f"others lie between its operations ({line})"
         made = {v for eqn in call.eqns for v in eqn.outvars}
         atoms = (v for eqn in call.eqns for v in eqn.invars)
         outer = (v for v in atoms if not isinstance(v, _jax.Literal) and v not in made)
         inside = set(call.indices)
         writes = [v for v in made if not inside.issuperset(users.get(v, ()))]
         order = {v: k for k, eqn in enumerate(call.eqns) for v in eqn.outvars}
-        yield Group(
+        return Group(
             target,
             name,
             call.eqns,
@@ -139,6 +141,7 @@ class Operations:
             _common([_jax.scope_of(eqn) for eqn in call.eqns]),
             _around(_jax.stack_of(call.eqns[0])[: call.level]),
             call.level,
+            unclear,
         )
 
 

@@ -126,9 +126,11 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
     if looked.variables:
         looked.variables.refuse(found.targets, called)
     plan = found.plan
-    for op in found.targets:
-        if isinstance(op, Op) and op.nth is not None:
-            plan = _chosen(plan, found, op, called)
+    for number, op in enumerate(found.targets):
+        if isinstance(op, Op):
+            nth.require_told(found.plan, op, number, called)
+            if op.nth is not None:
+                plan = _chosen(plan, found, op, called)
     finder = _Finder(found.traced, found.targets, plan, called, looked)
     matched = {a: Matched(a, finder.find(a)) for a in addresses}
     return Program(found.traced, plan, found.targets, matched)
@@ -167,9 +169,15 @@ def _working(traced: Traced, addresses: Sequence[Address]) -> list[Address]:
         finder = _Finder(traced, found.targets, found.plan, "", looked)
         edge, inside = finder.selected(address)
         if (edge or inside) and not edge.keys() & inside.keys():
-            if not isinstance(target, Op) or _indices(found.plan, found, target):
+            if not isinstance(target, Op) or _is_told(found, target):
                 works.append(address)
     return works
+
+
+def _is_told(found: _Searched, op: Op) -> bool:
+    """Tell whether an operation means some matches, and it is known which."""
+    why = nth.unclear(found.plan, op, found.targets.index(op))
+    return not why and bool(_indices(found.plan, found, op))
 
 
 def _indices(plan: Plan, found: _Searched, op: Op) -> Sequence[int]:

@@ -208,12 +208,6 @@ class Unmatched:
                 f"({search.hidden[number]})",
                 "sg.op of the function that has the rule",
             )
-        if number in search.operations.unclear:
-            return (
-                "a call whose end cannot be told: loops run around it and inside it "
-                f"({search.operations.unclear[number]})",
-                "a jitted function, or an operation in it",
-            )
         if number in search.operations.differentiated:
             line = search.operations.differentiated[number]
             came = f"calls whose derivative has been taken already only ({line})"

@@ -1,0 +1,126 @@
+"""Calls whose end cannot be told, beside others: no address leaves them out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import f32
+
+import stopgrad_jax as sg
+
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
+X, W = f32(0.3, -0.7, 1.1), f32(0.5, 0.2, -0.4)
+BLOCK = sg.op("block")
+
+
+def block(a):
+    for _ in range(2):
+        a = jnp.sin(a)
+    return a
+
+
+def before(w, x):
+    loss = jnp.sum(jax.lax.stop_gradient(block(x)))
+    for v in (w, 2 * w):
+        loss = loss + jnp.sum(block(v))
+    return loss
+
+
+def after(w, x):
+    loss = sum(jnp.sum(block(v)) for v in (w, 2 * w))
+    return loss + jnp.sum(block(x))
+
+
+def times(w, n):
+    for _ in range(n):
+        w = jnp.sin(w)
+    return w
+
+
+def added(w, x):
+    return sum(times(w, n).sum() for n in (1, 2)) + times(x, 1).sum()
+
+
+def inside(w, x):
+    return jax.jit(lambda *args: before(*args))(w, x) + jnp.sum(block(x))
+
+
+PROGRAMS = {"before": before, "after": after, "inside": inside}
+ASKED = {
+    "gradients by": lambda f, a: sg.gradients(f, a),
+    "stopped": lambda f, a: sg.gradients(f, "w", stop_gradients=a),
+    "capture": lambda f, a: sg.capture(f, a),
+    "edit": lambda f, a: sg.edit(f, {a: lambda op, *args: 0 * op(*args)}),
+    "no gradient": lambda f, a: sg.assert_no_gradient(f, a),
+}
+asked = pytest.mark.parametrize("ask", ASKED)
+
+
+def refused(run):
+    with pytest.raises(sg.AddressError) as caught:
+        run()
+    said = " ".join(str(caught.value).split())
+    assert "a call whose end cannot be told: loops run around it" in said
+    assert "test_operations_unclear.py:" in said
+    assert "write: a jitted function, or an operation in it" in said
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@asked
+def test_one_that_cannot_be_told_is_refused_beside_others(ask, program):
+    refused(lambda: ASKED[ask](PROGRAMS[program], BLOCK)(W, X))
+
+
+@asked
+def test_of_a_sum(ask):
+    refused(lambda: ASKED[ask](added, sg.op("times"))(W, X))
+    refused(lambda: ASKED[ask](added, sg.op(("times", "reduce_sum")))(W, X))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_the_error_says_to_write(program, monkeypatch):
+    slope = lambda a: jnp.cos(jnp.sin(a)) * jnp.cos(a)
+    sin = PROGRAMS[program]
+    np.testing.assert_array_equal(
+        sg.edit(sin, {sg.op("sin"): lambda op, a: 0 * op(a)})(W, X), 0
+    )
+    monkeypatch.setitem(globals(), "block", jax.jit(block))
+    fun = PROGRAMS[program]
+    found = sg.gradients(fun, "w")(W, X)
+    np.testing.assert_allclose(found, slope(W) + 2 * slope(2 * W), rtol=1e-5)
+    assert sg.gradients(fun, "w", stop_gradients=BLOCK)(W, X) is None
+    assert sg.edit(fun, {BLOCK: lambda op, a: 0 * op(a)})(W, X) == 0
+
+
+@pytest.mark.parametrize(
+    ("fun", "nth"),
+    [(before, 0), (before, slice(0, 1)), (after, -1), (after, slice(-1, None))],
+)
+def test_nth_may_mean_one_that_can_be_told(fun, nth):
+    _, found = sg.capture(fun, address := sg.op("block", nth=nth))(W, X)
+    (value,) = jax.tree.leaves(found[address])
+    np.testing.assert_allclose(value, jnp.sin(jnp.sin(X)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fun", "nth"),
+    [
+        *((before, nth) for nth in (1, 2, 7, -1, -2, slice(None), slice(1, None))),
+        *((after, nth) for nth in (0, 1, 2, -2, slice(None, -1), slice(None, None, 2))),
+    ],
+)
+def test_nth_that_counts_what_cannot_be_counted_is_refused(fun, nth):
+    refused(lambda: sg.capture(fun, sg.op("block", nth=nth))(W, X))
+
+
+def test_within_leaves_them_out():
+    def other(x):
+        return jnp.sum(block(x))
+
+    fun = lambda w, x: before(w, x) + other(x)
+    address = sg.op("block", within="other")
+    np.testing.assert_allclose(
+        sg.capture(fun, address)(W, X)[1][address], jnp.sin(jnp.sin(X)), rtol=1e-6
+    )
+    refused(lambda: sg.capture(fun, sg.op("block", within="before"))(W, X))
