@@ -158,6 +158,16 @@ def test_a_variable_that_is_assigned_again():
     np.testing.assert_allclose(found, jnp.sin(X), rtol=1e-6)
 
 
+def test_a_variable_that_is_assigned_inside_its_own_statement():
+    def f(x):
+        h = (h := jnp.sin(x)) * 2.0
+        return jnp.sum(h * x)
+
+    address = sg.var("h", nth=1)
+    found = sg.capture(f, address)(X)[1][address]
+    np.testing.assert_allclose(found, jnp.sin(X), rtol=1e-6)
+
+
 def test_layers_of_which_one_does_nothing():
     """A call on the variable keeps its array where it makes no operation."""
 

@@ -123,7 +123,9 @@ def _is_given(function: Function, binding: Binding, place: Position) -> bool:
     if not start < end or any(b.how == "in" for b in others):
         return False
     for other in others:
-        if start < other.place[:2] < end:
+        if start < other.place[:2] < end or is_within(other.place, place):
+            return False
+        if is_within(binding.place, other.place):  # `h = (h := f(x)) * 2`
             return False
         if any(is_within(place, loop) for loop in other.loops - binding.loops):
             return False
