@@ -28,6 +28,7 @@ FLOORS = [
     },
     {
         "_engine/syntax",
+        "_engine/texts",
         "_engine/closures",
         "_engine/overwrite",
         "_engine/slope",
@@ -49,8 +50,10 @@ FLOORS = [
     {"_engine/shards", "_engine/trial", "_engine/ignored"},
     {"_engine/levels"},
     {"_engine/runner", "_engine/suspects"},
+    {"_engine/rounds"},
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},
     {"_engine/handed", "_engine/operations", "_engine/hiding", "_engine/raised"},
+    {"_engine/routes"},
     {"_engine/parameters"},
     {"_engine/rules", "_engine/backward"},
     {"_engine/plan", "_engine/runs", "_engine/rounding"},

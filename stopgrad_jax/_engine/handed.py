@@ -58,7 +58,7 @@ class Handed:
     ) -> None:
         self._jaxpr, self._items = jaxpr, items
         self._origin, self._spread = origin, spread
-        self._inputs = origin.inputs if origin else {}
+        self.inputs = origin.inputs if origin else {}
         self.users = users_of(jaxpr)
 
     def is_origin(self, spot: Spot) -> bool:
@@ -78,12 +78,12 @@ class Handed:
         """
         if depth == 0 and self.is_origin(first.spots[0]):
             return self._input(name)
-        outer = self._caller(first, depth)
+        outer = self.caller_of(first, depth)
         if outer >= 0:
             node, kept = self._argument(first, outer, depth, function, name)
             for other in kept:
                 self._refuse_reading(first, outer, depth, name, other)
-            return self._evaluated(first, outer, node)
+            return self.evaluated(first, outer, node)
         var = self._spread_out(function, name)
         others = [v for k, v in self._named_inputs() if k != name and v is not var]
         later = [i for i in self._items if i.index >= first.index]
@@ -97,12 +97,12 @@ class Handed:
         called, positional = function.path[-1], positional_of(function)
         if self._spread is not None:
             args, kwargs, given = self._spread
-            fits = set(_required(function)) <= {*positional[:given], *self._inputs}
+            fits = set(_required(function)) <= {*positional[:given], *self.inputs}
             if args and name in positional and fits and given <= len(positional):
                 return self._input(f"{args}[{positional.index(name)}]")
-            if kwargs and f"{kwargs}['{name}']" in self._inputs:
+            if kwargs and f"{kwargs}['{name}']" in self.inputs:
                 return self._input(f"{kwargs}['{name}']")
-            if name in self._inputs and not args:  # haiku keeps the signature
+            if name in self.inputs and not args:  # haiku keeps the signature
                 return self._input(name)
         raise Unclear(f"{called} is not called by code that has a source")
 
@@ -111,19 +111,23 @@ class Handed:
         if self._spread is None or not self._spread.args:
             return []
         invars = self._jaxpr.invars
-        return [(k, invars[n]) for k, n in self._inputs.items() if k.isidentifier()]
+        return [(k, invars[n]) for k, n in self.inputs.items() if k.isidentifier()]
+
+    def is_input(self, k: int, var: Any) -> bool:
+        """Tell whether a variable is the argument at a position."""
+        return self._jaxpr.invars[k] is var
 
     def _input(self, spelled: str) -> Any:
-        if spelled in self._inputs:
-            return self._jaxpr.invars[self._inputs[spelled]]
+        if spelled in self.inputs:
+            return self._jaxpr.invars[self.inputs[spelled]]
         inside = f"{spelled}[", f"{spelled}."
-        below = [p for p in self._inputs if p.startswith(inside)]
+        below = [p for p in self.inputs if p.startswith(inside)]
         raise Unclear("it is a container of arrays" if below else "it is no array")
 
     # The text of the call -------------------------------------------------------
 
     @staticmethod
-    def _caller(first: Item, depth: int) -> int:
+    def caller_of(first: Item, depth: int) -> int:
         """Return the depth of the function that spells the arguments; -1 for none.
 
         A function of `*args` that calls with them hands on what it was handed.
@@ -157,12 +161,13 @@ class Handed:
         if not set(needed) <= {*filled}:
             raise Unclear(f"which argument it is in the call of {called} is not clear")
         if name in keywords:
-            return keywords[name], kept
-        if name not in positional or len(given) > len(positional):
+            node = keywords[name]
+        elif name not in positional or len(given) > len(positional):
             raise Unclear(f"{name} takes the rest of the arguments, or a default")
-        if positional.index(name) >= len(given):
+        elif positional.index(name) >= len(given):
             raise Unclear("it is not handed over there: it is its default")
-        node = given[positional.index(name)]
+        else:
+            node = given[positional.index(name)]
         every = [ast.dump(x) for x in (*given, *keywords.values())]
         if every.count(ast.dump(node)) > 1:
             raise Unclear(f"one value is handed over to {called} twice")
@@ -196,7 +201,7 @@ class Handed:
     ) -> None:
         """What a library keeps may be what it hands on: `tree.map(f, a, b)`."""
         try:
-            var = self._evaluated(first, outer, node)
+            var = self.evaluated(first, outer, node)
         except Unclear:
             return
         later = [i for i in self._items if i.index >= first.index]
@@ -215,15 +220,15 @@ class Handed:
 
     # The value of an expression -------------------------------------------------
 
-    def _evaluated(self, first: Item, depth: int, node: ast.expr) -> Any:
+    def evaluated(self, first: Item, depth: int, node: ast.expr) -> Any:
         """Return what an argument was in the call that `first` was made in."""
         spot, place = first.spots[depth], place_of(node)
         if isinstance(node, ast.Name):
-            return self._held(first, depth, node.id, place)
+            return self.held(first, depth, node.id, place)
         if isinstance(node, ast.Constant | ast.Lambda | DISPLAYS):
             raise Unclear("what is handed over there is not one array")
         spelled = ast.unparse(node)
-        if depth == 0 and self.is_origin(spot) and spelled in self._inputs:
+        if depth == 0 and self.is_origin(spot) and spelled in self.inputs:
             root = next(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
             if not spot.source.function(place).binding(root):
                 return self._input(spelled)
@@ -236,7 +241,7 @@ class Handed:
     def _made_in(self, first: Item, depth: int, place: Position) -> Iterator[Item]:
         """Yield the equations of an argument, made before those of the call."""
         found, call = list[Item](), first.spots[depth].position
-        for item in reversed(self._before(first, depth)):
+        for item in reversed(self.before(first, depth)):
             position = item.spots[depth].position
             if position == call or not is_within(position, call):
                 break
@@ -244,7 +249,7 @@ class Handed:
                 found.append(item)
         yield from reversed(found)
 
-    def _held(self, first: Item, depth: int, name: str, at: Position) -> Any:
+    def held(self, first: Item, depth: int, name: str, at: Position) -> Any:
         """Return what a variable of the caller held at a place."""
         spot = first.spots[depth]
         function = spot.source.function(at)
@@ -273,7 +278,7 @@ class Handed:
         index, result = Given(execution, self.users).place()
         return self._jaxpr.eqns[index].outvars[result]
 
-    def _before(self, first: Item, depth: int) -> list[Item]:
+    def before(self, first: Item, depth: int) -> list[Item]:
         """Return the equations made earlier in the same function of the caller."""
         earlier = (item for item in self._items if item.index < first.index)
         return [item for item in earlier if _same(item, first, depth)]
@@ -282,7 +287,7 @@ class Handed:
         self, first: Item, depth: int, every: Sequence[Binding], at: Position
     ) -> Sequence[Item]:
         """Return the equations before a call, without those of its own statement."""
-        before = self._before(first, depth)
+        before = self.before(first, depth)
         own = next((b for b in every if is_within(at, b.place)), None)
         if own is None:
             return before
@@ -296,7 +301,7 @@ class Handed:
     def _start(self, first: Item, depth: int) -> Item:
         """Return the first equation of the call that the caller itself is."""
         body = first.spots[depth].source.function(first.spots[depth].position).body
-        *_, current = _executions([*self._before(first, depth), first], depth, body)
+        *_, current = _executions([*self.before(first, depth), first], depth, body)
         return current[0]
 
 

@@ -26,6 +26,7 @@ from .executions import Item, function_level
 from .handed import Handed, Spread
 from .labels import Labels, Spot, code_of, printed_file
 from .nested import nested
+from .routes import Routes
 from .syntax import source_of
 from .trace import Traced, Value
 from .variables import is_backward, is_called
@@ -267,6 +268,7 @@ class Parameters:
                 "the value is used after the call too: whether the function returned "
                 "it is not told"
             )
+        Routes(handed, run, depth, function, var).refuse(place.name)
         return var
 
     # What is made of it ---------------------------------------------------------

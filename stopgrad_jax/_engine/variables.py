@@ -18,6 +18,7 @@ from .assignment import Given, Unclear
 from .bindings import Binding, Function
 from .executions import Execution, Item, begins_again, is_inside, level_of
 from .labels import Labels, Spot, function_of, is_comprehension
+from .rounds import reads_another
 
 
 class Apart(Spot):
@@ -155,7 +156,34 @@ class Variables:
             hits = found.setdefault(jaxpr.eqns[index].outvars[result], [])
             if (run.target, run.binding.name) not in [hit[:2] for hit in hits]:
                 hits.append((run.target, run.binding.name, level or 0))
+        self._refuse_rounds(jaxpr, runs, found, users)
         return found
+
+    def _refuse_rounds(
+        self,
+        jaxpr: Any,
+        runs: Sequence[Execution],
+        found: Mapping[Any, Sequence[tuple[int, str, float]]],
+        users: Mapping[Any, Sequence[int]],
+    ) -> None:
+        """Note the statements of which an execution made no operation."""
+        one = {(r.target, r.binding.place, r.spot.frame.code): r for r in runs}
+        for labels, targets in self._searched:
+            mine = [r for r in one.values() if r.target in targets]
+            paths = [labels.path(e, labels.nowhere) for e in jaxpr.eqns if mine]
+            items = [
+                Item(k, eqn, path.spots)
+                for k, (eqn, path) in enumerate(zip(jaxpr.eqns, paths, strict=False))
+                if path.spots and not is_backward(eqn)
+            ]
+            for run in mine:
+                given = {
+                    v for v, h in found.items() if any(t == run.target for t, *_ in h)
+                }
+                if reads_another(run, items, frozenset(given), users):
+                    why = "in another round or call no operation made what it is given"
+                    key = Site(run.spot, run.binding).key
+                    self.unclear[run.target].setdefault(key, (run.spot.place, why))
 
     @property
     def missing(self) -> frozenset[int]:
