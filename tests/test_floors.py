@@ -28,6 +28,7 @@ FLOORS = [
     },
     {
         "_engine/syntax",
+        "_engine/ways",
         "_engine/closures",
         "_engine/overwrite",
         "_engine/slope",
@@ -42,6 +43,7 @@ FLOORS = [
         "_engine/labels",
         "_engine/repeats",
     },
+    {"_engine/rounds"},
     {"_engine/executions"},
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/copies", "_engine/sites", "_engine/tap"},
