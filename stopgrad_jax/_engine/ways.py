@@ -79,8 +79,8 @@ def _reached(
     while waiting:
         one = waiting.pop()
         for other, back in follows.get(one, ()):
-            own = back and value is not None
-            own = own and all(is_within(places[k], value) for k in (one, other))
+            own = value is not None and is_within(places[one], value)
+            own = own and back and is_within(places[other], value or _NOWHERE)
             if other not in seen and other != skipped and not own:
                 seen.add(other)
                 waiting.append(other)
