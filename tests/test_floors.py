@@ -43,7 +43,7 @@ FLOORS = [
         "_engine/labels",
         "_engine/repeats",
     },
-    {"_engine/rounds"},
+    {"_engine/elsewhere"},
     {"_engine/executions"},
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/copies", "_engine/sites", "_engine/tap"},

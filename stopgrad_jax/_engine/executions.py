@@ -14,9 +14,9 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Assigned, Binding, Position, is_within
+from .elsewhere import leaves_more
 from .labels import Spot, is_comprehension
 from .repeats import Stack, extent_of, is_again
-from .rounds import leaves_more
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
