@@ -24,6 +24,7 @@ from ._jax_closures import is_filled, tracers_in
 from ._jax_closures import variable_of as variable_of
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame
+from ._jax_places import are_inlined as are_inlined
 from ._jax_places import callers_of as callers_of
 from ._jax_places import frames_of as frames_of
 from ._jax_places import is_derivative as is_derivative

@@ -135,14 +135,30 @@ def stack_of(eqn: Any) -> tuple[tuple[types.CodeType, int], ...]:
     return tuple(frames)[::-1]
 
 
+def are_inlined(a: Any, b: Any) -> bool:
+    """Tell whether two equations came into the program by one call.
+
+    Those of a function that JAX inlines share one record of the stack.
+    """
+    return a.source_info.traceback is b.source_info.traceback
+
+
 @functools.cache
 def _calls(code: types.CodeType) -> dict[int, int]:
-    """Return where a call is, for the instruction before it that Python 3.11 has.
+    """Return where a call is, for the other offsets that Python 3.11 has for it.
 
-    Once a function in C was called often enough, that one calls it.
+    The instruction before, once a function in C was called often enough; the last
+    entry of its cache, while a function of Python runs.
     """
+    where, call = dict[int, int](), -1
+    for i in dis.get_instructions(code, show_caches=True):
+        if i.opname != "CACHE":
+            call = i.offset
+        elif call >= 0:
+            where[i.offset] = call
     pairs = itertools.pairwise(dis.get_instructions(code))
-    return {a.offset: b.offset for a, b in pairs if a.opname == "PRECALL"}
+    where.update({a.offset: b.offset for a, b in pairs if a.opname == "PRECALL"})
+    return {offset: where.get(at, at) for offset, at in where.items()}
 
 
 def is_of_jax(eqn: Any) -> bool:

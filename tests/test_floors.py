@@ -29,6 +29,7 @@ FLOORS = [
     {
         "_engine/syntax",
         "_engine/texts",
+        "_engine/ways",
         "_engine/closures",
         "_engine/overwrite",
         "_engine/slope",
@@ -43,6 +44,7 @@ FLOORS = [
         "_engine/labels",
         "_engine/repeats",
     },
+    {"_engine/elsewhere"},
     {"_engine/executions"},
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/copies", "_engine/sites", "_engine/tap"},

@@ -55,6 +55,10 @@ class Given:
         self, items: Sequence[Item], depth: int, expression: Assigned
     ) -> tuple[Item, int]:
         source = items[-1].spots[depth].source
+        for place in source.yields(expression.value):
+            inside = any(is_within(i.spots[depth].position, place) for i in items)
+            if inside or place == expression.value:
+                raise Unclear("it is made of what a generator is sent or handed back")
         if expression.index is not None:
             apart = [i for i in items if i.spots[depth].position == expression.target]
             if apart:

@@ -34,7 +34,7 @@ class Call:
         if before is None or self.unclear:
             return self.unclear
         # A function that JAX inlines is one instruction: it may have been cut in two.
-        one = _jax.stack_of(self.eqns[0]) == _jax.stack_of(before.last)
+        one = _jax.are_inlined(self.eqns[0], before.last)
         return one and _primitives(self) != _primitives(before)
 
 
@@ -72,8 +72,9 @@ class Calls:
 
     def _again(self, call: Call, index: int, stack: Stack) -> bool | None:
         last, eqn = _jax.stack_of(call.last), self._eqns[index]
-        if stack == last and eqn.primitive is not call.eqns[0].primitive:
-            return False
+        if _jax.are_inlined(eqn, call.last):
+            if eqn.primitive is not call.eqns[0].primitive:
+                return False
 
         def goes_on(k: int) -> bool | None:
             rest = itertools.islice(self._eqns, index, None)

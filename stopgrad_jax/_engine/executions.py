@@ -14,6 +14,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Assigned, Binding, Position, is_within
+from .elsewhere import leaves_more
 from .labels import Spot, is_comprehension
 from .repeats import Stack, extent_of, is_again
 
@@ -53,6 +54,8 @@ class Execution:
         """Tell whether a function that JAX inlines may have been cut in two."""
         if self.before is None or not is_repeat(self.items[0], self.before.items[-1]):
             return False
+        if not _jax.are_inlined(self.items[0].eqn, self.before.items[-1].eqn):
+            return False
         a, b = ([i.eqn.primitive for i in run.items] for run in (self, self.before))
         return a != b
 
@@ -70,9 +73,10 @@ def begins_again(
     this one on.
     """
     first, last, new = (_jax.stack_of(i.eqn) for i in (items[0], items[-1], item))
-    # The equations of a function that JAX inlines have one stack.
-    if new == last and item.eqn.primitive is not items[0].eqn.primitive:
-        return False
+    # It is of a function that JAX inlines.
+    if _jax.are_inlined(item.eqn, items[-1].eqn):
+        if item.eqn.primitive is not items[0].eqn.primitive:
+            return False
     level = function_level(new, item, depth, value)
     if level is None:
         return False
@@ -80,7 +84,10 @@ def begins_again(
     def goes_on(k: int) -> bool | None:
         return adds_to([i.eqn for i in items], rest, k)
 
-    return is_again(first, last, new, level, value, goes_on)
+    again = is_again(first, last, new, level, value, goes_on)
+    if again is None and leaves_more(new, level, value, rest):
+        return False
+    return again
 
 
 def adds_to(made: Sequence[Any], rest: Iterable[Any], k: int) -> bool | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .bindings import Position, is_within
+from .ways import can_begin_past, leads_on, loops, place_of
 
 Stack = Sequence[tuple[types.CodeType, int]]
 GoesOn = Callable[[int], bool | None]
@@ -40,35 +41,61 @@ def is_again(
 
     Returns:
       None if both could be: loops around the statement and inside what it calls.
+
+    Where the statement cannot lead from the last equation to the new one, whoever was
+    called for the one and the other, a loop has gone round: or what calls it anew.
     """
-    same = _in_common(last, new)
-    apart = same < min(len(last), len(new)) and last[same][0] is not new[same][0]
-    if new != first:  # `f(x)` in a loop over functions; else the execution goes on
-        if not apart or same <= level:
-            return False
-    elif not new or same < level or (apart and same == level):
+    same = in_common(last, new)
+    parted = same < min(len(last), len(new))
+    apart = parted and last[same][0] is not new[same][0]
+    if not new or same < level or (apart and same == level):
         return bool(new)
+    if parted and not apart:
+        place = value if same == level else None
+        if leads_on(new[same][0], last[same][1], new[same][1], place):
+            return False
     # Two functions that are entered from one instruction were called one after the
     # other: by a loop, or by one call of a function in C, as of `sum` and `reduce`.
-    outer = any(_loops(*new[k]) or calls_back(new, k) for k in range(level))
+    outer = any(loops(*new[k]) or calls_back(new, k) for k in range(level))
     inner = False
     for k in range(level, same if apart else min(same + 1, len(new))):
         code, offset = new[k]
         end = last[k][1] if k < len(last) else offset
-        if offset > end:
-            return False
-        around = _loops(code, offset, end)
+        around = loops(code, offset, end)
         if k == level:
-            own = [loop for loop in around if all(is_within(p, value) for p in loop)]
+            own = own_loops(code, offset, value, end)
             outer = outer or len(own) < len(around)
             around = own
         inner = inner or bool(around)
     back = [k for k in range(level, same) if calls_back(new, k)]
-    if new != first:
-        return outer and not (inner or back)
-    if outer and apart and not inner and len(back) == 1 and goes_on:
-        return _adds_anew(new, back[0], goes_on)
-    return None if outer and (inner or back) else outer
+    if outer and not inner and len(back) == 1 and goes_on:
+        if new == first:
+            return _adds_anew(new, back[0], goes_on) if apart else None
+        if _adds_up(*new[back[0]]):  # else what was made is now added
+            one, two = (_is_generator(s[back[0] + 1][0]) for s in (last, new))
+            return two and not one and _adds_anew(new, back[0], goes_on)
+    if outer and (inner or back):
+        return None if _can_begin(first, new, level) else False
+    return outer
+
+
+def own_loops(
+    code: types.CodeType, start: int, value: Position, end: int | None = None
+) -> list[Any]:
+    """Those of the loops around instructions that an expression itself has."""
+    around = loops(code, start, end)
+    return [loop for loop in around if all(is_within(p, value) for p in loop)]
+
+
+def _can_begin(first: Stack, new: Stack, level: int) -> bool:
+    """Tell whether an execution can begin with an equation, if one began with `first`.
+
+    It cannot if Python always runs the instruction of that one before.
+    """
+    k = in_common(first, new)
+    if k < level or k >= min(len(first), len(new)) or first[k][0] is not new[k][0]:
+        return True
+    return can_begin_past(new[k][0], new[k][1], first[k][1])
 
 
 def begins_call(
@@ -87,9 +114,9 @@ def begins_call(
     """
     pairs = zip(last, new, strict=False)
     same = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
-    outer = any(_loops(*new[k]) or calls_back(new, k) for k in range(level))
+    outer = any(loops(*new[k]) or calls_back(new, k) for k in range(level))
     end_level = len(new) if same is None else same
-    inner = any(_loops(*new[k]) for k in range(level, end_level))
+    inner = any(loops(*new[k]) for k in range(level, end_level))
     back = [k for k in range(level, end_level) if calls_back(new, k)]
     if same is None:  # one instruction: of a function that JAX inlines, or it again
         return (None if inner or back else True) if outer else False
@@ -97,9 +124,9 @@ def begins_call(
     apart = code is not other
     if same < level or (same == level and apart):
         return True
-    if not apart and offset > end:
+    if not apart and leads_on(code, end, offset):
         return False
-    inner = inner or (not apart and bool(_loops(code, offset, end)))
+    inner = inner or (not apart and bool(loops(code, offset, end)))
     if outer and apart and not inner and len(back) == 1 and goes_on:
         one, two = last[back[0] + 1][0], new[back[0] + 1][0]
         if _is_generator(one):  # what it made is now added
@@ -115,7 +142,7 @@ def _adds_anew(new: Stack, k: int, goes_on: GoesOn) -> bool | None:
     return None if on is None else not on
 
 
-def _in_common(last: Stack, new: Stack) -> int:
+def in_common(last: Stack, new: Stack) -> int:
     """Count the calls that two stacks begin with alike."""
     pairs = zip(last, new, strict=False)
     return next((k for k, (a, b) in enumerate(pairs) if a != b), len(new))
@@ -176,40 +203,11 @@ def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
         return "", "", 0
     if not i.opname.startswith("CALL"):
         return i.opname, "", 0
-    start = _place(i)[:2]
+    start = place_of(i)[:2]
     loads = [
         b for b in before if b.opname.startswith("LOAD_") and "CONST" not in b.opname
     ]
-    names = [str(b.argval) for b in loads if _place(b)[:2] == start]
+    names = [str(b.argval) for b in loads if place_of(b)[:2] == start]
     is_method = len(names) == 2 and names[1] in _OF_MODULES
     name = names[-1] if len(names) == 1 or is_method else ""
     return i.opname, name, (i.arg or 0) if i.opname == "CALL" else 0
-
-
-def _loops(code: types.CodeType, start: int, end: int | None = None) -> list[Any]:
-    """Loops around these instructions: the places of their first and last ones."""
-    end = start if end is None else end
-    return [
-        places for low, high, places in _all_loops(code) if low <= start <= end <= high
-    ]
-
-
-@functools.cache
-def _all_loops(
-    code: types.CodeType,
-) -> list[tuple[int, int, tuple[Position, Position]]]:
-    places = {i.offset: _place(i) for i in dis.get_instructions(code)}
-    return [
-        (i.argval, i.offset, (places[i.argval], places[i.offset]))
-        for i in dis.get_instructions(code)
-        # The way back from a handler of exceptions is no loop.
-        if i.opcode in dis.hasjrel and i.argval <= i.offset
-        if "NO_INTERRUPT" not in i.opname
-    ]
-
-
-def _place(instruction: dis.Instruction) -> Position:
-    p = instruction.positions
-    if p is None or None in (p.lineno, p.col_offset, p.end_lineno, p.end_col_offset):
-        return (0, 0, 0, 0)
-    return (p.lineno, p.col_offset, p.end_lineno, p.end_col_offset)  # type: ignore[return-value]

@@ -64,6 +64,7 @@ class Source:
         self._statements: dict[int, list[tuple[Position, ast.AST]]] = {}
         self._expressions: dict[Position, ast.expr] = {}
         self._reads: dict[str, list[Position]] = {}
+        self._yields: list[Position] = []
         self._functions: list[Function] = []
         self._around_places: dict[Position, Function] = {}
         self._assignments: dict[Position, list[Binding]] = {}
@@ -84,6 +85,8 @@ class Source:
                     self._statements.setdefault(line, []).append((place, node))
             elif isinstance(node, ast.expr):
                 self._expressions.setdefault(place_of(node), node)
+            if isinstance(node, ast.Yield | ast.YieldFrom):
+                self._yields.append(place_of(node))
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 self._reads.setdefault(node.id, []).append(place_of(node))
 
@@ -141,6 +144,10 @@ class Source:
             return False
         name = self.callee(place)
         return name[:1].isupper() or name in ("dict", "list", "set", "tuple")
+
+    def yields(self, place: Position) -> list[Position]:
+        """Return the places of each `yield` in the expression or statement there."""
+        return [p for p in self._yields if is_within(p, place)]
 
     def key(self, place: Position) -> str:
         """Return the key that the expression there has in a dict, or ""."""
