@@ -192,6 +192,8 @@ def backward(
     The value is among its results, too: so it is known what leads to it.
     """
     asked: list[Any] = list(ys or ())
+    if not all(isinstance(x, int | str) for x in xs or ()):
+        raise _no_arguments(look_up(traced, (), called), xs, called)
     wanted = dict.fromkeys(asked, TO_DIFFERENTIATE)
     wanted |= dict.fromkeys(xs or list[Any](), Wanted(("argument",), moving=True))
     looked_up = look_up(traced, [*(xs or ()), *asked], called, wanted)
@@ -272,7 +274,7 @@ def _handing_out(program: LookedUp, points: Sequence[Value]) -> tuple[Any, Any]:
     targets = frozenset(t for y in points for t in plan.found[y.index].targets)
 
     def run(*leaves: Any) -> list[Any]:
-        rewriter = Rewriter(Actions(captures=targets))
+        rewriter = Rewriter(Actions(captures=targets), shared=False)
         none = [None] * len(plan.found)
         out, captured = rewriter.run(plan, leaves, none, None)
         return [*out, *(captured[y.index] for y in points)]
@@ -295,24 +297,29 @@ def _by(
     program: LookedUp, traced: Traced, xs: list[Any] | None, called: str
 ) -> list[Value]:
     """Places of the arguments to differentiate by."""
-
-    def carrying(tree: Any) -> list[Value]:
-        places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
-        return [v for v in places if _jax.is_differentiable(program.types[v])]
-
     if xs is None:
         trees = [*traced.positional, *traced.arguments.values()]
-        return next(filter(None, map(carrying, trees)), [])
-    places = list(dict.fromkeys(carrying([program.matched[x].tree for x in xs])))
+        return next(filter(None, (_carrying(program, tree) for tree in trees)), [])
+    tree = [program.matched[x].tree for x in xs]
+    places = list(dict.fromkeys(_carrying(program, tree)))
     if any(place.kind != "argument" for place in places) or not places:
-        carry = [name for name, x in traced.arguments.items() if carrying(x)]
-        write = f"one of {quoted(carry)}" if carry else "an argument of floats"
-        raise TypeError(
-            beats(
-                called,
-                "xs are arguments that carry a gradient",
-                quoted(xs),
-                write,
-            )
-        )
+        raise _no_arguments(program, xs, called)
     return places
+
+
+def _carrying(program: LookedUp, tree: Any) -> list[Value]:
+    places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
+    return [v for v in places if _jax.is_differentiable(program.types[v])]
+
+
+def _no_arguments(program: LookedUp, xs: Any, called: str) -> TypeError:
+    arguments = program.traced.arguments
+    carry = [name for name, tree in arguments.items() if _carrying(program, tree)]
+    return TypeError(
+        beats(
+            called,
+            "xs are arguments that carry a gradient",
+            quoted(xs),
+            f"one of {quoted(carry)}" if carry else "an argument of floats",
+        )
+    )
