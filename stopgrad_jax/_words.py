@@ -236,13 +236,18 @@ EXP = (
 LOG_OF_ZERO = "the logarithm of zero is -inf"
 LOG_OF_NEGATIVE = "the logarithm of a negative number is nan"
 ZERO_BY_ZERO = "zero divided by zero is nan"
-BY_ZERO = "a number divided by zero is inf"
+BY_ZERO = "a number divided by zero is inf"  # the result is; or a power below 0 of zero
+REMAINDER = "the remainder of a division by zero is nan"
 ROOT_OF_NEGATIVE = "the root of a negative number is nan"
 ROOT_OF_ZERO = "one by the root of zero is inf"
 UNLIKE = "infinities of opposite signs are added"
 ALIKE = "infinities of the same sign are subtracted"
 ZERO_TIMES_INFINITY = "zero times an infinity is nan"
-SINGULAR = "the matrix is singular, or too close to it"
+# A solution that is nonfinite: which of these it is has not been looked at.
+SINGULAR = (
+    "the matrix is singular, or too close to it, or the solution leaves the range of "
+    "{dtype}"
+)
 OVERFLOWS = "the result leaves the range of {dtype}"
 OTHER = "{name} has no finite result in {dtype} for these operands"
 # The operand is smaller than any normal number of its dtype, and not zero.

@@ -140,3 +140,37 @@ def test_what_gradients_refuses_is_refused_alike(fun):
             verb(fun, 0, ys="h")(f32(1.0)[0])
         messages.append(str(caught.value).partition("\n")[2])
     assert messages[0] == messages[1]
+
+
+ZERO = f32(0.0)[0]
+
+
+@pytest.mark.parametrize(
+    ("fun", "hint"),
+    [
+        # 1 / 0 is inf, by IEEE 754; a remainder by zero is nan.
+        (lambda x: x**-1, "divided by zero is inf"),
+        (lambda x: jax.lax.integer_pow(x, -2), "divided by zero is inf"),
+        (jnp.reciprocal, "divided by zero is inf"),
+        (lambda x: 3.0 / x, "divided by zero is inf"),
+        (lambda x: jnp.mod(x + 1.0, x), "remainder of a division by zero is nan"),
+        (lambda x: jnp.fmod(x + 1.0, x), "remainder of a division by zero is nan"),
+        (lambda x: jax.lax.rem(x, x), "remainder of a division by zero is nan"),
+    ],
+)
+def test_what_is_divided_by_zero(fun, hint):
+    assert not np.isfinite(fun(ZERO))
+    assert hint in sg.find_nonfinite(fun, ())(ZERO).hint
+
+
+def test_a_power_that_overflows_is_not_divided_by_zero():
+    report = sg.find_nonfinite(lambda x: x**-3, ())(np.float32(1e-20))
+    assert report.hint == "the result leaves the range of float32"
+
+
+def test_a_well_conditioned_matrix_is_not_said_to_be_singular():
+    def solved(a):
+        return jnp.sum(jnp.linalg.solve(a * jnp.eye(2), 1e30 * jnp.ones(2)))
+
+    hint = " ".join(sg.find_nonfinite(solved, ())(np.float32(1e-30)).hint.split())
+    assert "or the solution leaves the range of float32" in hint
