@@ -228,7 +228,7 @@ ZERO_COMES_BACK = (
 )
 # What comes back is nonfinite for finite operands, none of which is zero.
 BACK_OVERFLOWS = "the product leaves the range of {dtype} on the way back"
-# By operation: what its operands must have been.
+# By operation: what its operands must have been. SINGULAR: a solution is nonfinite.
 EXP = (
     "{name} leaves the range of {dtype} above {limit:.4g}; jax.nn.softmax and "
     "jax.nn.logsumexp subtract the largest operand first"
@@ -243,11 +243,7 @@ ROOT_OF_ZERO = "one by the root of zero is inf"
 UNLIKE = "infinities of opposite signs are added"
 ALIKE = "infinities of the same sign are subtracted"
 ZERO_TIMES_INFINITY = "zero times an infinity is nan"
-# A solution that is nonfinite: which of these it is has not been looked at.
-SINGULAR = (
-    "the matrix is singular, or too close to it, or the solution leaves the range of "
-    "{dtype}"
-)
+SINGULAR = "a matrix near to singular, or a solution that leaves the range of {dtype}"
 OVERFLOWS = "the result leaves the range of {dtype}"
 OTHER = "{name} has no finite result in {dtype} for these operands"
 # The operand is smaller than any normal number of its dtype, and not zero.
