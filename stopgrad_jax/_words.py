@@ -230,7 +230,7 @@ ZERO_COMES_BACK = (
 )
 # What comes back is nonfinite for finite operands, none of which is zero.
 BACK_OVERFLOWS = "the product leaves the range of {dtype} on the way back"
-# By operation: what its operands must have been.
+# By operation: what its operands must have been. SINGULAR: a solution is nonfinite.
 EXP = (
     "{name} leaves the range of {dtype} above {limit:.4g}; jax.nn.softmax and "
     "jax.nn.logsumexp subtract the largest operand first"
@@ -238,13 +238,14 @@ EXP = (
 LOG_OF_ZERO = "the logarithm of zero is -inf"
 LOG_OF_NEGATIVE = "the logarithm of a negative number is nan"
 ZERO_BY_ZERO = "zero divided by zero is nan"
-BY_ZERO = "a number divided by zero is inf"
+BY_ZERO = "a number divided by zero is inf"  # the result is; or a power below 0 of zero
+REMAINDER = "the remainder of a division by zero is nan"
 ROOT_OF_NEGATIVE = "the root of a negative number is nan"
 ROOT_OF_ZERO = "one by the root of zero is inf"
 UNLIKE = "infinities of opposite signs are added"
 ALIKE = "infinities of the same sign are subtracted"
 ZERO_TIMES_INFINITY = "zero times an infinity is nan"
-SINGULAR = "the matrix is singular, or too close to it"
+SINGULAR = "a matrix near to singular, or a solution that leaves the range of {dtype}"
 OVERFLOWS = "the result leaves the range of {dtype}"
 OTHER = "{name} has no finite result in {dtype} for these operands"
 # The operand is smaller than any normal number of its dtype, and not zero.

@@ -27,6 +27,7 @@ from ._engine.rewrite import Actions, Rewriter
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Value, filled, is_traceable, trace
 from ._engine.walk import Leaf, PointName
+from ._engine.wanted import Wanted
 from ._errors import beats, function_name
 
 __all__ = ["capture", "edit", "name", "op", "perturb", "point", "var"]
@@ -127,7 +128,8 @@ def capture(
     @functools.wraps(fun)
     def captured(*args: P.args, **kwargs: P.kwargs) -> Any:
         traced = refusing(trace(fun, args, kwargs), called)
-        program = look_up(traced, addresses, called)
+        wanted = dict.fromkeys(addresses, Wanted(loops=False))
+        program = look_up(traced, addresses, called, wanted)
         refuse_loops(program, addresses, called)
         actions = Actions(captures=program.targets_of(addresses))
         none = [None] * len(program.plan.found)
@@ -186,7 +188,8 @@ def edit(
     @functools.wraps(fun)
     def edited(*args: P.args, **kwargs: P.kwargs) -> T:
         traced = refusing(trace(fun, args, kwargs), called)
-        program = look_up(traced, addresses, called)
+        wanted = dict.fromkeys(addresses, Wanted(rules=False, taken=False))
+        program = look_up(traced, addresses, called, wanted)
         traced = program.traced
         refuse_rules(program, addresses, called)
         refuse_differentiated(program, addresses, function_name(fun), called)
@@ -248,7 +251,8 @@ def perturb(
     def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
         require_keys(perturbations, addresses, called)
         traced = refusing(trace(fun, args, kwargs), called)
-        program = look_up(traced, addresses, called)
+        wanted = dict.fromkeys(addresses, Wanted(loops=False, rules=False))
+        program = look_up(traced, addresses, called, wanted)
         refuse_loops(program, addresses, called)
         refuse_rules(program, addresses, called)
         traced = program.traced

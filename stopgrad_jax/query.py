@@ -25,6 +25,7 @@ from ._engine.given import cotangents, default_ys
 from ._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Traced, Value, filled, trace
+from ._engine.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
 from ._errors import beats, function_name
 
 P = ParamSpec("P")
@@ -213,7 +214,9 @@ class _Query:
         called = self.called
         xs, stops = jax.tree.leaves(self.xs), jax.tree.leaves(self.stop_gradients)
         ys = [] if self.ys is None else jax.tree.leaves(self.ys)
-        program = look_up(traced, [*xs, *stops, *ys], called)
+        wanted = dict.fromkeys(ys, TO_DIFFERENTIATE)
+        wanted |= dict.fromkeys([*xs, *stops], TO_DIFFERENTIATE_BY)
+        program = look_up(traced, [*xs, *stops, *ys], called, wanted)
         refuse_outputs(program, [*xs, *stops], called)
         refuse_loops(program, [*xs, *stops, *ys], called)
         refuse_rules(program, [*xs, *stops, *ys], called)

@@ -33,9 +33,9 @@ def suggestions(error):
 def trying(refuse, kind, asked):
     """Wrap what refuses addresses; `asked` makes its second argument of one of them."""
 
-    def tried_out(subject, wanted, called):
+    def tried_out(subject, wanted, called, *takes):
         try:
-            return refuse(subject, wanted, called)
+            return refuse(subject, wanted, called, *takes)
         except sg.AddressError as error:
             for address in suggestions(error):
                 tried[kind] += 1

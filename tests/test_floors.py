@@ -62,6 +62,7 @@ FLOORS = [
     {"_engine/walk", "_engine/measured"},
     {"_engine/reduced", "_engine/own_values"},
     {"_engine/edits", "_engine/connect", "_engine/unfound", "_engine/nth"},
+    {"_engine/wanted"},
     {"_engine/unmatched"},
     {"_engine/rewrite", "_engine/select", "_engine/dependence"},
     {"_engine/graph"},

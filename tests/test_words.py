@@ -57,7 +57,11 @@ FORWARD = {
     _words.ALIKE: (lambda x: masked(x) - masked(2 * x), f32(1, 0)),
     _words.UNLIKE: (lambda x: masked(x) + -masked(x), f32(1, 0)),
     _words.ZERO_TIMES_INFINITY: (lambda x: x * masked(x), f32(1, 0)),
-    _words.SINGULAR: (jnp.linalg.inv, jnp.zeros((2, 2), "float32")),
+    _words.REMAINDER: (lambda x: jax.lax.rem(x, 0 * x), f32(2)),
+    _words.SINGULAR.format(dtype="float32"): (
+        jnp.linalg.inv,
+        jnp.zeros((2, 2), "float32"),
+    ),
     _words.OVERFLOWS.format(dtype="float32"): (lambda x: x * x, f32(1, 1e30)),
     _words.OVERFLOWS.format(dtype="float16"): (
         lambda x: x.astype("float16"),

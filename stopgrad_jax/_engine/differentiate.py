@@ -132,7 +132,7 @@ class Differentiation:
         places = {f"{op.name} ({op.spot.place})" if op.spot else op.name for op in ops}
         loops = [op for op in ops if op.join]
         if isinstance(error, jax.errors.UnexpectedTracerError):
-            raise TypeError(_inside_a_closure(self._called)) from error
+            raise TypeError(inside_a_closure(self._called)) from error
         if loops and _jax.is_no_reverse(error):
             raise ValueError(
                 beats(
@@ -174,7 +174,7 @@ class Differentiation:
             t for y in ys if y.kind == "point" for t in plan.found[y.index].targets
         }
         if self._closes_over and plan.found:
-            raise TypeError(_inside_a_closure(self._called))
+            raise TypeError(inside_a_closure(self._called))
         if self._closes_over:  # nothing is done to values inside: call it anew
             out, captured = traced.run(*leaves), []
         else:
@@ -211,7 +211,8 @@ class Differentiation:
         return [number.get(place, 0) for place in places(self._program)]
 
 
-def _inside_a_closure(called: str) -> str:
+def inside_a_closure(called: str) -> str:
+    """Say why values beside a rule that closes over one cannot be got at."""
     return beats(
         called,
         "custom rules read the arguments of their own function, where values inside "

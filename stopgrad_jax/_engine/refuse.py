@@ -64,16 +64,25 @@ def _at(called: str, found: Found) -> str:
     return f"{called} ({found.line})" if found.line else called
 
 
-def refuse_outputs(program: Program, addresses: Iterable[Address], called: str) -> None:
-    """The function's output is what is differentiated, not what by."""
+def refuse_outputs(
+    program: Program,
+    addresses: Iterable[Address],
+    called: str,
+    stats: bool = False,
+) -> None:
+    """The function's output is what is differentiated, not what by.
+
+    `stats`: they are those of `make_step`, which differentiates the loss alone.
+    """
+    what = "stats" if stats else "xs and stop_gradients"
+    named = "a name for the value before it is returned"
     for address in addresses:
         if isinstance(address, str) and address.split("/")[0] == RETURN:
             raise AddressError(
                 beats(
                     called,
-                    "xs and stop_gradients must be arguments or values inside "
-                    f"{program.traced.name}",
+                    f"{what} must be arguments or values inside {program.traced.name}",
                     f'"{address}", its output',
-                    f'ys="{address}", or a name for the value before it is returned',
+                    named if stats else f'ys="{address}", or {named}',
                 )
             )

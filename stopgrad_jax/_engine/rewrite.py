@@ -55,11 +55,11 @@ class Actions:
 
 
 class Rewriter:
-    """Evaluates plans; what occurs many times is traced once."""
+    """Evaluates plans; what occurs many times is traced once, if that is `shared`."""
 
-    def __init__(self, actions: Actions) -> None:
+    def __init__(self, actions: Actions, shared: bool = True) -> None:
         self._actions = actions
-        self._runs = Runs()
+        self._runs = Runs(shared)
         self._functions: dict[Any, Callable[..., Any]] = {}
 
     def run(

@@ -38,9 +38,14 @@ class Run:
 
 
 class Runs:
-    """Cuts programs into runs and evaluates them; equal ones share a function."""
+    """Cuts programs into runs and evaluates them; equal ones share a function.
 
-    def __init__(self) -> None:
+    A shared function has the source lines of the first. `shared=False` leaves each
+    equation its own, for what tells lines.
+    """
+
+    def __init__(self, shared: bool = True) -> None:
+        self._shared = shared
         self._functions: dict[Any, Callable[..., list[Any]]] = {}
         self._numbers: dict[Any, int] = {}
 
@@ -61,7 +66,8 @@ class Runs:
         def apart(eqn: Any, following: Any) -> bool:
             return id(eqn) in alone or id(following) in alone
 
-        if not _jax.is_tracing():  # evaluated one by one: nothing to share
+        # Evaluated one by one there is nothing to share.
+        if not self._shared or not _jax.is_tracing():
             return _wired(_blocks(eqns, apart), outvars)
 
         numbers = {id(eqn): self._number(eqn) for eqn in eqns}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from .trace import Static, Traced, Value
 from .unfound import Looked
 from .unmatched import Unmatched
 from .walk import Search
+from .wanted import ANYTHING, Wanted
 
 Target = Point | Op | Var
 
@@ -109,8 +110,16 @@ class _Searched:
     parameters: Sequence[Parameters]
 
 
-def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Program:
-    """Find what each address selects, or raise `AddressError`."""
+def look_up(
+    traced: Traced,
+    addresses: Iterable[Address],
+    called: str,
+    wanted: Mapping[Address, Wanted] | None = None,
+) -> Program:
+    """Find what each address selects, or raise `AddressError`.
+
+    `wanted` says what the call takes there, where that is not anything.
+    """
     addresses = list(dict.fromkeys(addresses))
     found = _searched(traced, addresses)
     for name, place in found.search.unreachable.items():
@@ -132,7 +141,10 @@ def look_up(traced: Traced, addresses: Iterable[Address], called: str) -> Progra
             if op.nth is not None:
                 plan = _chosen(plan, found, op, called)
     finder = _Finder(found.traced, found.targets, plan, called, looked)
-    matched = {a: Matched(a, finder.find(a)) for a in addresses}
+    wanted = wanted or {}
+    matched = {
+        a: Matched(a, finder.find(a, wanted.get(a, ANYTHING))) for a in addresses
+    }
     return Program(found.traced, plan, found.targets, matched)
 
 
@@ -140,8 +152,10 @@ def _looked(found: _Searched) -> Unmatched:
     """Return what errors may tell of a search."""
     search, traced = found.search, found.traced
 
-    def working(addresses: Iterable[Address]) -> list[Address]:
-        return _working(traced, list(dict.fromkeys(addresses)))
+    def working(
+        addresses: Iterable[Address], wanted: Wanted = ANYTHING
+    ) -> list[Address]:
+        return _working(traced, list(dict.fromkeys(addresses)), wanted)
 
     @functools.cache
     def look(var: Var) -> Any:
@@ -153,21 +167,26 @@ def _looked(found: _Searched) -> Unmatched:
     return Unmatched(traced, found.targets, search, variables, working, look)
 
 
-def _working(traced: Traced, addresses: Sequence[Address]) -> list[Address]:
+def _working(
+    traced: Traced, addresses: Sequence[Address], wanted: Wanted
+) -> list[Address]:
     """Return those of some addresses that select something, and one thing only."""
     found = _searched(traced, addresses)
     looked = _looked(found)
+    program = Program(found.traced, found.plan, found.targets, {})
     works = []
     for address in addresses:
         target = _target(address)
+        finder = _Finder(traced, found.targets, found.plan, "", looked)
+        edge, inside = finder.selected(address)
+        if not wanted.fits(program, list((edge | inside).values())):
+            continue
         if isinstance(target, Var):
             number = found.targets.index(target)
             variables = looked.variables
             if variables is not None and variables.is_clear(number, target):
                 works.append(address)
             continue
-        finder = _Finder(traced, found.targets, found.plan, "", looked)
-        edge, inside = finder.selected(address)
         if (edge or inside) and not edge.keys() & inside.keys():
             if not isinstance(target, Op) or _is_told(found, target):
                 works.append(address)
@@ -291,8 +310,11 @@ class _Finder:
         self._called, self._looked = called, looked
         self._edge: dict[str, Any] | None = None
 
-    def find(self, address: Address) -> dict[str, Any]:
-        """Return what the address selects, by full address; never nothing."""
+    def find(self, address: Address, wanted: Wanted) -> dict[str, Any]:
+        """Return what the address selects, by full address; never nothing.
+
+        `wanted` is for what the error says to write instead.
+        """
         edge, inside = self.selected(address)
         both = edge.keys() & inside.keys()
         if both:
@@ -307,7 +329,7 @@ class _Finder:
                 )
             )
         if not edge and not inside:
-            raise self._looked.no_match(address, self._called)
+            raise self._looked.suggesting(wanted).no_match(address, self._called)
         return edge | inside
 
     def selected(self, address: Address) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -47,7 +47,7 @@ class Looked:
     def told(self, target: int, var: Var) -> list[str]:
         """Return, as they are written, the addresses of what a label may mean."""
         if self.is_clear(target, var):
-            return [repr(var)]
+            return [repr(v) for v in self.working([var])]
         return self.addresses(var, list(self.variables.statements[target].values()))
 
     @property

@@ -51,16 +51,32 @@ def is_literal(value: Any, most: int = 40) -> bool:
 class Unmatched:
     """What was seen while addresses were looked for.
 
-    `working` returns those of some addresses that select something here, `look` what is
-    seen when a variable is looked for.
+    `working` returns those of some addresses that select something here (`wanted`: that
+    the call takes), `look` what is seen when a variable is looked for.
     """
 
     traced: Traced
     targets: Sequence[Any]
     search: Search
     variables: Looked | None
-    working: Callable[[Iterable[Address]], list[Any]]
+    working: Callable[..., list[Any]]
     look: Callable[[Var], Looked]
+
+    def suggesting(self, wanted: Any) -> Unmatched:
+        """Return this for a call that takes only what is `wanted`."""
+        working = functools.partial(self.working, wanted=wanted)
+
+        def looked(told: Looked) -> Looked:
+            return dataclasses.replace(told, working=working)
+
+        variables = self.variables and looked(self.variables)
+
+        def look(var: Var) -> Looked:
+            return looked(self.look(var))
+
+        return dataclasses.replace(
+            self, variables=variables, working=working, look=look
+        )
 
     def no_match(self, address: Address, asked: str) -> AddressError:
         """Return the error for an address that selects nothing."""
@@ -92,7 +108,8 @@ class Unmatched:
         for primitive, line in self.search.opaque.items():
             came += f'; "{primitive}" at {line} holds a program that cannot be searched'
         if isinstance(address, Point):
-            near = [Point(n) for n in nearest(address.name, names) or names]
+            near = self.working(map(Point, nearest(address.name, names)))
+            near = near or self.working(map(Point, names))
             write = _one_of(near) if near else f'sg.name(value, "{address.name}")'
             return came, write
         known, text = [*self._edges, *names], str(address)
@@ -101,7 +118,7 @@ class Unmatched:
         near = [*ends[:3], *nearest(text, [*known, *labels])][:3]
         whole = {path for path in known for path in prefixes(path)}
         works = self.working([n if n in whole else Var(n) for n in near])
-        return came, _one_of(works or [*arguments, *names, RETURN], near=True)
+        return came, _one_of(works, near=True) if works else self._any()
 
     @functools.cached_property
     def _edges(self) -> dict[str, Any]:
@@ -144,8 +161,14 @@ class Unmatched:
                 return None
             write = self.working([path])
             came = f'"{path}" is {kind}: nothing below it has an address'
-            return came, _one_of(write) if write else "another address"
+            return came, _one_of(write) if write else self._any()
         return None
+
+    def _any(self) -> str:
+        """Say all that an address of a value can be here."""
+        names = [n for n in self.search.names if n not in self.search.buried]
+        works = self.working([*self.traced.arguments, *names, RETURN])
+        return _one_of(works, near=True) if works else "another address"
 
     def _unpassed(self, text: str) -> Told | None:
         """A default that was not passed, or what a partial has bound."""
@@ -190,8 +213,10 @@ class Unmatched:
         candidates.append(Op(inside[-1][0].primitive.name, text))
         write = self.working(candidates)[:1]
         below = [p for p in self._edges if p.endswith("/" + text)]
-        write += [p for p in below if not p.startswith(RETURN + "/")][:1]
-        return f'"{text}" is a named scope, in "{inside[0][1]}"', _one_of(write)
+        below = [p for p in below if not p.startswith(RETURN + "/")]
+        write += self.working(below)[:1]
+        came = f'"{text}" is a named scope, in "{inside[0][1]}"'
+        return (came, _one_of(write)) if write else None
 
     @functools.cached_property
     def _eqns(self) -> list[tuple[Any, str]]:
@@ -236,7 +261,7 @@ class Unmatched:
         works = self.working([*candidates, dataclasses.replace(op, within=None)])
         where = f"in {quoted(around)}" if around else "in no named scope"
         came = f'none within "{op.within}": there are matches {where}'
-        return came, _one_of(works[:3])
+        return came, _one_of(works[:3]) if works else "another function"
 
     @functools.cached_property
     def _codes(self) -> list[types.CodeType]:

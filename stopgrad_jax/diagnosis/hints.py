@@ -128,8 +128,13 @@ def _cause(birth: Birth) -> str:
         return _words.SUBNORMAL.format(name=name, tiny=tiny, dtype=dtype)
     if name == "log" and first is not None:
         return _words.LOG_OF_ZERO if first == 0 else _words.LOG_OF_NEGATIVE
-    if name in ("div", "rem") and last == 0:
-        return _words.ZERO_BY_ZERO if first == 0 else _words.BY_ZERO
+    if name == "rem" and last == 0 and nan:
+        return _words.REMAINDER
+    if name == "div" and last == 0 and first == 0:
+        return _words.ZERO_BY_ZERO
+    inverse = name == "integer_pow" and birth.op.eqn.params["y"] < 0
+    if not nan and last == 0 and (name == "div" or inverse):
+        return _words.BY_ZERO
     if name in ("sqrt", "rsqrt") and first is not None and not np.iscomplexobj(first):
         return _words.ROOT_OF_NEGATIVE if first < 0 else _words.ROOT_OF_ZERO
     if name in ("add", "sub", "mul") and nan and birth.kind == "harm":
@@ -139,7 +144,7 @@ def _cause(birth: Birth) -> str:
             "mul": _words.ZERO_TIMES_INFINITY,
         }[name]
     if name in ("custom_linear_solve", "triangular_solve"):
-        return _words.SINGULAR
+        return _words.SINGULAR.format(dtype=dtype)
     if not nan and (name in _OVERFLOW or (name == "div" and last)):
         return _words.OVERFLOWS.format(dtype=dtype)
     return _other(birth)

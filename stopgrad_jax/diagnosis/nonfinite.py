@@ -47,7 +47,8 @@ def find_nonfinite(
         then its own.
       xs: addresses of the arguments whose gradients are looked at; the first argument
         that carries one, as in `jax.grad`, if None. `xs=()` looks forward only.
-      ys: addresses of what is differentiated; `fun`'s output if it is one array.
+      ys: addresses of what is differentiated, as in `sg.gradients`: outputs, arguments
+        or values inside; `fun`'s output if it is one array.
 
     Returns:
       A function of `fun`'s arguments, concrete arrays. It returns None, or a

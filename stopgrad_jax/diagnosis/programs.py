@@ -14,6 +14,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, nodes
 from stopgrad_jax._engine.closures import holds_closure, not_compiled
+from stopgrad_jax._engine.differentiate import inside_a_closure
 from stopgrad_jax._engine.entries import (
     FILLS,
     Index,
@@ -26,9 +27,12 @@ from stopgrad_jax._engine.entries import (
     places,
 )
 from stopgrad_jax._engine.given import cotangents, default_ys
+from stopgrad_jax._engine.refuse import refuse_loops, refuse_rules
+from stopgrad_jax._engine.rewrite import Actions, Rewriter
 from stopgrad_jax._engine.select import Program as LookedUp
 from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Traced, Value
+from stopgrad_jax._engine.wanted import TO_DIFFERENTIATE, Wanted
 from stopgrad_jax._errors import beats, quoted
 
 # Runs a jaxpr: (jaxpr, its constants, its operands) -> its results.
@@ -187,7 +191,12 @@ def backward(
 
     The value is among its results, too: so it is known what leads to it.
     """
-    looked_up = look_up(traced, [*(xs or ()), *(ys or ())], called)
+    asked: list[Any] = list(ys or ())
+    if not all(isinstance(x, int | str) for x in xs or ()):
+        raise _no_arguments(look_up(traced, (), called), xs, called)
+    wanted = dict.fromkeys(asked, TO_DIFFERENTIATE)
+    wanted |= dict.fromkeys(xs or list[Any](), Wanted(("argument",), moving=True))
+    looked_up = look_up(traced, [*(xs or ()), *asked], called, wanted)
     outputs = list(_outputs(traced))
     if ys is None and len(outputs) != 1:
         if xs is not None:
@@ -205,6 +214,14 @@ def backward(
         return None
     source, count = (traced.jaxpr, traced.consts), len(traced.leaves)
     closes_over = holds_closure(traced.jaxpr)
+    inside = [y for y, _ in pairs if y.kind == "point"]
+    if inside:
+        refuse_loops(looked_up, asked, called)
+        refuse_rules(looked_up, asked, called)
+        if closes_over:
+            raise TypeError(inside_a_closure(called))
+        source = _handing_out(looked_up, inside)
+    first = len(traced.jaxpr.outvars)  # of the values inside, among the results
 
     def called_with(evaluate: Evaluate, leaves: list[Any]) -> list[Any]:
         # Such a rule can be called while the function runs, and not in its program.
@@ -221,7 +238,13 @@ def backward(
                 for place, value in zip(by, values, strict=True):
                     leaves[place.index] = value
                 out = called_with(evaluate, leaves)
-                return [out[y.index] for y, _ in pairs], out
+                points = dict(zip(inside, out[first:], strict=True))
+                at = {"argument": leaves, "output": out}
+                ends = [
+                    points[y] if y.kind == "point" else at[y.kind][y.index]
+                    for y, _ in pairs
+                ]
+                return ends, out
 
             values = [given[place.index] for place in by]
             _, pull, out = jax.vjp(run, *values, has_aux=True)
@@ -245,6 +268,20 @@ def backward(
     )
 
 
+def _handing_out(program: LookedUp, points: Sequence[Value]) -> tuple[Any, Any]:
+    """Return the function's program with values inside of it among its results."""
+    plan = program.plan
+    targets = frozenset(t for y in points for t in plan.found[y.index].targets)
+
+    def run(*leaves: Any) -> list[Any]:
+        rewriter = Rewriter(Actions(captures=targets), shared=False)
+        none = [None] * len(plan.found)
+        out, captured = rewriter.run(plan, leaves, none, None)
+        return [*out, *(captured[y.index] for y in points)]
+
+    return _jax.opened(jax.make_jaxpr(run)(*program.traced.leaves))
+
+
 def _constants(jaxpr: Any, consts: Sequence[Any]) -> set[int]:
     """Identities of the traced values that a program holds."""
     return {id(x) for x in (*consts, *_jax.held(jaxpr)) if _jax.is_traced(x)}
@@ -260,22 +297,29 @@ def _by(
     program: LookedUp, traced: Traced, xs: list[Any] | None, called: str
 ) -> list[Value]:
     """Places of the arguments to differentiate by."""
-
-    def carrying(tree: Any) -> list[Value]:
-        places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
-        return [v for v in places if _jax.is_differentiable(program.types[v])]
-
     if xs is None:
         trees = [*traced.positional, *traced.arguments.values()]
-        return next(filter(None, map(carrying, trees)), [])
-    places = list(dict.fromkeys(carrying([program.matched[x].tree for x in xs])))
+        return next(filter(None, (_carrying(program, tree) for tree in trees)), [])
+    tree = [program.matched[x].tree for x in xs]
+    places = list(dict.fromkeys(_carrying(program, tree)))
     if any(place.kind != "argument" for place in places) or not places:
-        raise TypeError(
-            beats(
-                called,
-                "xs are arguments that carry a gradient",
-                quoted(xs),
-                f"one of {quoted(traced.arguments)}",
-            )
-        )
+        raise _no_arguments(program, xs, called)
     return places
+
+
+def _carrying(program: LookedUp, tree: Any) -> list[Value]:
+    places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
+    return [v for v in places if _jax.is_differentiable(program.types[v])]
+
+
+def _no_arguments(program: LookedUp, xs: Any, called: str) -> TypeError:
+    arguments = program.traced.arguments
+    carry = [name for name, tree in arguments.items() if _carrying(program, tree)]
+    return TypeError(
+        beats(
+            called,
+            "xs are arguments that carry a gradient",
+            quoted(xs),
+            f"one of {quoted(carry)}" if carry else "an argument of floats",
+        )
+    )

@@ -27,6 +27,7 @@ from stopgrad_jax._engine.reduced import (
 from stopgrad_jax._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
 from stopgrad_jax._engine.select import Program, listed, look_up
 from stopgrad_jax._engine.trace import Traced, Value, filled, trace
+from stopgrad_jax._engine.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
 from stopgrad_jax._errors import beats, function_name, type_of
 
 P = ParamSpec("P")
@@ -133,8 +134,10 @@ def measured(
     """
     addresses = list(stats)
     asked, xs = [] if ys is None else jax.tree.leaves(ys), set(xs)
-    program = look_up(traced, [*addresses, *asked], called)
-    refuse_outputs(program, addresses, called)
+    by = dataclasses.replace(TO_DIFFERENTIATE_BY, moving=True)
+    wanted = dict.fromkeys(asked, TO_DIFFERENTIATE) | dict.fromkeys(addresses, by)
+    program = look_up(traced, [*addresses, *asked], called, wanted)
+    refuse_outputs(program, addresses, called, stats=has_aux)
     refuse_loops(program, [*addresses, *asked], called)
     refuse_rules(program, [*addresses, *asked], called)
     if ys is None:
