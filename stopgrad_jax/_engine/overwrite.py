@@ -17,7 +17,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .walk import Plan
+from .plan import Plan
 
 _WRITES = ("scatter", "dynamic_update_slice")
 _LARGEST = 1 << 20  # entries of an array that is followed

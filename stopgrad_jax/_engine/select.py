@@ -29,10 +29,10 @@ from stopgrad_jax._checks import shown
 from stopgrad_jax._errors import AddressError, beats
 
 from . import nth
-from .edits import assembled
+from .gathered import together
 from .parameters import Parameters
 from .plan import Found, Hit, Plan
-from .trace import Static, Traced, Value
+from .trace import Traced, Value
 from .unfound import Looked
 from .unmatched import Unmatched
 from .walk import Search
@@ -373,40 +373,6 @@ class _Finder:
                     groups.setdefault(root, []).append((k, found, hit))
         places = {}
         for root, group in groups.items():
-            values = list(_together(root, group))
+            values = list(together(root, group))
             places[root] = values[0] if len(values) == 1 else tuple(values)
         return places
-
-
-def _together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any]:
-    """Put what one address selects together, place by place in program order."""
-    parts: dict[str, Any] = {}
-    last: Hit | None = None
-
-    def whole() -> Any:
-        if last is not None and last.tree is not None:
-            # JAX removes a leaf from the program where nothing uses it.
-            return assembled(last, [parts.get(p, Static(None)) for p in last.parts])
-        return parts[""] if "" in parts else _nest(parts)
-
-    for k, found, hit in group:
-        alone = hit.tree is None
-        part = found.name[len(root) + 1 :] if alone else hit.parts[hit.position]
-        same = last is not None and hit.parts == last.parts
-        if parts and (not same or part in parts or "" in (part, *parts)):
-            yield whole()
-            parts = {}
-        parts[part], last = Value("point", k), hit
-    yield whole()
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": 1} -> {"a": {"b": 1}}: leaves that other libraries name one by one."""
-    out: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = out
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return out
