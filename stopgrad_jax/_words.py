@@ -76,9 +76,8 @@ STOPPED = "stop_gradient, on purpose"
 STOPPED_BY_EDIT = "stop_gradient, put in by the edit of {address}"
 # A custom rule was asked, and its tangents or cotangents do not depend on what comes.
 RULE_RETURNS_ZERO = "the custom rule of {name} returns zero"
-# `sg.with_backward`, whose backward returned None for the argument, or zeros.
+# `with_backward` got None for it or zeros; `transform_gradient` zeros, whatever comes.
 BACKWARD_RETURNS_NONE = "the backward function returns None or zeros for it"
-# `sg.transform_gradient`, whose function returned zeros, whatever comes, for the array.
 TRANSFORMED_TO_ZERO = "the function given to {name} returns zeros for it"
 # The second argument of `replace_value`, the forward function of `straight_through`.
 VALUE_ALONE = "{name} takes its value and not its derivative, on purpose"
@@ -249,10 +248,7 @@ SINGULAR = "a matrix near to singular, or a solution that leaves the range of {d
 OVERFLOWS = "the result leaves the range of {dtype}"
 OTHER = "{name} has no finite result in {dtype} for these operands"
 # The operand is smaller than any normal number of its dtype, and not zero.
-SUBNORMAL = (
-    "{name} of a number below {tiny:.3g}, the smallest normal one of {dtype}: XLA may "
-    "take it for zero"
-)
+SUBNORMAL = "{name} of a subnormal {dtype} (below {tiny:.3g}): XLA may take it for 0"
 # An error was raised while the function ran, and so it is, step by step.
 RUNS = "the function must run to its end: it raised by itself"
 CALL_IT = "the call without find_nonfinite, which raises the same, and mend that first"
