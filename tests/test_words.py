@@ -51,7 +51,11 @@ FORWARD = {
     _words.LOG_OF_ZERO: (jnp.log, f32(1, 0)),
     _words.LOG_OF_NEGATIVE: (jnp.log, f32(1, -1)),
     _words.ZERO_BY_ZERO: (lambda x: x / x, f32(1, 0)),
-    _words.BY_ZERO: (lambda x: 2 / x, f32(1, 0)),
+    _words.BY_ZERO.format(value="inf"): (lambda x: 2 / x, f32(1, 0)),
+    _words.BY_ZERO.format(value="nan"): (
+        lambda x: jnp.real(2 / (x + 0j)),
+        f32(1, 0),
+    ),
     _words.ROOT_OF_NEGATIVE: (jnp.sqrt, f32(1, -1)),
     _words.ROOT_OF_ZERO: (jax.lax.rsqrt, f32(1, 0)),
     _words.ALIKE: (lambda x: masked(x) - masked(2 * x), f32(1, 0)),

@@ -133,8 +133,8 @@ def _cause(birth: Birth) -> str:
     if name == "div" and last == 0 and first == 0:
         return _words.ZERO_BY_ZERO
     inverse = name == "integer_pow" and birth.op.eqn.params["y"] < 0
-    if not nan and last == 0 and (name == "div" or inverse):
-        return _words.BY_ZERO
+    if last == 0 and (name == "div" or inverse):
+        return _words.BY_ZERO.format(value="nan" if nan else "inf")
     if name in ("sqrt", "rsqrt") and first is not None and not np.iscomplexobj(first):
         return _words.ROOT_OF_NEGATIVE if first < 0 else _words.ROOT_OF_ZERO
     if name in ("add", "sub", "mul") and nan and birth.kind == "harm":
