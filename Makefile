@@ -14,10 +14,10 @@ CORE := check conformance edge flow gates jax nested nonfinite perturb points qu
   references rules scopes statistics trees var wildcards
 # Without LLVM's optimizations, which take a fifth of the time. XLA's own are as usual.
 QUICK_XLA := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
-# uv installs in seconds what takes pip minutes.
 PIP = $(@D)/bin/python -m pip install -q --disable-pip-version-check
-INSTALL = $(@D)/bin/uv pip install -q --python $(@D)
-environment = $(1) -m venv $(@D) && $(PIP) uv
+# uv installs in seconds what takes pip minutes, but does not read pip's settings.
+UV = $(PIP) uv && $(@D)/bin/uv pip install -q --python $(@D)
+INSTALL = { $(UV) $(PACKAGES); } || $(PIP) $(PACKAGES)
 # Without their dependencies: larq asks for NumPy 1, tf-keras for the GPU's TensorFlow.
 LARQ := larq terminaltables tf-keras
 
@@ -95,21 +95,24 @@ test-strict-together-oldest: .venv-oldest/ready
 test-strict-%: .venv/ready
 	STOPGRAD_STRICT="$*" .venv/bin/python -m pytest $(PYTEST) tests --ignore tests/test_notebooks.py
 
+.venv/ready: PACKAGES = -e '.[notebooks,dev]'
 .venv/ready: pyproject.toml
-	$(call environment,$(NEWEST))
-	$(INSTALL) -e '.[notebooks,dev]'
+	$(NEWEST) -m venv $(@D)
+	$(INSTALL)
 	touch $@
 
+.venv-oldest/ready: PACKAGES = -e '.[dev]' 'jax==0.10.2' 'jaxlib==0.10.2' scikit-learn
 .venv-oldest/ready: pyproject.toml
 	@test -n "$(OLDEST)" || { echo "test-oldest needs Python 3.11, and found none"; exit 1; }
-	$(call environment,$(OLDEST))
-	$(INSTALL) -e '.[dev]' 'jax==0.10.2' 'jaxlib==0.10.2' scikit-learn
+	$(OLDEST) -m venv $(@D)
+	$(INSTALL)
 	touch $@
 
+.venv-peers/ready: PACKAGES = -e '.[dev,peers]'
 .venv-peers/ready: pyproject.toml
-	$(call environment,$(NEWEST))
-	$(INSTALL) -e '.[dev,peers]'
-	$(INSTALL) --no-deps $(LARQ)
+	$(NEWEST) -m venv $(@D)
+	$(INSTALL)
+	$(PIP) --no-deps $(LARQ)
 	touch $@
 
 # By pip, which can be told on a machine where to find a small torch.
@@ -120,9 +123,10 @@ test-strict-%: .venv/ready
 	$(PIP) --no-deps spikingjelly
 	touch $@
 
+.venv-zoo/ready: PACKAGES = -e '.[zoo]'
 .venv-zoo/ready: pyproject.toml
-	$(call environment,$(NEWEST))
-	$(INSTALL) -e '.[zoo]'
+	$(NEWEST) -m venv $(@D)
+	$(INSTALL)
 	touch $@
 
 clean:
