@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import f32
+from routes import Net, tree, two
 
 import stopgrad_jax as sg
 
@@ -16,38 +17,12 @@ def attn(q, k, v):
     return jnp.sum(jax.nn.softmax(q @ k.T) @ v)
 
 
-def two(a, b):
-    return jnp.sum(jnp.sin(a) * b)
-
-
 def three(a, b, c=1.0):
     return jnp.sum(a * jnp.cos(b) * c)
 
 
-def tree(a, b):
-    return jnp.sum(a * jnp.cos(b["z"]))
-
-
 def step(state, u):
     return jnp.sum(state[0] * jnp.exp(u))
-
-
-class Net:
-    def __init__(self, h, scale=2.0):
-        self.h, self.scale = h, scale
-
-    def out(self, z):
-        return jnp.sum(z * self.h) * self.scale
-
-    def keep(self, h):
-        self.h = h
-        return self.out(h)
-
-    def __call__(self, z):
-        return jnp.sum(jnp.cos(z) + self.h)
-
-    def through(self, u):
-        return self.out(u)
 
 
 def make(h):

@@ -6,36 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from programs import f32
+from routes import Net, tree, two
 
 import stopgrad_jax as sg
 
 X, W = f32(0.3, -0.7, 1.1), f32(0.5, 0.2, -0.4)
-
-
-def two(a, b):
-    return jnp.sum(jnp.sin(a) * b)
-
-
-def tree(a, b):
-    return jnp.sum(a * jnp.cos(b["z"]))
-
-
-class Net:
-    def __init__(self, h, scale=2.0):
-        self.h, self.scale = h, scale
-
-    def out(self, z):
-        return jnp.sum(z * self.h) * self.scale
-
-    def keep(self, h):
-        self.h = h
-        return self.out(h)
-
-    def __call__(self, z):
-        return jnp.sum(jnp.cos(z) + self.h)
-
-    def through(self, u):
-        return self.out(u)
 
 
 def test_other_arrays_are_no_second_way():

@@ -163,11 +163,12 @@ class Moves:
         elif is_about_refs(eqn):
             results, refs = touched(eqn, operands)
             found = [0] * split
+        elif left is not None:
+            results, found = [left], [0] * split
         else:
             pattern = None if moving is None else _as_bits(moving[0])
             table = self._dependence(eqn, pattern)
             results, found = [apply(bits, operands) for bits in table], [0] * split
-            results = results if left is None else [left]
         own = zip(match.own, sources[split:], strict=True) if match else ()
         for k, (value, source) in enumerate(own):
             results[k] = source | (0 if self._held(value) else results[k])

@@ -165,6 +165,16 @@ def is_repeat(a: Item, b: Item) -> bool:
     return _jax.stack_of(a.eqn) == _jax.stack_of(b.eqn)
 
 
+def is_same_call(item: Item, other: Item, depth: int) -> bool:
+    """Tell whether two equations were made in calls of one function from one place."""
+    mine, its = item.spots, other.spots
+    return (
+        len(mine) > depth
+        and mine[:depth] == its[:depth]
+        and mine[depth].frame.code is its[depth].frame.code
+    )
+
+
 def is_literal(atom: Any) -> bool:
     """Tell a constant of the program from a variable."""
     return isinstance(atom, _jax.Literal)

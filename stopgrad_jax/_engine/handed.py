@@ -24,7 +24,14 @@ from .bindings import (
     is_within,
     place_of,
 )
-from .executions import Execution, Item, begins_again, function_level, level_of
+from .executions import (
+    Execution,
+    Item,
+    begins_again,
+    function_level,
+    is_same_call,
+    level_of,
+)
 from .labels import Spot
 from .variables import users_of
 
@@ -87,7 +94,7 @@ class Handed:
         var = self._spread_out(function, name)
         others = [v for k, v in self._named_inputs() if k != name and v is not var]
         later = [i for i in self._items if i.index >= first.index]
-        same = [item for item in later if _same(item, first, depth)]
+        same = [item for item in later if is_same_call(item, first, depth)]
         if any(self.reads(same, depth, name, other) for other in others):
             raise Unclear(f"which argument of {function.path[-1]} it is, is not clear")
         return var
@@ -205,7 +212,9 @@ class Handed:
         except Unclear:
             return
         later = [i for i in self._items if i.index >= first.index]
-        if self.reads([i for i in later if _same(i, first, depth)], depth, name, var):
+        if self.reads(
+            [i for i in later if is_same_call(i, first, depth)], depth, name, var
+        ):
             raise Unclear("which of the arguments there it is, is not clear")
 
     @staticmethod
@@ -281,7 +290,7 @@ class Handed:
     def before(self, first: Item, depth: int) -> list[Item]:
         """Return the equations made earlier in the same function of the caller."""
         earlier = (item for item in self._items if item.index < first.index)
-        return [item for item in earlier if _same(item, first, depth)]
+        return [item for item in earlier if is_same_call(item, first, depth)]
 
     def _completed(
         self, first: Item, depth: int, every: Sequence[Binding], at: Position
@@ -341,13 +350,3 @@ def _executions(items: Sequence[Item], depth: int, value: Position) -> list[list
             runs.append([])
         runs[-1].append(item)
     return runs
-
-
-def _same(item: Item, other: Item, depth: int) -> bool:
-    """Tell whether two equations were made in calls of one function from one place."""
-    mine, its = item.spots, other.spots
-    return (
-        len(mine) > depth
-        and mine[:depth] == its[:depth]
-        and mine[depth].frame.code is its[depth].frame.code
-    )

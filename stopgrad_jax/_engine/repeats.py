@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .bindings import Position, is_within
-from .ways import can_begin_past, leads_on, loops, place_of
+from .ways import can_begin_past, leads_on, loops, place_at
 
 Stack = Sequence[tuple[types.CodeType, int]]
 GoesOn = Callable[[int], bool | None]
@@ -203,11 +203,11 @@ def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
         return "", "", 0
     if not i.opname.startswith("CALL"):
         return i.opname, "", 0
-    start = place_of(i)[:2]
+    start = place_at(i)[:2]
     loads = [
         b for b in before if b.opname.startswith("LOAD_") and "CONST" not in b.opname
     ]
-    names = [str(b.argval) for b in loads if place_of(b)[:2] == start]
+    names = [str(b.argval) for b in loads if place_at(b)[:2] == start]
     is_method = len(names) == 2 and names[1] in _OF_MODULES
     name = names[-1] if len(names) == 1 or is_method else ""
     return i.opname, name, (i.arg or 0) if i.opname == "CALL" else 0

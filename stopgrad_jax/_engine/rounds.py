@@ -15,7 +15,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Binding, Function, Position, is_within
-from .executions import Execution, Item, is_literal
+from .executions import Execution, Item, is_literal, is_same_call
 from .texts import is_name, node_at, operands
 
 
@@ -141,12 +141,8 @@ def _is_elsewhere(function: Function, name: str) -> bool:
 
 def _is_inside(item: Item, other: Item, depth: int) -> bool:
     """Tell whether an equation was made in the expression of another one."""
-    mine, its = item.spots, other.spots
-    return (
-        len(mine) > depth
-        and mine[:depth] == its[:depth]
-        and mine[depth].frame.code is its[depth].frame.code
-        and is_within(mine[depth].position, its[depth].position)
+    return is_same_call(item, other, depth) and is_within(
+        item.spots[depth].position, other.spots[depth].position
     )
 
 

@@ -7,7 +7,7 @@ import functools
 import types
 from typing import Any
 
-from .bindings import Position, is_within
+from .bindings import Position, is_within, place_of
 
 
 def loops(code: types.CodeType, start: int, end: int | None = None) -> list[Any]:
@@ -125,7 +125,7 @@ def _instructions(
         for i in every:
             if entry.start <= i.offset < entry.end:
                 follows[i.offset].append((entry.target, False))
-    return follows, {i.offset: place_of(i) for i in every}
+    return follows, {i.offset: place_at(i) for i in every}
 
 
 @functools.cache
@@ -146,12 +146,10 @@ def _all_loops(
     ]
 
 
-def place_of(instruction: dis.Instruction) -> Position:
+def place_at(instruction: dis.Instruction) -> Position:
     """Return the place in the text that an instruction is of; zeros without one."""
-    p = instruction.positions
-    if p is None or None in (p.lineno, p.col_offset, p.end_lineno, p.end_col_offset):
-        return _NOWHERE
-    return (p.lineno, p.col_offset, p.end_lineno, p.end_col_offset)  # type: ignore[return-value]
+    place = place_of(instruction.positions) if instruction.positions else _NOWHERE
+    return _NOWHERE if None in place else place
 
 
 _NOWHERE: Position = (0, 0, 0, 0)
