@@ -303,6 +303,16 @@ def by_a_deviation(a):
     return jnp.sum(((a - a.mean()) / a.std()) ** 2)
 
 
+def with_a_norm_beside(a):
+    size = jnp.linalg.norm(a)
+    return jnp.sum(jnp.log(a)) + size
+
+
+def with_another_logarithm(a):
+    total = jnp.sum(jnp.log(a))
+    return total + jnp.sum(jnp.log(2.0 * a))
+
+
 def by_a_sum(a):
     return jnp.sum(a * 2.0) / jnp.sum(a * a)
 
@@ -317,15 +327,17 @@ def by_an_entry(a):
         (by_a_norm, False),
         (by_a_norm_of_a_name, False),
         (by_a_deviation, False),
+        (with_a_norm_beside, False),
+        (with_another_logarithm, False),
         (by_a_sum, True),
         (by_an_entry, True),
     ],
 )
 def test_a_guard_keeps_the_gradient_finite_too_or_is_not_written(function, does):
-    """A norm at zero has no slope, whatever divides by it."""
+    """A norm at zero has no slope, whatever divides by it or is beside it."""
     x = f32(0, 0)
     report = sg.find_nonfinite(function)(x)
-    assert "divided by zero" in report.hint
+    assert "divided by zero" in report.hint or "logarithm of zero" in report.hint
     assert (remedy(report) is not None) == does
     if does:
         edited = mended_with(function, report, 7.0)

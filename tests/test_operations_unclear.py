@@ -132,3 +132,49 @@ def test_within_leaves_them_out():
     assert UNTOLD in refused(
         lambda: sg.capture(fun, sg.op("block", within="before"))(W, X)
     )
+
+
+# -- calls of which a derivative has been taken ---
+
+
+def both(w):
+    slope = jax.grad(lambda v: jnp.sum(block(v)))(w)
+    return jnp.sum(slope * block(w))
+
+
+def in_a_scope(w):
+    with jax.named_scope("slope"):
+        slope = jax.grad(lambda v: jnp.sum(jax.nn.softmax(v) ** 2))(w)
+    with jax.named_scope("value"):
+        return jnp.sum(slope * jax.nn.softmax(w))
+
+
+def in_a_jit(w):
+    slope = jax.jit(jax.grad(lambda v: jnp.sum(block(v))))(w)
+    return jnp.sum(slope) + jnp.sum(block(w))
+
+
+@asked
+@pytest.mark.parametrize("fun", [both, in_a_jit])
+def test_a_call_is_not_left_out_beside_others(fun, ask):
+    with pytest.raises(sg.AddressError, match="one whose derivative has been taken"):
+        ASKED[ask](fun, BLOCK)(W)
+
+
+def test_a_scope_tells_the_one_apart():
+    with pytest.raises(sg.AddressError, match=r"derivative has been taken \(.*\d\)"):
+        sg.capture(in_a_scope, sg.op("softmax"))(W)
+    address = sg.op("softmax", within="value")
+    found = sg.capture(in_a_scope, address)(W)[1][address]
+    np.testing.assert_array_equal(found, jax.nn.softmax(W))
+
+
+def test_what_is_an_equation_of_its_own_is_found_there_too():
+    def fun(w):
+        return jnp.sum(jax.grad(lambda v: jnp.sum(jnp.sin(v)))(w) * jnp.sin(w))
+
+    found = sg.capture(fun, sg.op("sin"))(W)[1][sg.op("sin")]
+    np.testing.assert_array_equal(found, [jnp.sin(W)] * 2)
+    where = lambda v: jnp.sum(jnp.where(v > 0, v, 0.0))
+    fun = lambda w: jnp.sum(jax.grad(where)(w)) + where(w)
+    assert len(sg.capture(fun, sg.op("where"))(W)[1][sg.op("where")]) >= 2

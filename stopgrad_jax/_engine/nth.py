@@ -13,7 +13,9 @@ from stopgrad_jax._errors import AddressError, beats
 from .nested import nested
 from .operations import Group
 from .plan import Found, Match, Plan
-from .walk import lifted
+from .walk import Search, lifted
+
+INNER = "jax.grad(sg.edit(f, ...)): the address in the inner function"
 
 
 def count(plan: Plan, target: int) -> int:
@@ -21,8 +23,21 @@ def count(plan: Plan, target: int) -> int:
     return sum(1 for _ in _operations(plan, target))
 
 
-def require_told(plan: Plan, op: Op, target: int, called: str) -> None:
-    """Refuse an address that may mean a call which may be several."""
+def require_told(found: Search, plan: Plan, op: Op, target: int, called: str) -> None:
+    """Refuse an address that may mean a call which may be several, or leaves some out.
+
+    Of a call whose derivative has been taken too little is left to be an operation.
+    """
+    line = taken(found, plan, target)
+    if line:
+        raise AddressError(
+            beats(
+                f"{called}: address {op!r}",
+                "it must mean all calls, and no derivative of them may be taken yet",
+                f"one whose derivative has been taken ({line}), beside others",
+                f"{INNER}, or within= for a part",
+            )
+        )
     why = unclear(plan, op, target)
     if why:
         raise AddressError(
@@ -33,6 +48,11 @@ def require_told(plan: Plan, op: Op, target: int, called: str) -> None:
                 "a jitted function, or an operation in it",
             )
         )
+
+
+def taken(found: Search, plan: Plan, target: int) -> str:
+    """Return the line of a call that is left out beside those found, or ""."""
+    return found.taken.get(target, "") if count(plan, target) else ""
 
 
 def unclear(plan: Plan, op: Op, target: int) -> str:

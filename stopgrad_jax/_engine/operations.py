@@ -60,18 +60,23 @@ class Group:
         return next(e for e in self.eqns[::-1] if self.writes[-1] in e.outvars)
 
 
-class Operations:
-    """Finds operations by name.
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """What is left of calls at one place whose derivative has been taken."""
 
-    `differentiated` maps a target to the line of a call of its function whose
-    derivative has been taken.
-    """
+    target: int
+    line: str
+    scope: str
+    callers: frozenset[str]
+
+
+class Operations:
+    """Finds operations by name."""
 
     def __init__(self, ops: Sequence[tuple[int, Op]]) -> None:
         self._ops = ops
         self._functions = [(k, names) for k, op in ops if (names := _names(op))]
-        self._groups: dict[int, tuple[Any, list[Group]]] = {}
-        self.differentiated: dict[int, str] = {}
+        self._groups: dict[int, tuple[Any, list[Group], list[Taken]]] = {}
 
     def named(self, eqn: Any) -> Iterator[tuple[int, str]]:
         """Yield (target, name) for the addresses whose operation an equation is."""
@@ -82,30 +87,41 @@ class Operations:
                     yield target, name
                     break
 
-    def groups(self, jaxpr: Any) -> list[Group]:
-        """Return the calls of Python functions that are operations in a jaxpr."""
-        if id(jaxpr) not in self._groups:
-            found = list(self._found(jaxpr)) if self._functions else []
-            self._groups[id(jaxpr)] = jaxpr, found
-        return self._groups[id(jaxpr)][1]
+    def groups(self, jaxpr: Any) -> tuple[list[Group], list[Taken]]:
+        """Return the calls of Python functions that are operations in a jaxpr.
 
-    def _found(self, jaxpr: Any) -> Iterator[Group]:
+        And what is left of those whose derivative has been taken.
+        """
+        if id(jaxpr) not in self._groups:
+            taken: list[Taken] = []
+            found = list(self._found(jaxpr, taken)) if self._functions else []
+            self._groups[id(jaxpr)] = jaxpr, found, taken
+        return self._groups[id(jaxpr)][1:]
+
+    def _found(self, jaxpr: Any, taken: list[Taken]) -> Iterator[Group]:
         calls, users = Calls(jaxpr.eqns), users_of(jaxpr, backward=True)
+        gone: dict[Any, list[Any]] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             stack = _jax.stack_of(eqn)
             calls.step()
             for target, name, level in self._running(stack):
                 if _jax.is_derivative(stack[:level]):
-                    self.differentiated.setdefault(target, _jax.line_of(eqn))
+                    gone.setdefault((target, name, stack[:level]), []).append(eqn)
                 else:
                     calls.add((target, name), index, eqn, stack, level)
+        for (target, name, around), eqns in gone.items():
+            if not self._is_equation(target, name, eqns):
+                scope, line = _jax.scope_of(eqns[0]), _jax.line_of(eqns[0])
+                taken.append(Taken(target, line, scope, _around(around)))
         for (target, name), found in calls.found.items():
             for call in found:
-                named = (pair for eqn in call.eqns for pair in self.named(eqn))
-                if not any(
-                    (t, _public(n)) == (target, _public(name)) for t, n in named
-                ):
+                if not self._is_equation(target, name, call.eqns):
                     yield self._group(target, name, call, users)
+
+    def _is_equation(self, target: int, name: str, eqns: Iterable[Any]) -> bool:
+        """Tell a call that one of its equations is by itself."""
+        named = (pair for eqn in eqns for pair in self.named(eqn))
+        return any((t, _public(n)) == (target, _public(name)) for t, n in named)
 
     def _running(self, stack: Sequence[Any]) -> Iterator[tuple[int, str, int]]:
         """Yield (target, name, level) of the outermost function that is meant."""

@@ -137,7 +137,7 @@ def look_up(
     plan = found.plan
     for number, op in enumerate(found.targets):
         if isinstance(op, Op):
-            nth.require_told(found.plan, op, number, called)
+            nth.require_told(found.search, found.plan, op, number, called)
             if op.nth is not None:
                 plan = _chosen(plan, found, op, called)
     finder = _Finder(found.traced, found.targets, plan, called, looked)
@@ -195,8 +195,9 @@ def _working(
 
 def _is_told(found: _Searched, op: Op) -> bool:
     """Tell whether an operation means some matches, and it is known which."""
-    why = nth.unclear(found.plan, op, found.targets.index(op))
-    return not why and bool(_indices(found.plan, found, op))
+    plan, number = found.plan, found.targets.index(op)
+    why = nth.taken(found.search, plan, number) or nth.unclear(plan, op, number)
+    return not why and bool(_indices(plan, found, op))
 
 
 def _indices(plan: Plan, found: _Searched, op: Op) -> Sequence[int]:

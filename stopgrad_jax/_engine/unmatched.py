@@ -28,6 +28,7 @@ from stopgrad_jax._address import (
 )
 from stopgrad_jax._errors import AddressError, beats, folded, quoted, type_of
 
+from . import nth
 from .labels import Labels
 from .operations import called, is_public
 from .trace import Static, Traced, Value
@@ -233,10 +234,10 @@ class Unmatched:
                 f"({search.hidden[number]})",
                 "sg.op of the function that has the rule",
             )
-        if number in search.operations.differentiated:
-            line = search.operations.differentiated[number]
+        if number in search.taken:
+            line = search.taken[number]
             came = f"calls whose derivative has been taken already only ({line})"
-            return came, "jax.grad(sg.edit(f, ...)): the address in the inner function"
+            return came, nth.INNER
         if number in search.outside:
             return self._outside(op, list(search.outside[number]))
         operations = [name for name in search.ops if name not in _CALLS]

@@ -25,7 +25,7 @@ from stopgrad_jax._address import (
 )
 
 from .nested import Nested, nested
-from .operations import Group, Operations, callers
+from .operations import Group, Operations, Taken, callers
 from .parameters import Parameter
 from .plan import Found, Hit, Leaf, Match, Plan, PointName, leaves
 from .variables import Variables
@@ -45,10 +45,11 @@ class Search:
     """Look for `targets`, and remember every name on the way for error messages.
 
     `hidden` maps a target to the line of a match in the body of a custom rule, where
-    operations are not looked for, `outside` to the scopes of matches that are not
-    within its own. `opaque` maps primitives that hold a program which cannot be
-    searched to a line, `unreachable` wanted names in them to where that is. `fun` is
-    the function searched, `anywhere` see `Variables`, `named` see `Parameters`.
+    operations are not looked for, `taken` to that of a call of which a derivative has
+    been taken, `outside` to the scopes of matches that are not within its own.
+    `opaque` maps primitives that hold a program which cannot be searched to a line,
+    `unreachable` wanted names in them to where that is. `fun` is the function
+    searched, `anywhere` see `Variables`, `named` see `Parameters`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Search:
         self.names: dict[str, None] = {}
         self.ops: dict[str, None] = {}
         self.hidden: dict[int, str] = {}
+        self.taken: dict[int, str] = {}
         self.outside: dict[int, dict[str, None]] = {}
         self.opaque: dict[str, str] = {}
         self.unreachable: dict[str, str] = {}
@@ -199,15 +201,22 @@ class Search:
 
     def _groups(self, jaxpr: Any, context: _Context) -> list[Group]:
         """Return the calls of Python functions that are meant in a jaxpr."""
+        groups, taken = self.operations.groups(jaxpr)
+
+        def is_meant(call: Group | Taken) -> bool:
+            path = joined(context.path, call.scope)
+            around = context.callers | call.callers
+            return call.target in context.ops and self._is_within(
+                call.target, path, around
+            )
+
+        for call in taken:
+            if call.target not in self.taken and not context.rule and is_meant(call):
+                self.taken[call.target] = call.line
         return [
             group
-            for group in self.operations.groups(jaxpr)
-            if group.target in context.ops
-            and self._is_within(
-                group.target,
-                joined(context.path, group.scope),
-                context.callers | group.callers,
-            )
+            for group in groups
+            if is_meant(group)
             and not self._is_hidden(group.target, group.eqns[0], context)
         ]
 

@@ -281,8 +281,8 @@ def guards(
         grads, out = run([jax.numpy.asarray(program.operands[k]) for k in floats])
     except Exception:  # it has no gradient
         return True
-    # A value that is nonfinite for another reason tells nothing of its gradient.
-    return any(map(count, out)) or not any(map(count, grads))
+    # What is nonfinite for another reason too does not tell whether this one is mended.
+    return not any(map(count, [*out, *grads]))
 
 
 def _is_float(x: Any) -> bool:
