@@ -172,6 +172,7 @@ def var(label: str, line: int | None = None, nth: int | None = None) -> Var:
     For code that you may not edit: no name is needed in it. The value is found by the
     source text, so there has to be one: a file or a notebook cell, unchanged since its
     import. A statement that is executed several times yields a tuple, as a name does.
+    The function is traced once more and watched: the text must tell what was seen.
     Where no statement assigns the variable, it may be a parameter of a function: then
     it is the value handed in.
 

@@ -22,6 +22,7 @@ from jax.interpreters import partial_eval as pe
 
 from ._jax_closures import is_filled, tracers_in
 from ._jax_closures import variable_of as variable_of
+from ._jax_closures import variable_under as variable_under
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame
 from ._jax_places import are_inlined as are_inlined
@@ -47,6 +48,7 @@ from ._jax_types import explicit_sharding as explicit_sharding
 from ._jax_types import filled as filled
 from ._jax_types import is_differentiable as is_differentiable
 from ._jax_types import is_traced as is_traced
+from ._jax_types import is_tracer as is_tracer
 from ._jax_types import is_wider_here as is_wider_here
 from ._jax_types import known as known
 from ._jax_types import mapped_like as mapped_like

@@ -71,3 +71,14 @@ def variable_of(x: Any) -> Any:
     """
     variable = getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
     return None if isinstance(variable, Literal) else variable  # that is a constant
+
+
+def variable_under(x: Any) -> Any:
+    """Return the variable of the program that a value is, under what maps it, or None.
+
+    Not public: `val` and `primal` of the tracers of `jax.vmap`, `jax.jvp` and
+    `jax.grad`. Without it, `sg.var` goes by the text of the program alone.
+    """
+    while isinstance(x, jax.core.Tracer):
+        x = getattr(x, "val", None) if hasattr(x, "val") else getattr(x, "primal", None)
+    return None if isinstance(x, Literal) else x

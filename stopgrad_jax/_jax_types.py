@@ -208,6 +208,11 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def is_tracer(x: Any) -> bool:
+    """As `is_traced` of any object, and no code of its own is run, as a proxy has."""
+    return jax.core.Tracer in type(x).__mro__
+
+
 # Tracing at a place -------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"_errors", "_jax_types", "_jax_errors", "_jax_places", "_jax_closures", "_words"},
     {"_jax"},
     {"_address", "_edge", "_checks"},
-    {"_where"},
+    {"_where", "_engine/watched"},
     {
         "_engine/trace",
         "_engine/nested",

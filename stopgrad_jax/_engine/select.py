@@ -37,6 +37,7 @@ from .unfound import Looked
 from .unmatched import Unmatched
 from .walk import Search
 from .wanted import ANYTHING, Wanted
+from .watched import Seen
 
 Target = Point | Op | Var
 
@@ -234,6 +235,11 @@ def _searched(
     """
     targets = [t for t in map(_target, addresses) if t is not None]
     parameters = list[Parameters]()
+    seen: Sequence[Seen] = ()
+    labels = (t.label for t in targets if isinstance(t, Var))
+    names = frozenset(label.rpartition(".")[2] for label in labels)
+    if names:
+        traced, seen = traced.watched(names)
 
     def search(anywhere: frozenset[int] = frozenset()) -> tuple[Search, Plan]:
         named = {var: hits for p in parameters for var, hits in p.named.items()}
@@ -265,6 +271,8 @@ def _searched(
             found, plan = search(missing)
     elif parameters:
         found, plan = search()
+    if found.variables:
+        found.variables.compare(seen)
     return _Searched(traced, targets, found, plan, parameters)
 
 

@@ -15,6 +15,8 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import nodes
 from stopgrad_jax._errors import beats, function_name, has_beats, type_of
 
+from .watched import Seen, watching
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Value:
@@ -51,6 +53,14 @@ class Traced:
     fun: Callable[..., Any]
     call: tuple[tuple[Any, ...], dict[str, Any]]
     run: Callable[..., list[Any]]
+
+    def watched(self, names: frozenset[str]) -> tuple[Traced, Sequence[Seen]]:
+        """Trace anew and see what variables are given; nothing if it cannot be."""
+        try:
+            with watching(names) as watch:
+                return self.again(), watch.seen
+        except Exception:  # it cannot be called twice
+            return self, ()
 
     def again(self) -> Traced:
         """Trace anew: what was asked of this trace's rules may have left its marks."""

@@ -19,6 +19,7 @@ from .bindings import Binding, Function
 from .executions import Execution, Item, begins_again, is_inside, level_of
 from .labels import Labels, Spot, function_of, is_comprehension
 from .rounds import reads_another
+from .watched import Seen
 
 
 class Apart(Spot):
@@ -133,6 +134,8 @@ class Variables:
         self.unclear: dict[int, dict[Any, tuple[str, str]]] = {k: {} for k in targets}
         self.sourceless: dict[str, str] = {}
         self.functions: dict[Any, Spot] = {}
+        self._given: dict[int, set[Any]] = {k: set() for k in targets}
+        self._programs: dict[Any, int] = {}  # of each variable that was met
 
     def find(self, jaxpr: Any) -> dict[Any, list[tuple[int, str, float]]]:
         """Return {result: (target, name, level) of each variable that it is}.
@@ -157,7 +160,37 @@ class Variables:
             if (run.target, run.binding.name) not in [hit[:2] for hit in hits]:
                 hits.append((run.target, run.binding.name, level or 0))
         self._refuse_rounds(jaxpr, runs, found, users)
+        results = (v for eqn in jaxpr.eqns for v in eqn.outvars)
+        self._programs.update(dict.fromkeys([*jaxpr.invars, *results], id(jaxpr)))
+        for result, hits in found.items():
+            for target, *_ in hits:
+                self._given[target].add(result)
         return found
+
+    def compare(self, seen: Sequence[Seen]) -> None:
+        """Note the statements that were seen to assign other arrays than were found.
+
+        Where two of them share a line, it is not known which was seen; nor is it of
+        programs that JAX made of others.
+        """
+        for target, sites in self.statements.items():
+            for site in sites.values():
+                file, name = site.spot.frame.file, site.binding.name
+                lines = lines_of(site.binding)
+                every = site.function.statements(name)
+                others = [b for b in every if b is not site.binding]
+                if any(lines & lines_of(other) for other in others):
+                    continue
+                mine = {
+                    s.variable
+                    for s in seen
+                    if (s.file, s.name) == (file, name) and s.line in lines
+                } & self._programs.keys()
+                there = {self._programs[v] for v in mine}
+                given = {v for v in self._given[target] if self._programs[v] in there}
+                if mine != given:
+                    why = "it was seen to be given other arrays than its text tells"
+                    self.unclear[target].setdefault(site.key, (site.spot.place, why))
 
     def _refuse_rounds(
         self,
@@ -261,6 +294,11 @@ class Variables:
             else:
                 self.sourceless[spot.file] = spot.expression or "no source text"
         self.known.update((site.key, site) for _, site in sites)
+
+
+def lines_of(binding: Binding) -> set[int]:
+    """Return the lines of a statement."""
+    return {*range(binding.place[0], binding.place[2] + 1)}
 
 
 def _assignments(spots: Sequence[Spot]) -> Iterator[tuple[int, Site]]:
