@@ -35,6 +35,7 @@ from .plan import Found, Hit, Plan
 from .trace import Traced, Value
 from .unfound import Looked
 from .unmatched import Unmatched
+from .variables import Variables
 from .walk import Search
 from .wanted import ANYTHING, Wanted
 from .watched import Seen
@@ -109,6 +110,7 @@ class _Searched:
     search: Search
     plan: Plan
     parameters: Sequence[Parameters]
+    seen: Sequence[Seen]
 
 
 def look_up(
@@ -162,8 +164,12 @@ def _looked(found: _Searched) -> Unmatched:
     def look(var: Var) -> Any:
         return _looked(_searched(traced, [var], libraries=False)).variables
 
+    def assigned(var: Var, also: str) -> tuple[Variables | None, Sequence[Seen]]:
+        found = _searched(traced, [var], also=also)
+        return found.search.variables, found.seen
+
     variables = search.variables and Looked(
-        traced, search.variables, found.parameters, working
+        traced, search.variables, found.parameters, working, assigned
     )
     return Unmatched(traced, found.targets, search, variables, working, look)
 
@@ -227,11 +233,15 @@ def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
 
 
 def _searched(
-    traced: Traced, addresses: Iterable[Address], libraries: bool = True
+    traced: Traced,
+    addresses: Iterable[Address],
+    libraries: bool = True,
+    also: str = "",
 ) -> _Searched:
     """Search for addresses; for variables first in statements, then in parameters.
 
-    The user's code comes before that of installed libraries, if that counts.
+    The user's code comes before that of installed libraries, if that counts. `also` is
+    a variable that is watched beside those.
     """
     targets = [t for t in map(_target, addresses) if t is not None]
     parameters = list[Parameters]()
@@ -239,7 +249,7 @@ def _searched(
     labels = (t.label for t in targets if isinstance(t, Var))
     names = frozenset(label.rpartition(".")[2] for label in labels)
     if names:
-        traced, seen = traced.watched(names)
+        traced, seen = traced.watched(names | {also})
 
     def search(anywhere: frozenset[int] = frozenset()) -> tuple[Search, Plan]:
         named = {var: hits for p in parameters for var, hits in p.named.items()}
@@ -273,7 +283,7 @@ def _searched(
         found, plan = search()
     if found.variables:
         found.variables.compare(seen)
-    return _Searched(traced, targets, found, plan, parameters)
+    return _Searched(traced, targets, found, plan, parameters, seen)
 
 
 def listed(addresses: Any, called: str, what: str) -> list[Address]:

@@ -19,6 +19,7 @@ from .nested import nested
 from .parameters import Parameters, Place
 from .trace import Traced
 from .variables import Site, Variables, is_called
+from .watched import Seen
 
 _IN_THE_SOURCE = "sg.name in the source there"
 
@@ -27,13 +28,15 @@ _IN_THE_SOURCE = "sg.name in the source there"
 class Looked:
     """What was seen while variables were looked for.
 
-    `working` returns those of some addresses that select something here.
+    `working` returns those of some addresses that select something here, `assigned`
+    what is found of a variable, and what is seen of it and of another one.
     """
 
     traced: Traced
     variables: Variables
     parameters: Sequence[Parameters]
     working: Callable[[Iterable[Address]], list[Any]]
+    assigned: Callable[[Var, str], tuple[Variables | None, Sequence[Seen]]]
 
     def is_clear(self, target: int, var: Var) -> bool:
         """Tell whether an address means one value."""
@@ -201,11 +204,28 @@ class Looked:
             if binding.how == STATEMENT and binding.assigned is not None:
                 alias = spot.source.name(binding.assigned.value)
                 if alias:
-                    around = Site(spot, binding).label[: -len(binding.name)]
-                    candidates += [Var(alias), Var(around + alias)]
-                    own = function.line == self._own_line and alias
-                    candidates += [alias] if own in self.traced.arguments else []
+                    candidates += self._same(Site(spot, binding), function, alias)
         return came, [written(a) for a in self.working(candidates)[-1:]]
+
+    def _same(self, site: Site, function: Function, alias: str) -> Iterator[Address]:
+        """Yield what may be the arrays of a statement that gives one another name.
+
+        A name that is assigned to must be seen to have been these, and no others.
+        """
+        around = site.label[: -len(site.binding.name)]
+        own = function.line == self._own_line and alias in self.traced.arguments
+        count = len(function.statements(alias))
+        labels = [Var(alias), *(Var(around + alias, nth=k) for k in range(count))]
+        for var in labels if count < 2 else labels[1:]:
+            variables, seen = self.assigned(var, site.binding.name)
+            if variables is not None:
+                mine = variables.assigned(seen, site)
+                if mine and mine == variables.given[0]:
+                    yield var
+        if not function.binding(alias):
+            yield Var(around + alias)
+            if own:
+                yield alias
 
     @property
     def _own_line(self) -> int:

@@ -114,11 +114,11 @@ class Variables:
     """Look for variables, and remember those on the way for error messages.
 
     `known` maps a key to each statement of the user's code that assigns. `statements`
-    has those that a target means, `unclear` the place and the reason where what one
-    assigned cannot be told; `sourceless` maps files whose text is not there or has
-    changed to what is wrong, `functions` has a place in each function that ran. The
-    targets in `anywhere` are looked for in installed libraries, the others in the
-    user's code.
+    has those that a target means, `given` the results that they are, `unclear` the
+    place and the reason where what one assigned cannot be told; `sourceless` maps files
+    whose text is not there or has changed to what is wrong, `functions` has a place in
+    each function that ran. The targets in `anywhere` are looked for in installed
+    libraries, the others in the user's code.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Variables:
         self.unclear: dict[int, dict[Any, tuple[str, str]]] = {k: {} for k in targets}
         self.sourceless: dict[str, str] = {}
         self.functions: dict[Any, Spot] = {}
-        self._given: dict[int, set[Any]] = {k: set() for k in targets}
+        self.given: dict[int, set[Any]] = {k: set() for k in targets}
         self._programs: dict[Any, int] = {}  # of each variable that was met
 
     def find(self, jaxpr: Any) -> dict[Any, list[tuple[int, str, float]]]:
@@ -164,7 +164,7 @@ class Variables:
         self._programs.update(dict.fromkeys([*jaxpr.invars, *results], id(jaxpr)))
         for result, hits in found.items():
             for target, *_ in hits:
-                self._given[target].add(result)
+                self.given[target].add(result)
         return found
 
     def compare(self, seen: Sequence[Seen]) -> None:
@@ -175,22 +175,25 @@ class Variables:
         """
         for target, sites in self.statements.items():
             for site in sites.values():
-                file, name = site.spot.frame.file, site.binding.name
-                lines = lines_of(site.binding)
-                every = site.function.statements(name)
+                every = site.function.statements(site.binding.name)
                 others = [b for b in every if b is not site.binding]
-                if any(lines & lines_of(other) for other in others):
+                if any(lines_of(site.binding) & lines_of(other) for other in others):
                     continue
-                mine = {
-                    s.variable
-                    for s in seen
-                    if (s.file, s.name) == (file, name) and s.line in lines
-                } & self._programs.keys()
+                mine = self.assigned(seen, site)
                 there = {self._programs[v] for v in mine}
-                given = {v for v in self._given[target] if self._programs[v] in there}
+                given = {v for v in self.given[target] if self._programs[v] in there}
                 if mine != given:
                     why = "it was seen to be given other arrays than its text tells"
                     self.unclear[target].setdefault(site.key, (site.spot.place, why))
+
+    def assigned(self, seen: Sequence[Seen], site: Site) -> set[Any]:
+        """Return the results of this program that a statement was seen to assign."""
+        lines, name = lines_of(site.binding), site.binding.name
+        return {
+            s.variable
+            for s in seen
+            if (s.file, s.name) == (site.spot.frame.file, name) and s.line in lines
+        } & self._programs.keys()
 
     def _refuse_rounds(
         self,
