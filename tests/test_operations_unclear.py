@@ -178,3 +178,49 @@ def test_what_is_an_equation_of_its_own_is_found_there_too():
     where = lambda v: jnp.sum(jnp.where(v > 0, v, 0.0))
     fun = lambda w: jnp.sum(jax.grad(where)(w)) + where(w)
     assert len(sg.capture(fun, sg.op("where"))(W)[1][sg.op("where")]) >= 2
+
+
+# -- calls of Python's own that call back several times are one call ---
+
+
+def half(x):
+    return jnp.tanh(x) * 0.5
+
+
+def of_a_star(x):
+    return jnp.sum(jnp.multiply(*map(half, (x, x + 1.0))))
+
+
+def of_extend(x):
+    parts = [x]
+    parts.extend(map(half, (x, x + 1.0)))
+    return jnp.sum(parts[1] * parts[2])
+
+
+def of_update(x):
+    parts = {}
+    parts.update(zip("ab", map(half, (x, x + 1.0)), strict=True))
+    return jnp.sum(parts["a"] * parts["b"])
+
+
+class Part:
+    def __init__(self):
+        self.parts = []
+
+    def __call__(self, x):
+        self.parts.extend(map(half, (x, x + 1.0)))
+        return jnp.sum(self.parts[0] * self.parts[1])
+
+
+def of_a_part(x):
+    return Part()(x)
+
+
+@pytest.mark.parametrize("call", [of_a_star, of_extend, of_update, of_a_part])
+def test_what_calls_back_is_one_call(call):
+    fun = lambda w: 3.0 * call(w)
+    address = sg.op("Part" if call is of_a_part else call.__name__)
+    np.testing.assert_allclose(sg.capture(fun, address)(W)[1][address], call(W))
+    np.testing.assert_array_equal(sg.gradients(fun, address)(W), 3.0)
+    doubled = sg.edit(fun, {address: lambda op, *args: 2.0 * op(*args)})(W)
+    np.testing.assert_allclose(doubled, 6.0 * call(W), rtol=1e-6)

@@ -100,14 +100,14 @@ def half(x):
 def of_several_calls(x):
     for _ in range(2):
         h = mixed(*map(half, (x, x + 1.0)))
-        x = x + h
+        x = x + keep(h)
     return jnp.sum(x)
 
 
 def of_a_product(x):
     for _ in range(2):
         h = math.prod([x, x + 1.0, x + 2.0])
-        x = jnp.tanh(h)
+        x = jnp.tanh(keep(h))
     return jnp.sum(x)
 
 
@@ -137,8 +137,6 @@ REFUSED = {
     in_a_scan: "h",
     in_a_vmap: "h",
     traced_before: "h",
-    of_several_calls: "h",
-    of_a_product: "h",
 }
 
 
@@ -188,7 +186,10 @@ def again_on_one_line(x):
     return jnp.sum(h)
 
 
-@pytest.mark.parametrize("fun", [every_time, at_once, by_walrus, again_on_one_line])
+FOUND = [every_time, at_once, by_walrus, again_on_one_line, of_several_calls]
+
+
+@pytest.mark.parametrize("fun", [*FOUND, of_a_product])
 def test_what_is_found_is_what_was_seen(fun):
     kept.clear()
     with jax.disable_jit():

@@ -168,7 +168,9 @@ def calls_back(stack: Stack, k: int) -> bool:
     if _is_generator(code):
         return operation not in ("FOR_ITER", "SEND")
     through = operation in ("LIST_EXTEND", "SET_UPDATE", "UNPACK_SEQUENCE", "UNPACK_EX")
-    return through or (name in _CALL_BACK and name != code.co_name)
+    if operation == "CALL_FUNCTION_EX":  # `f(*map(...))`, and not `f(*args)`
+        return name in _LAZY
+    return through or (name in _CALL_BACK | _METHODS and name != code.co_name)
 
 
 def _is_generator(code: types.CodeType) -> bool:
@@ -182,17 +184,22 @@ def _adds_up(code: types.CodeType, offset: int) -> bool:
 
 
 _CALL_BACK = frozenset(
-    "accumulate all any deque dict filter frozenset list map max min reduce set sorted "
-    "starmap sum tuple unflatten".split()
+    "accumulate all any deque dict filter frozenset fsum list map max min prod reduce "
+    "set sorted starmap sum tuple unflatten".split()
 )
-_OF_MODULES = ("accumulate", "reduce", "starmap")  # functools.reduce, not x.sum
+_LAZY = frozenset("accumulate filter map starmap zip".split())
+# Behind a dot, too: functools.reduce and parts.extend, not x.sum.
+_METHODS = frozenset(
+    "accumulate extend fsum join prod reduce sort starmap update".split()
+)
 
 
 @functools.cache
 def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
     """Return what an instruction does, what it calls by name, with how many arguments.
 
-    No name for a method: `x.sum()` is none of Python's.
+    No name for most methods: `x.sum()` is none of Python's. Of `f(*map(...))` it is
+    what goes through the arguments.
     """
     before: list[dis.Instruction] = []
     for i in dis.get_instructions(code):
@@ -203,11 +210,15 @@ def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
         return "", "", 0
     if not i.opname.startswith("CALL"):
         return i.opname, "", 0
+    if i.opname == "CALL_FUNCTION_EX":
+        star = next((b for b in before[::-1] if b.opname != "PUSH_NULL"), i)
+        inner = star is not i and star.opname == "CALL"
+        return i.opname, _called(code, star.offset)[1] if inner else "", 0
     start = place_at(i)[:2]
     loads = [
         b for b in before if b.opname.startswith("LOAD_") and "CONST" not in b.opname
     ]
     names = [str(b.argval) for b in loads if place_at(b)[:2] == start]
-    is_method = len(names) == 2 and names[1] in _OF_MODULES
-    name = names[-1] if len(names) == 1 or is_method else ""
+    is_known = len(names) == 1 or (bool(names) and names[-1] in _METHODS)
+    name = names[-1] if is_known else ""
     return i.opname, name, (i.arg or 0) if i.opname == "CALL" else 0
