@@ -200,6 +200,25 @@ def test_each_step_of_a_scan_is_edited():
     assert_close(found, jnp.stack([X * X, X * X + 1]))
 
 
+def counted(x, rounds=3):
+    def step(i, v):
+        return jnp.sin(v) + i
+
+    return jax.lax.fori_loop(0, rounds, step, x)
+
+
+@pytest.mark.parametrize("rounds", [3, np.int32(3)])
+def test_the_count_of_a_loop_is_not_edited(rounds):
+    """JAX counts with what it hands over: that goes on as it was."""
+    fun = lambda x, n: counted(x, n)
+    for factor in (2, 0):
+        edited = sg.edit(fun, {sg.var("step.i"): lambda i, f=factor: i * f})
+        v = jnp.float32(1.0)
+        for k in range(3):
+            v = jnp.sin(v) + factor * k
+        assert_close(edited(1.0, rounds), v)
+
+
 def test_a_tree_of_an_inner_function():
     @jax.jit
     def inner(p):

@@ -83,13 +83,17 @@ class _Shown(Labels):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Naming:
-    """A variable that is to be named for some equations; all, and the results: None."""
+    """A variable that is to be named for some equations, and for the results if `own`.
+
+    That is so of the parameter of the function that a jaxpr was traced from.
+    """
 
     var: Any
     start: int
-    indices: frozenset[int] | None
+    indices: frozenset[int]
     name: Parameter
     targets: list[int]
+    own: bool = False
 
 
 class Parameters:
@@ -148,6 +152,7 @@ class Parameters:
         if origin is None or not jaxpr.eqns or not self._is_shown(origin):
             return
         path = _path(origin)
+        indices = _made_in(jaxpr, origin)
         for spelled, k in origin.inputs.items():
             name = spelled.split("[")[0].split(".")[0]
             place = Place(path, name, origin.file, _def_line(origin))
@@ -159,7 +164,7 @@ class Parameters:
                     self.found[target][place] = None
             if targets and name == spelled:
                 name = Parameter(place.label)
-                yield _Naming(jaxpr.invars[k], 0, None, name, targets)
+                yield _Naming(jaxpr.invars[k], 0, indices, name, targets, own=True)
 
     def _is_shown(self, origin: _jax.Origin) -> bool:
         frame = _jax.Frame(None, origin.file, origin.name, origin.line)
@@ -276,7 +281,7 @@ class Parameters:
     def _named(self, jaxpr: Any, eqns: list[Any], namings: list[_Naming]) -> Any:
         """Return a jaxpr in which the functions read names of what they are handed."""
         # A function inside another one reads the name of what the outer one was handed.
-        inner = lambda n: (n.start, -len(n.indices or eqns))  # noqa: E731
+        inner = lambda n: (n.start, not n.own, -len(n.indices))  # noqa: E731
         order = sorted(namings, key=inner)
         new: list[Any] = []
         names: dict[int, Any] = {}
@@ -285,7 +290,7 @@ class Parameters:
             return {
                 n.var: names[k]
                 for k, n in enumerate(order[:until])
-                if k in names and (n.indices is None or index in n.indices)
+                if k in names and index in n.indices
             }
 
         for index, eqn in enumerate(eqns):
@@ -297,7 +302,7 @@ class Parameters:
                     pairs = [(t, str(asked.name)) for t in asked.targets]
                     self.named[names[k]] = pairs
             new.append(reading(eqn, read(index)))
-        whole = {n.var: names[k] for k, n in enumerate(order) if n.indices is None}
+        whole = {n.var: names[k] for k, n in enumerate(order) if n.own}
         results = [
             v if isinstance(v, _jax.Literal) else whole.get(v, v) for v in jaxpr.outvars
         ]
@@ -346,6 +351,21 @@ def _path(origin: _jax.Origin) -> tuple[str, ...]:
     """Return the names around the function that a jaxpr was traced from."""
     found = {f.path for f in _functions(origin)}
     return found.pop() if len(found) == 1 else (origin.name,)
+
+
+def _made_in(jaxpr: Any, origin: _jax.Origin) -> frozenset[int]:
+    """Tell what a function made from what JAX made around it, as far as it is told.
+
+    So does JAX count the rounds of a `fori_loop`.
+    """
+    around = set[int]()
+    for k, eqn in enumerate(jaxpr.eqns):
+        codes = [code for code, _ in _jax.stack_of(eqn)]
+        places = [(c.co_name, c.co_filename, c.co_firstlineno) for c in codes]
+        if codes and origin[:3] not in places:
+            around.add(k)
+    every = frozenset(range(len(jaxpr.eqns)))
+    return every - around or every
 
 
 def _def_line(origin: _jax.Origin) -> int:
