@@ -22,7 +22,12 @@ from ._engine.closures import refusing
 from ._engine.edits import kept, same_type
 from ._engine.given import perturbations_by_place, require_keys
 from ._engine.perturbation import shift
-from ._engine.refuse import refuse_differentiated, refuse_loops, refuse_rules
+from ._engine.refuse import (
+    refuse_differentiated,
+    refuse_factors,
+    refuse_loops,
+    refuse_rules,
+)
 from ._engine.rewrite import Actions, Rewriter
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Value, filled, is_traceable, trace
@@ -255,6 +260,7 @@ def perturb(
         program = look_up(traced, addresses, called, wanted)
         refuse_loops(program, addresses, called)
         refuse_rules(program, addresses, called)
+        refuse_factors(program, addresses, called)
         traced = program.traced
         given = perturbations_by_place(program, addresses, perturbations, called)
 

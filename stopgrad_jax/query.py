@@ -22,7 +22,12 @@ from ._checks import require_function, shown
 from ._edge import public
 from ._engine.differentiate import Differentiation
 from ._engine.given import cotangents, default_ys
-from ._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
+from ._engine.refuse import (
+    refuse_factors,
+    refuse_loops,
+    refuse_outputs,
+    refuse_rules,
+)
 from ._engine.select import Program, listed, look_up
 from ._engine.trace import Traced, Value, filled, trace
 from ._engine.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
@@ -220,6 +225,7 @@ class _Query:
         refuse_outputs(program, [*xs, *stops], called)
         refuse_loops(program, [*xs, *stops, *ys], called)
         refuse_rules(program, [*xs, *stops, *ys], called)
+        refuse_factors(program, [*xs, *stops], called)
 
         if self.ys is None:
             y_tree = default_ys(traced, self.has_aux, called)

@@ -224,3 +224,51 @@ def test_what_calls_back_is_one_call(call):
     np.testing.assert_array_equal(sg.gradients(fun, address)(W), 3.0)
     doubled = sg.edit(fun, {address: lambda op, *args: 2.0 * op(*args)})(W)
     np.testing.assert_allclose(doubled, 6.0 * call(W), rtol=1e-6)
+
+
+# -- what the derivative of its own operation is computed from ---
+
+
+def energy(f, v=lambda h: h):
+    """The force of an energy is fitted: a derivative is differentiated."""
+
+    def loss(w):
+        def total(r):
+            h = v(f(w * r))
+            return jnp.sum(h**2)
+
+        return jnp.sum(jax.grad(total)(jnp.abs(X)) ** 2)
+
+    return loss
+
+
+named = lambda h: sg.name(h, "h")
+FACTORS = [jnp.exp, jnp.tanh, jax.nn.sigmoid, jnp.sqrt]
+
+
+@pytest.mark.parametrize("f", FACTORS)
+def test_a_factor_of_its_own_derivative(f):
+    """By the variable is not by what its rule keeps of it, so it is refused."""
+    fun, address, w = energy(f), sg.var("total.h"), jnp.abs(W)
+    for ask in (
+        lambda: sg.gradients(fun, address)(w),
+        lambda: sg.gradients(fun, "w", stop_gradients=address)(w),
+        lambda: sg.gradient_stats(fun, address)(w),
+        lambda: sg.perturb(fun, [address])({address: jnp.zeros(3)}, w),
+    ):
+        with pytest.raises(ValueError, match="read by later operations only"):
+            ask()
+    value = jnp.sum(sg.capture(fun, address)(w)[1][address])
+    np.testing.assert_allclose(value, jnp.sum(f(w * jnp.abs(X))), rtol=1e-6)
+    by_name = sg.gradients(energy(f, named), "w", stop_gradients="h")(w)
+    assert by_name is not None
+
+
+@pytest.mark.parametrize("f", [jnp.sin, jnp.square, lambda x: x * x])
+def test_what_its_derivative_does_not_read(f):
+    address = sg.var("total.h")
+    found = sg.gradients(energy(f), address)(W)
+    np.testing.assert_array_equal(found, sg.gradients(energy(f, named), "h")(W))
+    found = sg.gradients(energy(f), "w", stop_gradients=address)(W)
+    other = sg.gradients(energy(f, named), "w", stop_gradients="h")(W)
+    np.testing.assert_allclose(found, other, rtol=1e-6)

@@ -70,7 +70,8 @@ class Found:
     a scan and with all the shards. `size`: how many entries it has where it is.
     `copies`: how many of it there are for the scans and shard_maps that it lies in,
     outermost first. `rule`: it is behind a custom rule. `dynamic`: it is in a while
-    loop. `differentiated`: a derivative of it has already been taken.
+    loop. `differentiated`: a derivative of it has already been taken. `feeds`: that of
+    its own operation reads it, as that of `exp` does.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Found:
     differentiated: bool = False
     size: int = 0
     copies: tuple[Copies, ...] = ()
+    feeds: bool = False
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -42,6 +42,24 @@ def refuse_rules(program: Program, addresses: Iterable[Address], called: str) ->
             )
 
 
+def refuse_factors(program: Program, addresses: Iterable[Address], called: str) -> None:
+    """A derivative already taken reads the array, as well as what is computed of it.
+
+    To differentiate by it would be by both: by the variable it is not by its rule.
+    """
+    for found in program.found(addresses).values():
+        if found.feeds:
+            raise ValueError(
+                beats(
+                    _at(called, found),
+                    "the value must be read by later operations only",
+                    f'"{found.name}", where jax.grad, jvp or linearize was called: the '
+                    "derivative of the operation that makes it is computed from it",
+                    "a name there, sg.name(value, ...); sg.capture can read the value",
+                )
+            )
+
+
 def refuse_differentiated(
     program: Program, addresses: Iterable[Address], fun: str, called: str
 ) -> None:

@@ -105,7 +105,7 @@ class Search:
         for index, eqn in enumerate(jaxpr.eqns):
             taken = frozenset(covered.get(index, ()))
             here = dataclasses.replace(context, ops=context.ops - taken)
-            own = self._own(eqn, here, assigned)
+            own = self._own(eqn, here, assigned, jaxpr)
             inner = nested(eqn)
             plans, inside = (), ()
             if inner is not None:
@@ -151,7 +151,11 @@ class Search:
         return found
 
     def _own(
-        self, eqn: Any, context: _Context, assigned: Mapping[Any, Sequence[Hit]]
+        self,
+        eqn: Any,
+        context: _Context,
+        assigned: Mapping[Any, Sequence[Hit]],
+        jaxpr: Any,
     ) -> tuple[Found, ...]:
         hits: tuple[Hit, ...] = ()
         point = _jax.params_of(eqn)["name"] if _jax.kind_of(eqn) == "name" else ""
@@ -175,7 +179,10 @@ class Search:
             whole = bool(every) and all(hit.group is not None for hit in every)
             own = context.differentiated if whole else taken
             size = math.prod(getattr(var.aval, "shape", ()))
-            found.append(Found(name, every, var.aval, line, *state, own, size))
+            feeds = bool(every) and own and not point and _feeds(jaxpr, eqn, var)
+            found.append(
+                Found(name, every, var.aval, line, *state, own, size, feeds=feeds)
+            )
         return tuple(found)
 
     def _named(self, name: str) -> tuple[Hit, ...]:
@@ -264,6 +271,19 @@ class Search:
     @staticmethod
     def _differentiated(eqn: Any, context: _Context) -> bool:
         return context.differentiated or "jvp" in _jax.transforms_of(eqn)
+
+
+def _feeds(jaxpr: Any, eqn: Any, result: Any) -> bool:
+    """Tell a result that the derivative of its own operation is computed from.
+
+    That was made by the same call of the user's, and is another operation.
+    """
+    return any(
+        any(atom is result for atom in reader.invars)
+        and reader.primitive is not eqn.primitive
+        and _jax.frames_of(reader)[0] == _jax.frames_of(eqn)[0]
+        for reader in jaxpr.eqns
+    )
 
 
 def lifted(found: Found, inner: Nested, eqn: Any) -> Found:

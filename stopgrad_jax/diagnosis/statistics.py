@@ -24,7 +24,12 @@ from stopgrad_jax._engine.reduced import (
     summary,
     summary_dtype,
 )
-from stopgrad_jax._engine.refuse import refuse_loops, refuse_outputs, refuse_rules
+from stopgrad_jax._engine.refuse import (
+    refuse_factors,
+    refuse_loops,
+    refuse_outputs,
+    refuse_rules,
+)
 from stopgrad_jax._engine.select import Program, listed, look_up
 from stopgrad_jax._engine.trace import Traced, Value, filled, trace
 from stopgrad_jax._engine.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
@@ -140,6 +145,7 @@ def measured(
     refuse_outputs(program, addresses, called, stats=has_aux)
     refuse_loops(program, [*addresses, *asked], called)
     refuse_rules(program, [*addresses, *asked], called)
+    refuse_factors(program, addresses, called)
     if ys is None:
         y_tree = default_ys(traced, has_aux, called)
     else:
