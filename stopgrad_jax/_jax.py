@@ -37,6 +37,7 @@ from ._jax_places import line_of as line_of
 from ._jax_places import scope_of as scope_of
 from ._jax_places import scopes_of as scopes_of
 from ._jax_places import stack_of as stack_of
+from ._jax_places import stopped_in as stopped_in
 from ._jax_places import transforms_of as transforms_of
 from ._jax_places import vmaps_of_jax as vmaps_of_jax
 from ._jax_types import also_varying as also_varying

@@ -166,12 +166,18 @@ def is_of_jax(eqn: Any) -> bool:
 
     Jitted helpers of JAX have no stack at all.
     """
-    outer = ""
+    code = stopped_in(eqn)
+    return code is None or code.co_filename.startswith(OWN[:2])
+
+
+def stopped_in(eqn: Any) -> types.CodeType | None:
+    """Return the function that called `stop_gradient`, if a stack tells."""
+    outer = None
     for code, _ in stack_of(eqn):
         if code.co_name == "stop_gradient" and code.co_filename.startswith(OWN[:2]):
-            return outer.startswith(OWN[:2])
-        outer = code.co_filename
-    return True
+            return outer
+        outer = code
+    return None
 
 
 def vmaps_of_jax(eqn: Any) -> int:

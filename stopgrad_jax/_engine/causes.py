@@ -19,6 +19,7 @@ from .connect import Bits
 from .graph import Graph, Op, Value
 from .labels import Path, Spot, printed_place
 from .naming import called, zero
+from .own_stop import is_handed, is_of_package, is_straight_through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +266,19 @@ class Analysis:
         # What an integer is made of ends at it, whatever the other results are.
         exact = (v for v in used if not self._carries(v))
         rest |= {s for v in exact for s in graph.feeds[v]}
-        return self.reached(self.tangent, rest)
+        lost = self.reached(self.tangent, rest)
+        if lost and is_of_package(op.eqn):
+            # The gate tells what a `with_backward` passes by.
+            return 0 if is_handed(op.eqn) else lost & ~self._passed_by_gates(op)
+        return lost
+
+    def _passed_by_gates(self, stop: Op) -> Bits:
+        """The sources that go around a stop, by a gate that is of the same call."""
+        return _union(
+            self.reached(self.tangent, op.values)
+            for op in self.graph.ops
+            if _jax.gate_name(op.eqn) and op.path.spots == stop.path.spots
+        )
 
 
 def _union(bits: Iterable[Bits]) -> Bits:
@@ -291,6 +304,9 @@ def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str
         return _exact(op, ", ".join(sorted(exact)))
     for op in ops:
         if _jax.kind_of(op.eqn) == "stop_gradient":
+            if is_straight_through(op.eqn):
+                words = _words.VALUE_ALONE.format(name="straight_through")
+                return "stop_gradient", words, ""
             return "stop_gradient", _words.STOPPED, ""
         if _jax.kind_of(op.eqn) in _jax.CUSTOM:
             at = printed_place(_jax.rule_site(op.eqn))

@@ -1,7 +1,8 @@
-"""A stop of this package's own: `with_backward` hands its arguments on through it."""
+"""Stops of this package's own: `with_backward` hands its arguments on through one."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -23,6 +24,29 @@ def handed(x: Any) -> jax.Array:
 def is_handed(eqn: Any) -> bool:
     """Tell such a stop from one that a user wrote."""
     return eqn.primitive is handed_p
+
+
+def is_of_package(eqn: Any) -> bool:
+    """Tell a stop that a function of this package is made with, as `straight_through`.
+
+    A user who reads a program has not written it.
+    """
+    if _jax.kind_of(eqn) != "stop_gradient":
+        return False
+    code = _jax.stopped_in(eqn)
+    return is_handed(eqn) or (code is not None and _jax.is_of_package(code.co_filename))
+
+
+def is_straight_through(eqn: Any) -> bool:
+    """Tell the stop of what `straight_through` takes the value of alone."""
+    code = _jax.stopped_in(eqn)
+    return code is not None and (code.co_filename, code.co_qualname) == _STOPPED
+
+
+_STOPPED = (
+    os.path.join(os.path.dirname(_jax.__file__), "substitution.py"),
+    "_stopped.<locals>.<lambda>",
+)
 
 
 def _jvp(primals: Any, tangents: Any) -> Any:
