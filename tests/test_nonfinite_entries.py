@@ -239,3 +239,15 @@ OTHER_RULES = {
 def test_what_else_a_rule_does_with_what_comes_back(hint, rule):
     report = sg.find_nonfinite(rule(OTHER_RULES[hint]))(f32(1.0, 2.0))
     assert (report.direction, report.hint) == ("backward", hint)
+
+
+def test_a_long_way_back_is_gone_once():
+    """Each of many values is read twice: the ways back are 2 to the 60th."""
+
+    def backward(ct, x, r):
+        for _ in range(60):
+            ct = ct + 0.5 * ct
+        return ct / r
+
+    report = sg.find_nonfinite(lambda x: 0.0 * jnp.sum(ruled(backward, jnp.sqrt)(x)))
+    assert report(ZERO).hint == _words.ZERO_COMES_BACK

@@ -40,16 +40,19 @@ def depends(level: Level, value: int) -> bool:
 
     A literal is, among no others: then it is the cotangent of the whole program.
     """
-    if value not in level.maker:
-        return value in level.cotangents
-    op = level.ops[level.maker[value]]
-    if op.role != COTANGENT:
-        return False
-    return bool(_cotangents(level, op)) or all(k in level.literals for k in op.reads)
+    return value in _dependent(level)
 
 
-def _cotangents(level: Level, op: Op) -> list[int]:
-    return [k for k in op.reads if depends(level, k)]
+def _dependent(level: Level) -> set[int]:
+    found = level.cotangents - level.maker.keys()
+    for op in level.ops:
+        if (
+            op.role == COTANGENT
+            and op.reads
+            and (not found.isdisjoint(op.reads) or level.literals.issuperset(op.reads))
+        ):
+            found.update(op.writes)
+    return found
 
 
 def _back(
@@ -60,14 +63,18 @@ def _back(
     calls: _Calls,
 ) -> bool:
     level = levels[-1]
-    if not depends(level, value) or not _is_zero(level.values[value], index):
+    dependent = calls.dependent(level)
+    if value not in dependent or not _is_zero(level.values[value], index):
         return False
+    if not calls.is_new(level, value):
+        return False  # it was followed before, and to no end
     if value in level.maker:
         op = level.ops[level.maker[value]]
         if not calls.holds(op.path):
             return True
-        cotangents, same = _cotangents(level, op), _jax.is_entrywise(op.eqn.primitive)
-        others = [k for k in op.reads if k not in cotangents]
+        same = _jax.is_entrywise(op.eqn.primitive)
+        cotangents = [k for k in op.reads if k in dependent]
+        others = [k for k in op.reads if k not in dependent]
         if any(_is_zero(level.values[k], index if same else None) for k in others):
             return False
         shape = np.shape(level.values[value])
@@ -101,6 +108,18 @@ class _Calls:
 
     def __init__(self, path: Path, forward: set[Any]) -> None:
         self._path, self._forward = path, forward
+        self._dependent: dict[int, set[int]] = {}
+        self._seen: set[tuple[int, int]] = set()
+
+    def dependent(self, level: Level) -> set[int]:
+        if id(level) not in self._dependent:
+            self._dependent[id(level)] = _dependent(level)
+        return self._dependent[id(level)]
+
+    def is_new(self, level: Level, value: int) -> bool:
+        before = len(self._seen)
+        self._seen.add((id(level), value))
+        return len(self._seen) > before
 
     def holds(self, path: Path) -> bool:
         mine, its = self._rule(self._path), self._rule(path)
