@@ -23,6 +23,8 @@ from jax.interpreters import partial_eval as pe
 from ._jax_closures import is_filled, tracers_in
 from ._jax_closures import variable_of as variable_of
 from ._jax_closures import variable_under as variable_under
+from ._jax_kinds import is_entrywise as is_entrywise
+from ._jax_kinds import static_arguments as static_arguments
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame
 from ._jax_places import are_inlined as are_inlined
@@ -65,6 +67,7 @@ from ._jax_types import unchecked_axes as unchecked_axes
 from ._jax_types import vary as vary
 from ._jax_types import vary_exactly as vary_exactly
 from ._jax_types import varying as varying
+from ._jax_types import whole_along as whole_along
 from ._jax_types import zeros as zeros
 from ._origin import Origin as Origin
 from ._origin import origin_of as origin_of

@@ -1,4 +1,4 @@
-"""What JAX makes of an error that a callback raises in a compiled program.
+"""Errors of JAX: what it makes of one that a callback raises, and how one is told.
 
 `tests/test_jax.py` checks it on the oldest and the newest JAX we support.
 """
@@ -24,6 +24,16 @@ def quiet_callbacks() -> Iterator[None]:
     finally:
         for logger, was in zip(loggers, before, strict=True):
             logger.disabled = was
+
+
+def is_traced_static(error: Exception) -> bool:
+    """Tell the error of a jitted function whose static argument is a traced number.
+
+    Or holds one: of a Python float the type is weak. Without it, the error is shown.
+    """
+    text = str(error)
+    is_weak = "Tracer(~float" in text or "Tracer(~complex" in text
+    return text.startswith("Non-hashable static arguments") and is_weak
 
 
 def message_of(error: Exception) -> str:

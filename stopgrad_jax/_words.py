@@ -222,13 +222,13 @@ FACTOR_IS_INFINITE = f"the gradient multiplies by it and is infinite: {FINITE_BE
 BEFORE = "it came from outside: look at what made it"
 # A slope has no finite value for finite operands.
 SLOPE = "the slope is not finite at this point: keep the operand away from it"
-# Of what comes back and a slope one is zero and the other one infinite.
+# What comes back to a call is zero there, its slope is a number divided by zero.
 ZERO_COMES_BACK = (
     "zero comes back, and zero times an infinite slope is nan: keep the operand away "
     "from this point before the call; to mask the result is too late"
 )
-# What comes back is nonfinite for finite operands, none of which is zero.
-BACK_OVERFLOWS = "the product leaves the range of {dtype} on the way back"
+# What comes back is infinite for finite operands, and no divisor is zero.
+BACK_OVERFLOWS = "what comes back leaves the range of {dtype}"
 # By operation: what its operands must have been. SINGULAR: a solution is nonfinite.
 EXP = (
     "{name} leaves the range of {dtype} above {limit:.4g}; jax.nn.softmax and "

@@ -13,7 +13,15 @@ PACKAGE = ROOT / "stopgrad_jax"
 # if the row is a chain.
 FLOORS = [
     {"_origin"},
-    {"_errors", "_jax_types", "_jax_errors", "_jax_places", "_jax_closures", "_words"},
+    {
+        "_errors",
+        "_jax_types",
+        "_jax_errors",
+        "_jax_kinds",
+        "_jax_places",
+        "_jax_closures",
+        "_words",
+    },
     {"_jax"},
     {"_address", "_edge", "_checks"},
     {"_where", "_engine/watched"},
@@ -101,7 +109,7 @@ FLOORS = [
     {"diagnosis/second"},
     {"diagnosis/settled", "diagnosis/reads"},
     {"diagnosis/readers", "diagnosis/infinities"},
-    {"diagnosis/masking"},
+    {"diagnosis/masking", "diagnosis/zeros"},
     {"diagnosis/hints"},
     {"diagnosis/report"},
     {"diagnosis/steps", "diagnosis/dot", "diagnosis/render"},

@@ -11,7 +11,18 @@ BEATS = r"[\s\S]*got: [\s\S]*write: "
 q = sg.quantize
 
 X = f32(1.0, 2.0)
+EMPTY = jnp.zeros((2, 0))
 BAD = {
+    r"bsq\(z\): z has codes of at least 1 entry": (ValueError, lambda: q.bsq(EMPTY)),
+    r"fsq\([^:]*: z has codes of at least 1 entry": (
+        ValueError,
+        lambda: q.fsq(EMPTY, []),
+    ),
+    r"vector_quantize\([^:]*: z has codes of at least 1 entry": (
+        ValueError,
+        lambda: q.vector_quantize(EMPTY, jnp.zeros((4, 0))),
+    ),
+    "x has an entry to take the mean of": (ValueError, lambda: q.lsq_init(EMPTY, 7)),
     "x is an array of real floats": (TypeError, lambda: q.round(jnp.arange(3))),
     r"floor\(x\): x is an array": (TypeError, lambda: q.floor(True)),
     r"ceil\(x\): x is an array": (TypeError, lambda: q.ceil(1j)),
@@ -101,3 +112,21 @@ def test_a_traced_count_is_refused_with_words():
     f = jax.jit(lambda n: q.lsq(X, 0.5, -8, 7, num_elements=n))
     with pytest.raises(TypeError, match="num_elements is an int" + BEATS):
         f(2)
+
+
+NONE = jnp.zeros((0, 2))
+OF_NONE = {
+    "bsq": q.bsq,
+    "fsq": lambda z: q.fsq(z, [5, 5]),
+    "lfq": q.lfq,
+    "lsq": lambda z: q.lsq(z, 1.0, -8, 7, num_elements=1),
+    "round": q.round,
+    "fake_quant": lambda z: q.fake_quant(z, -1.0, 1.0),
+    "vector_quantize": lambda z: q.vector_quantize(z, jnp.eye(2)).quantized,
+}
+
+
+@pytest.mark.parametrize("quantizer", OF_NONE.values(), ids=OF_NONE)
+def test_no_code_is_quantized_to_none(quantizer):
+    assert quantizer(NONE).shape == NONE.shape
+    assert jax.grad(lambda z: jnp.sum(quantizer(z)))(NONE).shape == NONE.shape

@@ -352,3 +352,33 @@ def test_where_it_cannot_be_told_training_goes_on(monkeypatch):
     step = make_step(unused, ADAMW, untrained="error")
     with pytest.raises(NotImplementedError, match="of tomorrow"):
         step(step.init(params()), X)
+
+
+@jax.custom_vjp
+def dead(u):
+    return u
+
+
+dead.defvjp(lambda u: (u, None), lambda _, ct: (jnp.zeros_like(ct),))
+
+
+def ruled_here(p, x):
+    u = jax.custom_gradient(lambda u: (u, jnp.zeros_like))(p["u"])
+    return base(p, x + u)
+
+
+def ruled_elsewhere(p, x):
+    return base(p, x + dead(p["u"]))
+
+
+@pytest.mark.parametrize(("loss", "count"), [(ruled_here, 1), (ruled_elsewhere, 2)])
+def test_a_place_is_told_once(loss, count):
+    """Of a rule that is written where it is used; else both places are told."""
+    step = make_step(loss, ADAMW)
+    with WARNS(match="returns zero") as caught:
+        step(step.init(params()), X)
+    with pytest.raises(AssertionError, match="returns zero") as raised:
+        sg.assert_gradient(loss, "p/u")(params(), X)
+    for told in (str(caught[0].message), str(raised.value).splitlines()[1]):
+        places = re.findall(r"test_train_untrained\.py:\d+", told)
+        assert len(set(places)) == len(places) == count

@@ -83,10 +83,31 @@ class Birth:
         return self.frames[-1].entry.index
 
     @property
+    def entries(self) -> tuple[Index | None, ...]:
+        """Which entry of each operand the entry of the result is made of.
+
+        None where that is not known: a product of matrices has their shape, too.
+        """
+        shape = np.shape(self.result)
+        if self.op.body is not None or not _jax.is_entrywise(self.op.eqn.primitive):
+            return (None,) * len(self.operands)
+        return tuple(_entry(np.shape(x), shape, self.index) for x in self.operands)
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """The rounds of the loops that it lies in, outermost first."""
         steps = (frame.op.step for frame in self.frames)
         return tuple(step for step in steps if step is not None)
+
+
+def _entry(shape: Index, result: Index, index: Index) -> Index | None:
+    if not shape:
+        return ()
+    if len(shape) != len(result):
+        return None
+    if any(n not in (1, m) for n, m in zip(shape, result, strict=True)):
+        return None
+    return tuple(k if n > 1 else 0 for k, n in zip(index, shape, strict=True))
 
 
 def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:

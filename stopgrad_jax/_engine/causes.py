@@ -60,6 +60,11 @@ class Cut:
         return self.spot.place if self.spot else ""
 
     @property
+    def told(self) -> str:
+        """The words, without the place of a rule where that is the expression's own."""
+        return self.words.removesuffix(f" ({self.place})")
+
+    @property
     def places(self) -> str:
         """The user's place and, in another library, the line there; "" without any."""
         inside = self.path.inside

@@ -76,7 +76,7 @@ class Differentiation:
             return f"{self._program.types[x].dtype} carries no gradient"
         bit = 1 << self._xs.index(x)
         cuts = [cut for cut in self._analysis.cuts if cut.lost & bit]
-        found = [f"{c.words} ({c.places or 'no source'})" for c in cuts]
+        found = [f"{c.told} ({c.places or 'no source'})" for c in cuts]
         return ", ".join(dict.fromkeys(found)) or "no y is computed from it"
 
     @functools.cached_property

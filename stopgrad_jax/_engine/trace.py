@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
+import stopgrad_jax._jax_errors as _jax_errors
 from stopgrad_jax._address import nodes
 from stopgrad_jax._errors import beats, function_name, has_beats, type_of
 
@@ -108,7 +109,8 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
     """Trace `fun` as `jax.jit` does, anew at every call."""
     call = args, kwargs
     flat, tree = jax.tree.flatten(call)
-    dynamic = [is_traceable(leaf) for leaf in flat]
+    static = _static(fun, args, kwargs)
+    dynamic = [is_traceable(x) and not s for x, s in zip(flat, static, strict=True)]
     leaves = [_as_array(x) for x, d in zip(flat, dynamic, strict=True) if d]
     result: list[Any] = []
 
@@ -127,7 +129,12 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         result.append(jax.tree.unflatten(out_tree, places))
         return arrays
 
-    closed = jax.make_jaxpr(run)(*leaves)
+    try:
+        closed = jax.make_jaxpr(run)(*leaves)
+    except ValueError as error:
+        if _jax_errors.is_traced_static(error):
+            _refuse_static(fun, args, kwargs)
+        raise
     index = iter(range(len(leaves)))
     places = [
         Value("argument", next(index)) if d else Static(x)
@@ -148,6 +155,14 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
     )
 
 
+def _static(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> list[bool]:
+    """Tell of each leaf whether a jitted function itself declares it static."""
+    by_position, by_name = _jax.static_arguments(fun, args, kwargs)
+    pairs = [*zip(by_position, args, strict=True)]
+    pairs += [(by_name[name], kwargs[name]) for name in sorted(kwargs)]
+    return [is_static for is_static, x in pairs for _ in jax.tree.leaves(x)]
+
+
 def _called(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any:
     try:
         return fun(*args, **kwargs)
@@ -163,6 +178,46 @@ def _called(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any
         call = f"{name}({', '.join(signature.parameters) if signature else '...'})"
         wrong = beats(call, "the arguments that it takes", f"{came}: {got}", call)
     raise TypeError(wrong)
+
+
+def _refuse_static(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
+) -> None:
+    """Say how a float stays one that a jitted function inside declares static."""
+    given = _bind(fun, args, kwargs)
+    floats = [n for n, x in given.items() if _holds_float(x)]
+    if not floats:
+        return
+    name, last = function_name(fun), [*given][len(args) - 1 :][:1]
+    written, signature = name if name.isidentifier() else "fun", _signature(fun)
+    kinds = [p.kind for p in signature.parameters.values()] if signature else []
+    unnamed = inspect.Parameter.VAR_POSITIONAL in kinds
+
+    def bound(fixed: str) -> str:
+        value = repr(given[fixed])
+        if fixed in kwargs or fixed in last:
+            return f"functools.partial({written}, {fixed}={value})"
+        rest = ", ".join(n for n in given if n != fixed)
+        every = ", ".join(value if n == fixed else n for n in given)
+        return f"lambda {rest}: {written}({every})"
+
+    expected = "Python floats are traced, and a static argument of jax.jit may not be"
+    came = "a traced float as a static argument of a jitted function inside"
+    instead = " or ".join(map(bound, filter(lambda n: _is_plain(given[n]), floats)))
+    if unnamed or not instead:
+        instead = "functools.partial or a lambda, which bind the float"
+    raise ValueError(beats(name, expected, came, instead))
+
+
+def _holds_float(x: Any) -> bool:
+    return any(isinstance(leaf, float | complex) for leaf in jax.tree.leaves(x))
+
+
+def _is_plain(x: Any) -> bool:
+    """Tell a value that can be written down."""
+    if isinstance(x, tuple):
+        return all(map(_is_plain, x))
+    return x is None or isinstance(x, bool | int | float | complex | str)
 
 
 def _signature(fun: Callable[..., Any]) -> inspect.Signature | None:

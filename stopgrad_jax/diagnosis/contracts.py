@@ -220,7 +220,7 @@ def _with(look: Look) -> list[tuple[Folded, str]]:
 def _because(look: Look, row: Folded) -> str:
     word = look.verdict(row.bits)
     if word == "cut":
-        cuts = dict.fromkeys(f"{c.words}: {c.places}" for c in cuts_of(look, row))
+        cuts = dict.fromkeys(f"{c.told}: {c.places}" for c in cuts_of(look, row))
         return f" ({'; '.join(cuts)})" if cuts else ""
     if word == "unused":
         return f" ({_words.NOT_COMPUTED})"

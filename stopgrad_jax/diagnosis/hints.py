@@ -29,6 +29,7 @@ from .written import (
     scopes,
     written,
 )
+from .zeros import comes_back, depends
 
 
 def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
@@ -41,7 +42,7 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
     if not birth.frames:
         return _words.BEFORE if found.given else ""
     if found.by_steps:  # compiled, as edits are tried out, it is finite anyway
-        return _backward(birth) if found.side == "backward" else _cause(birth)
+        return _why(found, birth, labels)
     edited = _edited(found, birth, labels, fun)
     if edited:
         return edited
@@ -52,9 +53,9 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return _words.factor_hint(_kind(found, birth))
     if came_in:
         return _words.BEFORE if found.given else ""
+    cause = _why(found, birth, labels)
     if found.side == "backward":
-        return _backward(birth)
-    cause = _cause(birth)
+        return cause
     return "; ".join(filter(None, [cause, _guard(found, birth, labels, fun)]))
 
 
@@ -91,25 +92,31 @@ def _kind(found: Found, birth: Birth) -> str:
 
 def _entries(birth: Birth) -> list[Any]:
     """Return the entries of the operands that the result is made of, if that is so."""
-    shape, found = np.shape(birth.result), []
-    for x in birth.operands:
+    found = []
+    for x, entry in zip(birth.operands, birth.entries, strict=True):
         if not isinstance(x, np.ndarray) or x.dtype.kind not in "fcVbiu":
             return []
-        if x.shape not in ((), shape):
+        if entry is None:
             return []
-        found.append(wide(x)[birth.index if x.shape else ()])
+        found.append(wide(x)[entry])
     return found
 
 
-def _backward(birth: Birth) -> str:
-    entries = _entries(birth)
-    if birth.op.role == COTANGENT:
-        if 0 in entries and np.isnan(wide(birth.result)[birth.index]):
+def _why(found: Found, birth: Birth, labels: Labels) -> str:
+    if found.side != "backward":
+        return _cause(birth)
+    if birth.op.role != COTANGENT:
+        return _words.SLOPE
+    name, entries = birth.op.eqn.primitive.name, _entries(birth)
+    nan = bool(np.isnan(wide(birth.result)[birth.index]))
+    if name == "div" and entries and entries[1] == 0:
+        if nan and comes_back(birth, found.program, labels):
             return _words.ZERO_COMES_BACK
-        if entries and 0 not in entries:
-            return _words.BACK_OVERFLOWS.format(dtype=birth.result.dtype)
-        return _words.SLOPE if entries else _other(birth)
-    return _words.SLOPE
+        by_slope = not depends(birth.frames[-1].level, birth.op.reads[1])
+        return _words.SLOPE if by_slope and not nan else _cause(birth)
+    if not nan and name in (*_OVERFLOW, "div"):
+        return _words.BACK_OVERFLOWS.format(dtype=birth.result.dtype)
+    return _cause(birth)
 
 
 def _cause(birth: Birth) -> str:
@@ -159,8 +166,11 @@ def _is_subnormal(x: Any, dtype: str) -> bool:
     return bool(0 < abs(x) < float(jnp.finfo(dtype).tiny))
 
 
+# Sums and products: of finite operands they are infinite by their size alone.
 _OVERFLOW = frozenset(
-    "mul add sub reduce_sum dot_general integer_pow square convert_element_type".split()
+    "mul add add_any sub reduce_sum reduce_prod cumsum cumprod dot_general "
+    "conv_general_dilated scatter-add fft square integer_pow "
+    "convert_element_type".split()
 )
 _AT_ZERO = ("log", "div", "rem", "rsqrt")  # singular there
 

@@ -204,9 +204,10 @@ def _under(found: Found, at: Birth | None) -> str:
 
 def _numbers(at: Birth) -> Iterator[list[Part]]:
     name, index = at.op.eqn.primitive.name, at.index
-    operands = ", ".join(_shown(x, at.result, index) for x in at.operands)
+    pairs = zip(at.operands, at.entries, strict=True)
+    operands = ", ".join(_shown(x, entry) for x, entry in pairs)
     place = f" at {list(index)} of {type_of(at.result)}" if index else ""
-    value = _shown(at.result, at.result, index)
+    value = _shown(at.result, index)
     yield [(f"  {name}({operands}) = {value}{place}", "")]
     inside = [f"step {step}" for step in at.steps]
     example = _example(at)
@@ -240,24 +241,24 @@ def _hint(words: str) -> Iterator[list[Part]]:
         yield [(f"        {line}", "")]
 
 
-def _shown(x: Any, result: Any, index: tuple[int, ...]) -> str:
-    """Print an operand: the entry that matters, if it can be told."""
+def _shown(x: Any, entry: tuple[int, ...] | None) -> str:
+    """Print an operand: the entry that matters, or all if none is known to."""
     if not isinstance(x, np.ndarray):
         return str(x)[:40]
-    if not x.shape:
-        return _number(x)
-    if x.ndim == result.ndim and all(
-        n in (1, m) for n, m in zip(x.shape, result.shape, strict=True)
-    ):
-        pairs = zip(index, x.shape, strict=True)
-        return _number(x[tuple(k if n > 1 else 0 for k, n in pairs)])
+    if entry is not None:
+        return _number(x[entry])
     if x.size <= 4:
         return _number(x)
     if not jnp.issubdtype(x.dtype, jnp.number):
         return type_of(x)
-    numbers = wide(x)
-    least, most = np.abs(numbers).min(), np.abs(numbers).max()
-    return f"{type_of(x)} from {least:.4g} to {most:.4g}"
+    numbers, values = wide(x), type_of(x)
+    has_nan = np.isnan(numbers)
+    numbers = numbers[~has_nan]
+    if np.iscomplexobj(numbers):
+        numbers, values = np.abs(numbers), f"{values} of magnitudes"
+    told = [f"from {numbers.min():.4g} to {numbers.max():.4g}"] if len(numbers) else []
+    told += ["nan"] if has_nan.any() else []
+    return f"{values} {' and '.join(told)}"
 
 
 def _number(x: Any) -> str:

@@ -88,8 +88,8 @@ def vector_quantize(
 
     Raises:
       TypeError: z or codebook is no floating array.
-      ValueError: z is a scalar, the codebook is no matrix of z's width with a row, or
-        the gradient is unknown.
+      ValueError: z is a scalar or its last axis empty, the codebook is no matrix of z's
+        width with a row, or the gradient is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp, stopgrad_jax as sg

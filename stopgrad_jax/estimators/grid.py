@@ -65,10 +65,10 @@ def fsq(
 
     Raises:
       TypeError: z is no floating array.
-      ValueError: z is a scalar, levels are not as many as the code has entries, one is
-        below 2 or, but for "symmetric", above 1,000 (the others then have fewer or more
-        than that many), two levels are one number in z's dtype (as of 600 in
-        bfloat16), or the variant is unknown.
+      ValueError: z is a scalar or its last axis empty, levels are not as many as the
+        code has entries, one is below 2 or, but for "symmetric", above 1,000 (the
+        others then have fewer or more than that many), two levels are one number in z's
+        dtype (as of 600 in bfloat16), or the variant is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp, stopgrad_jax as sg
@@ -171,7 +171,7 @@ def bsq(z: jax.typing.ArrayLike) -> jax.Array:
 
     Raises:
       TypeError: z is no floating array.
-      ValueError: z is a scalar.
+      ValueError: z is a scalar, or its last axis is empty.
 
     Example:
         >>> import jax, jax.numpy as jnp, stopgrad_jax as sg

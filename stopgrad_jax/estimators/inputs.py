@@ -27,7 +27,7 @@ __all__ = [
 
 
 def real(x: Any, name: str, called: str, *, rank: int = 0) -> jax.Array:
-    """Return x as a floating array of at least this rank, or refuse it."""
+    """Return x as a floating array, or refuse it; of rank 1 it holds codes."""
     try:
         array = jnp.asarray(x)
         came, is_real = type_of(array), jnp.issubdtype(array.dtype, jnp.floating)
@@ -43,6 +43,10 @@ def real(x: Any, name: str, called: str, *, rank: int = 0) -> jax.Array:
     if array.ndim < rank:
         expected = f"{name} has at least {rank} axis, the last of them the code's"
         raise ValueError(beats(called, expected, came, f"{name}[None]"))
+    if rank and not array.shape[-1]:
+        expected = f"{name} has codes of at least 1 entry along its last axis"
+        instead = f"the call without it: there is nothing in {name} to quantize"
+        raise ValueError(beats(called, expected, came, instead))
     return array
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from stopgrad_jax._edge import public
+from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.gates import mask_gradient, scale_gradient, stop_gradient
 from stopgrad_jax.substitution import replace_value
 
@@ -120,7 +121,7 @@ def lsq_init(x: jax.typing.ArrayLike, qmax: int) -> jax.Array:
 
     Raises:
       TypeError: x is no floating array.
-      ValueError: qmax is below 1.
+      ValueError: qmax is below 1, or x has no entry.
 
     Example:
         >>> import jax.numpy as jnp, stopgrad_jax as sg
@@ -132,6 +133,9 @@ def lsq_init(x: jax.typing.ArrayLike, qmax: int) -> jax.Array:
     """
     called = f"lsq_init(x, {qmax!r:.20})"
     x = real(x, "x", called)
+    if not x.size:
+        expected, instead = "x has an entry to take the mean of", "a step of your own"
+        raise ValueError(beats(called, expected, type_of(x), instead))
     root = math.sqrt(whole(qmax, "qmax", called, 1, UNBOUNDED))
     step = (2 / root * jnp.mean(jnp.abs(wide(x)))).astype(x.dtype)
     return jnp.maximum(step, jnp.finfo(x.dtype).tiny)
