@@ -67,7 +67,6 @@ from ._jax_types import unchecked_axes as unchecked_axes
 from ._jax_types import vary as vary
 from ._jax_types import vary_exactly as vary_exactly
 from ._jax_types import varying as varying
-from ._jax_types import whole_along as whole_along
 from ._jax_types import zeros as zeros
 from ._origin import Origin as Origin
 from ._origin import origin_of as origin_of

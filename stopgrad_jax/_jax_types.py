@@ -126,16 +126,6 @@ def mapped_like(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
-def whole_along(x: jax.Array, axis: int) -> jax.Array:
-    """Give a sharding of an axis up that is part of the type: `cumsum` wants that."""
-    sharding = explicit_sharding(jax.typeof(x))
-    if sharding is None or sharding.spec[axis] is None:
-        return x
-    spec = [None if k == axis else name for k, name in enumerate(sharding.spec)]
-    spec = jax.sharding.PartitionSpec(*spec)
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
-
-
 def raveled(x: jax.Array) -> jax.Array:
     """Return a value as a vector; a sharding that is part of its type is given up."""
     x = jnp.asarray(x)

@@ -171,8 +171,7 @@ def test_leave_one_out_sums_in_float32_and_has_no_gradient():
     np.testing.assert_array_equal(np.float32(sg.score.leave_one_out(costs)), 3)
     grad = jax.jacrev(sg.score.leave_one_out)(f32(1.0, 2.0))
     np.testing.assert_array_equal(grad, 0)
-    own = sg.score.leave_one_out(f32(1.0, jnp.nan, 2.0))
-    np.testing.assert_array_equal(own, [np.nan, 1.5, np.nan])
+    assert np.isnan(sg.score.leave_one_out(f32(1.0, jnp.nan, 2.0))).all()
 
 
 @pytest.mark.parametrize("samples", [2, 3])

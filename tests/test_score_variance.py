@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from programs import f32, primitives
 from test_score import ORDERS, THETA, TRAJECTORIES, trajectory, weights
 
@@ -180,78 +178,3 @@ def test_what_is_known_is_known_under_jit_too():
         f = jax.jit(lambda x, wrong=wrong: sg.score.dice(x, costs, **wrong))
         with pytest.raises(ValueError, match="is from 0 to 1"):
             f(logs)
-
-
-# Sums without the cost itself -------------------------------------------------------
-
-HUGE = {
-    "large": [1e8, 1.0, 2.0],
-    "largest last": [1.0, 2.0, 4.0, 1e30],
-    "alternating": [1e8, -1e8, 1.0, 2.0, 1e-8],
-    "infinite": [np.inf, 1.0, 2.0],
-    "both infinite": [np.inf, 1.0, -np.inf],
-    "nan": [1.0, np.nan, 2.0, 3.0],
-    "two": [3.0, 5e8],
-}
-
-
-@pytest.mark.parametrize("costs", HUGE.values(), ids=HUGE)
-@pytest.mark.parametrize("by", [lambda f: f, jax.jit, "vmap"], ids=["", "jit", "vmap"])
-def test_leave_one_out_of_costs_of_any_size(costs, by):
-    """The mean of the others in float64, as near as these can be summed in float32."""
-    one = lambda c: sg.score.leave_one_out(c, axis=-1)
-    run = by if callable(by) else lambda f: lambda c: jax.vmap(f)(c[None])[0]
-    out = np.float64(run(one)(jnp.float32(np.array(costs))))
-    x = np.float64(np.float32(costs))
-    for k, told in enumerate(out):
-        others = np.delete(x, k)
-        with np.errstate(invalid="ignore"):
-            mean, size = others.mean(), np.abs(others).mean()
-        bound = 1e-6 * size if np.isfinite(size) else 0
-        np.testing.assert_allclose(told, mean, rtol=0, atol=bound)
-
-
-def test_leave_one_out_is_linear_in_the_costs_and_of_each_axis():
-    x = jnp.round(8 * jax.random.normal(jax.random.key(0), (3, 5, 2)))
-    y = jnp.round(8 * jax.random.normal(jax.random.key(1), (3, 5, 2)))
-    for axis in range(-3, 3):
-        loo = lambda c, axis=axis: sg.score.leave_one_out(c, axis=axis)
-        np.testing.assert_allclose(loo(x + 2 * y), loo(x) + 2 * loo(y), rtol=1e-5)
-        n = x.shape[axis]
-        usual = (jnp.sum(x, axis, keepdims=True) - x) / (n - 1)
-        np.testing.assert_allclose(loo(x), usual, rtol=1e-5, atol=1e-6)
-        moved = jnp.moveaxis(sg.score.leave_one_out(jnp.moveaxis(x, axis, 0)), 0, axis)
-        np.testing.assert_array_equal(loo(x), moved)
-
-
-def test_a_huge_cost_leaves_the_gradient_of_the_others():
-    """Of REINFORCE: the gradient by each is (cost - mean of the others) / n."""
-    costs = f32(1e8, 1.0, 2.0)
-    baseline = sg.score.leave_one_out(costs)
-    loss = lambda x: jnp.mean(sg.score.score_loss(costs, x, baseline))
-    grad = jax.grad(loss)(f32(-1.0, -2.0, -3.0))
-    others = np.array([1.5, (1e8 + 2) / 2, (1e8 + 1) / 2])
-    np.testing.assert_allclose(grad, (np.float64(costs) - others) / 3, rtol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", [P("d"), P(None, "d")])
-def test_leave_one_out_of_samples_on_several_devices(spec, kind):
-    devices = jax.make_mesh((2,), ("d",), axis_types=(getattr(AxisType, kind),))
-    x = jnp.arange(8.0).reshape(4, 2) ** 2
-    with jax.set_mesh(devices):
-        there = jax.device_put(x, jax.sharding.NamedSharding(devices, spec))
-        out = jax.jit(sg.score.leave_one_out)(there)
-        if kind == "Explicit":
-            assert jax.typeof(out).sharding == jax.typeof(there).sharding
-    expected = [np.delete(np.float64(x), k, 0).mean(0) for k in range(4)]
-    np.testing.assert_allclose(out, expected, rtol=1e-6)
-
-
-def test_leave_one_out_costs_two_sums_of_parts():
-    """`n log n` at most: another sample does not cost a pass over all of them."""
-    flops = [
-        jax.jit(sg.score.leave_one_out).lower(jnp.ones(n)).compile().cost_analysis()
-        for n in (1024, 4096)
-    ]
-    assert flops[1]["flops"] < 4 * 1.5 * flops[0]["flops"]

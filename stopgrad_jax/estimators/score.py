@@ -126,9 +126,8 @@ def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
 
     A better constant than the mean cost (see `score_loss`) can have much less.
 
-    Forward: the mean of the n - 1 others, summed in float32 at least. They are summed
-      without the cost itself, which is not taken off a sum again: one that is huge or
-      infinite leaves its own baseline as it is.
+    Forward: (sum(costs) - costs) / (n - 1), summed in float32 at least; it is rounded
+    as the sum is, and nonfinite if any cost is.
     Backward: nothing.
 
     Args:
@@ -159,19 +158,8 @@ def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
         raise ValueError(beats(called, expected, type_of(x), instead))
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     x = x.astype(wider(dtype))
-    axis %= x.ndim
-    given, x = x, _jax.whole_along(x, axis)
-    before, after = (_exclusive_sums(x, axis, reverse) for reverse in (False, True))
-    others = ((before + after) / (x.shape[axis] - 1)).astype(dtype)
-    return _jax.sharded_like(others, given)
-
-
-def _exclusive_sums(x: jax.Array, axis: int, reverse: bool) -> jax.Array:
-    """Return the sums of what comes before each entry, or after it."""
-    shift = (-1, 1, 0) if reverse else (1, -1, 0)
-    edges = [shift if k == axis else (0, 0, 0) for k in range(x.ndim)]
-    shifted = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
-    return jax.lax.cumsum(shifted, axis, reverse=reverse)
+    others = jnp.sum(x, axis, keepdims=True) - x
+    return (others / (x.shape[axis] - 1)).astype(dtype)
 
 
 @public
