@@ -18,7 +18,7 @@ import stopgrad_jax._jax as _jax
 from .decided import Decided
 from .nested import Body, Nested, nested
 from .overwrite import Overwrites
-from .references import is_about_refs, refs_of, touched
+from .references import carries, is_about_refs, refs_of, touched
 from .walk import Found, Match, Plan
 
 Bits = int
@@ -161,7 +161,7 @@ class Moves:
                 eqn, inner, plans, operands, sources[:split], moving
             )
         elif is_about_refs(eqn):
-            results, refs = touched(eqn, operands)
+            results, refs = touched(eqn, operands, self._carries)
             found = [0] * split
         elif left is not None:
             results, found = [left], [0] * split
@@ -210,9 +210,19 @@ class Moves:
                 known = refs.get(body.operands[k], 0) | (inputs[k] if never else 0)
                 refs[body.operands[k]] = known | apply(bits, inputs + mine)
             found += [apply(bits, inputs + mine) for bits in summary.found]
-        carries = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
-        pairs = zip(results, carries, strict=True)
-        return [b if c else 0 for b, c in pairs], found, refs
+        by_choice = self._decides(eqn, inner, operands)
+        refs = {k: bits | by_choice for k, bits in refs.items()}
+        pairs = zip(results, eqn.outvars, strict=True)
+        results = [b | by_choice if self._carries(v.aval) else 0 for b, v in pairs]
+        return results, found, refs
+
+    def _carries(self, aval: Any) -> bool:
+        """Whether what is summed up comes through a value of this type."""
+        return carries(aval)
+
+    def _decides(self, eqn: Any, inner: Nested, operands: Sequence[Bits]) -> Bits:
+        """Bits that come to all results through what decides which body runs."""
+        return 0
 
     def entering(
         self, body: Body, plan: Plan | None, inputs: list[Bits], own: Sequence[Bits]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,8 +12,10 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .apart import operands_of
-from .connect import Bits, Reach, union
+from .absent import cotangents_needed
+from .computed import all_that_flows
+from .connect import Bits, union
+from .linear import restricted
 from .nested import nested
 from .signature import signature
 
@@ -215,7 +217,7 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         try:
             answer = ask(eqn, moved, results)
             if ask is _ask_forward:  # a rule may lack its transpose
-                _ask_reverse(eqn, moved, results)
+                _transpose(eqn, moved, results)
         except Exception:  # a rule may raise whatever it likes
             continue
         return answer
@@ -230,7 +232,7 @@ def _raises(eqn: Any, moved: list[int]) -> bool:
 
     def forward(operands: Any) -> Any:
         primals = [operands[k] for k in moved]
-        return jax.vjp(_restricted(eqn, operands, moved, results), *primals)[0]
+        return jax.vjp(restricted(eqn, operands, moved, results), *primals)[0]
 
     try:
         _jax.traced_at(eqn, forward, [atom.aval for atom in eqn.invars])
@@ -239,92 +241,51 @@ def _raises(eqn: Any, moved: list[int]) -> bool:
     return False
 
 
-def is_linear(eqn: Any, moved: list[int]) -> bool:
-    """Tell whether an equation is linear in some operands, whatever the others are."""
-    results = [k for k, v in enumerate(eqn.outvars) if _jax.is_differentiable(v.aval)]
-
-    def tangents(operands: Any, moves: Any) -> Any:
-        primals = tuple(operands[k] for k in moved)
-        return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
-
-    avals = [atom.aval for atom in eqn.invars]
-    try:
-        moves = tuple(avals[k] for k in moved)
-        jaxpr = _jax.traced_at(eqn, tangents, avals, moves)
-        bits = union(all_that_flows(jaxpr))
-    except Exception:  # no forward rule
-        return False
-    return not any(bits >> k & 1 for k in moved)
-
-
 def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     def tangents(operands: Any, moves: Any) -> Any:
         primals = tuple(operands[k] for k in moved)
-        return jax.jvp(_restricted(eqn, operands, moved, results), primals, moves)[1]
+        return jax.jvp(restricted(eqn, operands, moved, results), primals, moves)[1]
 
     avals = [atom.aval for atom in eqn.invars]
     moves = tuple(avals[k] for k in moved)
-    summary, masks = _flow(eqn, tangents, avals, moves)
+    jaxpr = _jax.traced_at(eqn, tangents, avals, moves)
+    skip = len(jaxpr.invars) - len(moves)
     table = [0] * len(eqn.outvars)
-    for k, bits in zip(results, summary, strict=True):
-        table[k] = sum(1 << i for j, i in enumerate(moved) if bits >> j & 1)
-    return Answer(table, masks)
+    for k, bits in zip(results, all_that_flows(jaxpr), strict=True):
+        table[k] = sum(1 << i for j, i in enumerate(moved) if bits >> skip + j & 1)
+    return Answer(table, _is_masked(eqn, jaxpr, len(moves)))
 
 
 def _ask_reverse(eqn: Any, moved: list[int], results: list[int]) -> Answer:
-    def cotangents(operands: Any, moves: Any) -> Any:
+    jaxpr, consts = _jax.opened(_transpose(eqn, moved, results))
+    needed = cotangents_needed(jaxpr, consts, len(results))
+    table = [0] * len(eqn.outvars)
+    for i, bits in zip(moved, needed, strict=True):
+        for j, k in enumerate(results):
+            table[k] |= (bits >> j & 1) << i
+    return Answer(table, _is_masked(eqn, jaxpr, len(results)))
+
+
+def _transpose(eqn: Any, moved: list[int], results: list[int]) -> Any:
+    """Trace the backward half of an equation's rule: a closed program."""
+
+    def cotangents(operands: Any, moves: Any) -> Sequence[Any]:
         primals = [operands[k] for k in moved]
-        function = _restricted(eqn, operands, moved, results)
+        function = restricted(eqn, operands, moved, results)
         return jax.vjp(function, *primals)[1](list(moves))
 
     avals = [atom.aval for atom in eqn.invars]
     moves = tuple(eqn.outvars[k].aval for k in results)
-    summary, masks = _flow(eqn, cotangents, avals, moves)
-    table = [0] * len(eqn.outvars)
-    for i, bits in zip(moved, summary, strict=True):
-        for j, k in enumerate(results):
-            table[k] |= (bits >> j & 1) << i
-    return Answer(table, masks)
+    return _jax.closed_at(eqn, cotangents, avals, moves)
 
 
-def _restricted(
-    eqn: Any, operands: Sequence[Any], moved: list[int], results: list[int]
-) -> Callable[..., list[Any]]:
-    """Return the equation as a function of some operands, with some results."""
-
-    def function(*values: Any) -> list[Any]:
-        everything = list(operands)
-        for k, value in zip(moved, values, strict=True):
-            everything[k] = value
-        out = _jax.bind(eqn, *everything)
-        return [out[k] for k in results]
-
-    return function
-
-
-def _flow(
-    eqn: Any, function: Callable[..., Any], operands: Any, moves: Any
-) -> tuple[list[Bits], bool]:
-    """For each result, the moves (as bits) it is computed from; is any masked?"""
-    jaxpr = _jax.traced_at(eqn, function, operands, moves)
-    skip = len(jaxpr.invars) - len(moves)
-    bits = [bits >> skip for bits in all_that_flows(jaxpr)]
-    literal = [False] * skip
+def _is_masked(eqn: Any, jaxpr: Any, moves: int) -> bool:
+    """Tell whether the operands select among the moves, which come after them."""
+    literal = [False] * (len(jaxpr.invars) - moves)
     for k, atom in enumerate(eqn.invars):
         literal[k] = isinstance(atom, _jax.Literal)
-    flags = [0 if k else _PRIMAL for k in literal] + [_TANGENT] * len(moves)
-    return bits, _masks(jaxpr, flags)[1]
-
-
-def all_that_flows(jaxpr: Any) -> Sequence[Bits]:
-    """For each result of a program that is linear, the inputs it depends on."""
-    return Reach(_everything).summary(jaxpr).results
-
-
-def _everything(eqn: Any, moved: Bits | None) -> list[Bits]:
-    if eqn.primitive.name == "custom_lin":
-        raise TypeError("a custom_vjp has no forward rule to read")
-    return operands_of(eqn)
+    flags = [0 if k else _PRIMAL for k in literal] + [_TANGENT] * moves
+    return _masks(jaxpr, flags)[1]
 
 
 _PRIMAL, _TANGENT = 1, 2

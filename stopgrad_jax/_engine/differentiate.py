@@ -15,10 +15,12 @@ import stopgrad_jax._words as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._errors import beats, has_beats, shortened
 
+from .absent import may_be_nonzero
 from .causes import Analysis
 from .closures import holds_closure
+from .computed import all_that_flows
 from .connect import Moves, Reach, read, union
-from .dependence import Rules, all_that_flows
+from .dependence import Rules
 from .graph import Op
 from .labels import Labels
 from .reduced import channel
@@ -257,7 +259,7 @@ def try_gradient(
 ) -> tuple[bool, str]:
     """Differentiate some places by others, abstractly, as `jax.grad` would.
 
-    Returns whether any gradient depends on the cotangents, and what JAX raised.
+    Returns whether any gradient is more than a zero, and what JAX raised.
     """
     traced = program.traced.again()
     program = look_up(traced, program.matched, called)
@@ -292,4 +294,6 @@ def try_gradient(
     except Exception as error:  # whatever the rule on the way raises
         return False, f"{type(error).__name__}: {shortened(error, 160)}"
     first = len(jaxpr.invars) - len(cts)
-    return any(bits >> first for bits in all_that_flows(jaxpr)), ""
+    if any(bits >> first for bits in all_that_flows(jaxpr)):
+        return True, ""
+    return may_be_nonzero(jaxpr, consts), ""  # a rule may return more than comes

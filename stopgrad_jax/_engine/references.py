@@ -6,7 +6,7 @@ to a part of it adds to what it holds; what is written to all of it replaces tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
@@ -47,8 +47,13 @@ def carries(aval: Any) -> bool:
     return hasattr(inner, "dtype") and _jax.is_differentiable(inner)
 
 
-def touched(eqn: Any, operands: Sequence[int]) -> tuple[list[int], dict[int, int]]:
-    """Bits of the results of such an equation, and of each reference after it."""
+def touched(
+    eqn: Any, operands: Sequence[int], carries: Callable[[Any], bool] = carries
+) -> tuple[list[int], dict[int, int]]:
+    """Bits of the results of such an equation, and of each reference after it.
+
+    They come through values of the types that `carries` says.
+    """
     reads, writes = reads_and_writes(eqn)
 
     def union(which: Sequence[int], aval: Any) -> int:

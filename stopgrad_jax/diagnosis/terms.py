@@ -13,9 +13,9 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis
-from stopgrad_jax._engine.dependence import is_linear
 from stopgrad_jax._engine.graph import Graph, Op, Value
 from stopgrad_jax._engine.labels import Spot
+from stopgrad_jax._engine.linear import is_linear
 from stopgrad_jax._engine.syntax import is_within
 
 _COLUMNS = 8  # at most
