@@ -221,6 +221,16 @@ def test_a_function_that_cannot_be_called_twice():
     np.testing.assert_array_equal(found, jnp.sin(X))
 
 
+def test_nothing_of_a_trace_is_kept():
+    with jax.checking_leaks():
+        for fun in (in_two_ways, of_a_generator):
+            with pytest.raises(sg.AddressError, match=SEEN):
+                sg.capture(fun, sg.var(REFUSED[fun]))(X)
+        with watching(frozenset("h")) as watch:
+            jax.make_jaxpr(in_a_vmap)(X)
+        assert [s.name for s in watch.seen] == ["h", "h"]
+
+
 def test_the_listener_is_gone_afterwards():
     before = sys.gettrace()
 

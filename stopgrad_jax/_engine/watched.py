@@ -31,12 +31,15 @@ class Seen:
 
 
 class Watch:
-    """Notes what the variables of functions are given, but for those of JAX."""
+    """Notes what the variables of functions are given, but for those of JAX.
+
+    No value and no frame is kept: `jax.checking_leaks` counts those that are.
+    """
 
     def __init__(self, names: frozenset[str]) -> None:
         self.seen: list[Seen] = []
         self._names = names
-        self._running: dict[types.FrameType, tuple[int, dict[str, Any]]] = {}
+        self._running: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def is_of_interest(self, code: types.CodeType) -> bool:
         """Tell a function, not of JAX, that has a variable of these names."""
@@ -47,26 +50,26 @@ class Watch:
 
     def begins(self, frame: types.FrameType) -> None:
         """Note what a function was handed: that is no assignment."""
-        if frame not in self._running:
-            self._running[frame] = frame.f_lineno, self._values(frame)
+        self._note(frame)
 
     def goes_on(self, frame: types.FrameType) -> None:
         """Compare with the line before: a new one begins, or the function ends."""
-        line, before = self._running.get(frame, (0, {}))
-        now, file = self._values(frame), frame.f_code.co_filename
-        for name, value in now.items():
-            if before.get(name) is not value and _jax.is_tracer(value):
-                variable = _jax.variable_under(value)
+        line, before = self._running.get(id(frame), (0, {}))
+        self._note(frame)
+        for name, variable in self._running[id(frame)][1].items():
+            if before.get(name) is not variable is not None:
+                file = frame.f_code.co_filename
                 self.seen.append(Seen(file, name, line, variable))
-        self._running[frame] = frame.f_lineno, now
 
-    def _values(self, frame: types.FrameType) -> dict[str, Any]:
-        variables = frame.f_locals
-        return {name: variables[name] for name in self._names if name in variables}
+    def _note(self, frame: types.FrameType) -> None:
+        values = frame.f_locals
+        known = {n: _variable(values[n]) for n in self._names if n in values}
+        self._running[id(frame)] = frame.f_lineno, known
 
-    def ends(self) -> None:
-        """Let go of the functions."""
-        self._running.clear()
+
+def _variable(value: Any) -> Any:
+    """Return what a value is in the program; no code of its own is run."""
+    return _jax.variable_under(value) if _jax.is_tracer(value) else None
 
 
 @contextlib.contextmanager
@@ -77,11 +80,8 @@ def watching(names: frozenset[str]) -> Iterator[Watch]:
     """
     watch = Watch(names)
     listening = _monitored if sys.version_info >= (3, 12) else _traced
-    try:
-        with _ANEW(object()), listening(watch):
-            yield watch
-    finally:
-        watch.ends()
+    with _ANEW(object()), listening(watch):
+        yield watch
 
 
 _ANEW = jax.make_user_context()
@@ -139,7 +139,9 @@ def _traced(watch: Watch) -> Iterator[None]:
     def starts(frame: types.FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         if not watch.is_of_interest(frame.f_code):
             return None
-        watch.begins(frame)
+        # A generator is called each time that it goes on: `RESUME 1`, not `RESUME 0`.
+        resumed = frame.f_code.co_code[frame.f_lasti + 1]
+        (watch.goes_on if resumed else watch.begins)(frame)
         return goes_on
 
     def goes_on(frame: types.FrameType, event: str, _: Any) -> Callable[..., Any]:
