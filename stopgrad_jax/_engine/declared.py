@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -99,10 +99,10 @@ class Declared:
     def equation(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         """Return an equation's results in each copy."""
         name = _jax.kind_of(eqn)
-        if not self._is_special(eqn, len(copies) > 1):
-            return self._plain(eqn, copies, tokens)
-        if name == "stop_gradient":
+        if name == "stop_gradient" and len(copies) > 1:
             return self._stop(eqn, copies)
+        if not self._is_entered(eqn, len(copies) > 1):
+            return self._plain(eqn, copies, tokens)
         if name == "gate":
             return self._gate(eqn, copies, tokens)
         if nested(eqn) is None or id(eqn) in self.sites:
@@ -125,22 +125,35 @@ class Declared:
 
     # What is more than the same equation in each copy -------------------------------
 
+    def _is_entered(self, eqn: Any, moved: bool) -> bool:
+        """Tell whether an equation is not evaluated as it is, in each copy.
+
+        To see where JAX's derivative is zero, all that is nested is looked into.
+        """
+        known = self.reading.forward or _jax.kind_of(eqn) != "while"
+        opened = moved and self.reading.quantized and known
+        inner = nested(eqn) is not None and id(eqn) not in self.sites
+        return (opened and inner) or self._is_special(eqn, moved)
+
     def _is_special(self, eqn: Any, moved: bool) -> bool:
-        """Tell whether an equation has to be looked into."""
-        name, key, reading = _jax.kind_of(eqn), id(eqn), self.reading
-        if name == "stop_gradient":
-            return moved
-        if name == "gate":
+        """Tell whether an equation is a stop, gate or asked rule, or holds one."""
+        name = _jax.kind_of(eqn)
+        if name == "stop_gradient":  # what JAX stops, its derivative passes by
+            return moved and not (is_handed(eqn) or _jax.is_of_jax(eqn))
+        # The values of a `with_backward` move as its function does, as those of a rule.
+        if name == "gate" and eqn.params["rule"].name != "with_backward":
             return moved or _is_open(eqn.params["rule"])
-        if key in reading.valued:
+        if self._is_met(eqn, moved):
             return True
-        if moved and key in reading.asked | reading.followed | reading.opened:
-            return True
-        if nested(eqn) is None or key in self.sites:
+        if nested(eqn) is None or id(eqn) in self.sites:
             return self._hides(eqn, moved)
-        known = reading.forward or name != "while"
-        opened = moved and reading.quantized and known
-        return opened or self.holds_special(eqn, moved)
+        return self.holds_special(eqn, moved)
+
+    def _is_met(self, eqn: Any, moved: bool) -> bool:
+        """Tell a rule that the reading says something of."""
+        reading = self.reading
+        said = reading.asked | reading.followed | reading.opened
+        return id(eqn) in reading.valued or (moved and id(eqn) in said)
 
     def _hides(self, eqn: Any, moved: bool = True) -> bool:
         """Tell what holds a stop or a gate where nobody gets at it.
@@ -156,10 +169,18 @@ class Declared:
         """Tell whether there is a stop, a gate or an asked rule inside an equation."""
         key = (id(eqn), moved)
         if key not in self._special:
-            inner = (_jax.opened(j)[0].eqns for j in _jax.programs_in(eqn))
-            every = (e for eqns in inner for e in eqns)
-            self._special[key] = any(self._is_special(e, moved) for e in every)
+            inner = _equations(_jax.differentiated_in(eqn))
+            self._special[key] = any(self._is_special(e, moved) for e in inner) or (
+                self._holds_met(eqn, moved)
+            )
         return self._special[key]
+
+    def _holds_met(self, eqn: Any, moved: bool) -> bool:
+        """Tell whether a rule that the reading says something of is inside another."""
+        return any(
+            self._is_met(e, moved) or self._holds_met(e, moved)
+            for e in _equations(_jax.programs_in(eqn))
+        )
 
     def _plain(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         outs = list[list[Any]]()
@@ -279,6 +300,10 @@ class Declared:
             shift += weigh(token[NOISE], where_moved(moved, last_digit(base)))
             asked.append(tap(x, shift))
         return asked
+
+
+def _equations(jaxprs: Sequence[Any]) -> Iterator[Any]:
+    return (eqn for jaxpr in jaxprs for eqn in _jax.opened(jaxpr)[0].eqns)
 
 
 def _function(eqn: Any, operands: Copy) -> list[Any]:
