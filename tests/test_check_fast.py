@@ -1,5 +1,7 @@
 """What varies faster than differences can see: nobody is accused of it."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +77,11 @@ def test_a_wrong_one_of_what_is_smooth_is_found(function, factor):
 )
 def test_near_a_singular_matrix_jax_is_not_accused(function, apart):
     matrix = f32(1, 2, 2, 4 + apart).reshape(2, 2)
-    try:
+    if apart >= 1e-3:
         sg.check_gradients(function)(matrix)
-    except AssertionError as error:
-        assert apart < 1e-3
-        assert "cannot be settled in float32" in str(error)
+        return
+    with contextlib.suppress(AssertionError):
+        sg.check_gradients(function)(matrix)
+        return
+    with pytest.raises(AssertionError, match="cannot be settled in float32"):
+        sg.check_gradients(function)(matrix)

@@ -15,8 +15,7 @@ as the differences of its own function say.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Copy, Tokens, around
+from .followed import constant, followed_twice, is_float, push_of, shifted
 from .ignored import without_ignored
 from .nested import nested
 from .own_stop import is_handed
@@ -222,7 +222,7 @@ class Declared:
                 outs.append(constant(outs[0]))
                 continue
             pulled = rule.pull(_minus(there, source), parameters)
-            outs.append(list(map(_plus, values, pulled)))
+            outs.append(list(map(shifted, values, pulled)))
         return outs
 
     # Rules ----------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class Declared:
         if len(copies) == 2:
             if followed:
                 base = _jax.bind(eqn, *copies[0])
-                return _followed_twice(_push_of(eqn, copies), copies, base)
+                return followed_twice(push_of(eqn, copies), copies, base)
             return [_function(eqn, c) for c in copies]
         if key in reading.held:
             copies = without_ignored(eqn, copies)
@@ -320,61 +320,6 @@ def _still(here: Sequence[Any], there: Sequence[Any], token: Any) -> list[Any]:
     ]
 
 
-# At second order ----------------------------------------------------------------------
-
-Push = Callable[[Copy, int, Copy], list[Any]]
-
-
-def _push_of(eqn: Any, copies: Copies) -> Push:
-    """Return a rule's derivative: of differences of the operands, at copy number k."""
-    if _jax.kind_of(eqn) == "gate":
-        rule, (count, sources) = eqn.params["rule"], eqn.params["split"]
-        end = count + sources
-
-        def push(deltas: Copy, k: int, out: Copy) -> list[Any]:
-            residuals = constant([*out, *copies[k][end:]])
-            pull = functools.partial(rule.pull, residuals=residuals)
-            return _transposed(pull, copies[0][:count], deltas[count:end])
-
-        return push
-    pairs = zip(*copies, strict=True)
-    moved = [k for k, (x, y) in enumerate(pairs) if is_float(x) and x is not y]
-
-    def push_custom(deltas: Copy, k: int, out: Copy) -> list[Any]:
-        def function(*values: Any) -> list[Any]:
-            operands = constant(copies[k])
-            for place, value in zip(moved, values, strict=True):
-                operands[place] = value
-            return _jax.bind(eqn, *operands)
-
-        here = constant([copies[k][place] for place in moved])
-        dots = [deltas[place] for place in moved]
-        if not moved:
-            return [jnp.zeros_like(x) for x in out]
-        if _jax.kind_of(eqn) != "custom_vjp_call":
-            return jax.jvp(function, here, dots)[1]
-        values, pull = jax.vjp(function, *here)
-        return _transposed(lambda cts: list(pull(list(cts))), values, dots)
-
-    return push_custom
-
-
-def _followed_twice(push: Push, copies: Copies, base: list[Any]) -> list[list[Any]]:
-    """Let a result move as its own rule says, where it has moved to."""
-    deltas = [
-        x - y if is_float(x) else x for x, y in zip(copies[1], copies[0], strict=True)
-    ]
-    slopes = push(deltas, 0, base)
-    slopes = push(deltas, 1, list(map(_plus, base, slopes)))
-    return [base, list(map(_plus, base, slopes))]
-
-
-def _transposed(pull: Callable[..., Any], out: Any, deltas: Sequence[Any]) -> list[Any]:
-    """Apply the linear map whose transpose is `pull`."""
-    zeros = [jnp.zeros_like(x) for x in out]
-    return list(jax.vjp(pull, zeros)[1](list(deltas))[0])
-
-
 _SINGLE = ("stop_gradient", "gate")  # what is special by itself
 
 
@@ -387,16 +332,8 @@ def _is_open(rule: Any) -> bool:
     return not rule.linear and not forced
 
 
-def is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
 def _same(there: Copy, here: Copy) -> bool:
     return all(a is b for a, b in zip(there, here, strict=True))
-
-
-def constant(values: Sequence[Any]) -> list[Any]:
-    return [jax.lax.stop_gradient(x) if is_float(x) else x for x in values]
 
 
 def _array(x: Any) -> Any:
@@ -406,10 +343,6 @@ def _array(x: Any) -> Any:
 
 def _minus(there: Copy, here: Copy) -> list[Any]:
     return [a - b for a, b in zip(there, here, strict=True)]
-
-
-def _plus(x: Any, delta: Any) -> Any:
-    return x + delta if is_float(x) else x
 
 
 def _difference(there: Any, here: Any) -> jax.Array:
