@@ -76,6 +76,7 @@ class Declared:
     def __init__(self, sites: Sites, reading: Reading) -> None:
         self.sites, self.reading = sites, reading
         self._special: dict[tuple[int, bool], bool] = {}
+        self._entered: dict[tuple[int, bool], bool] = {}
 
     def run(
         self, jaxpr: Any, consts: Sequence[Any], copies: Copies, tokens: Tokens
@@ -126,14 +127,27 @@ class Declared:
     # What is more than the same equation in each copy -------------------------------
 
     def _is_entered(self, eqn: Any, moved: bool) -> bool:
-        """Tell whether an equation is not evaluated as it is, in each copy.
+        """Tell whether an equation is not evaluated as it is, in each copy."""
+        key = (id(eqn), moved)
+        if key not in self._entered:
+            around = moved and self._is_around(eqn)
+            self._entered[key] = around or self._is_special(eqn, moved)
+        return self._entered[key]
 
-        To see where JAX's derivative is zero, all that is nested is looked into.
+    def _is_around(self, eqn: Any) -> bool:
+        """Tell what has to be looked into although it hides nothing.
+
+        The function of a `with_backward` does move; and to see where JAX's derivative
+        is zero, all that is nested is looked into.
         """
-        known = self.reading.forward or _jax.kind_of(eqn) != "while"
-        opened = moved and self.reading.quantized and known
-        inner = nested(eqn) is not None and id(eqn) not in self.sites
-        return (opened and inner) or self._is_special(eqn, moved)
+        if is_handed(eqn) or _jax.gate_name(eqn) == "with_backward":
+            return True
+        if nested(eqn) is None or id(eqn) in self.sites:
+            return False
+        if self.reading.quantized:
+            return self.reading.forward or _jax.kind_of(eqn) != "while"
+        inner = _equations(_jax.programs_in(eqn))
+        return any(self._is_entered(e, True) for e in inner)
 
     def _is_special(self, eqn: Any, moved: bool) -> bool:
         """Tell whether an equation is a stop, gate or asked rule, or holds one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,21 @@ def is_unresolved(differences: Sequence[Difference], distance: float) -> bool:
     """Tell whether a function changes by as much over all distances, down to the least.
 
     Then what is bounded seems flat over a long one, and differences that are nearer
-    grow as noise does. A jump at the point itself is seen on one side of it only.
+    grow as noise does. It is so on both sides: a jump at the point is on one of them
+    only, as is what is constant beyond a kink.
 
     Args:
       differences: the widest first.
       distance: that over which the derivative was read.
     """
     finite = [d for d in differences if np.isfinite(d.left + d.right)]
-    changes = {d.distance: _change(d) for d in finite}
+    return all(
+        _stays({d.distance: _change(d, o) for d in finite}, distance)
+        for o in (min, max)
+    )
+
+
+def _stays(changes: Mapping[float, float], distance: float) -> bool:
     nearer = [c for h, c in changes.items() if h <= distance / 4]
     if len(nearer) > 1:
         return float(np.median(nearer)) > changes[distance] / 4
@@ -106,10 +113,9 @@ def is_unresolved(differences: Sequence[Difference], distance: float) -> bool:
     return bool(wider) and changes[distance] > float(np.median(wider)) / 3
 
 
-def _change(d: Difference) -> float:
-    """How much a function surely changes over a distance, on both of its sides."""
-    least = min(abs(d.left), abs(d.right))
-    return max(least - d.digit, 0.0) * d.distance
+def _change(d: Difference, of: Callable[..., float]) -> float:
+    """How much a function surely changes over a distance, on one of its sides."""
+    return max(of(abs(d.left), abs(d.right)) - d.digit, 0.0) * d.distance
 
 
 def _still_off(
