@@ -177,6 +177,22 @@ def programs_in(eqn: Any) -> list[Any]:
     return found
 
 
+def differentiated_in(eqn: Any) -> list[Any]:
+    """Every jaxpr in an equation by whose derivative its own is made.
+
+    A solver in it is none: `custom_linear_solve` and `custom_root` call what they are
+    given, and differentiate the equation that it solves.
+    """
+    if eqn.primitive.name == "custom_linear_solve":
+        jaxprs = eqn.params["jaxprs"]
+        return [x for x in (jaxprs.matvec, jaxprs.vecmat) if x is not None]
+    root = _high(eqn)
+    if type(root).__name__ == "CustomRoot":
+        _, guess, consts, _ = root.in_avals
+        return [jax.make_jaxpr(root.f)(consts, guess)]
+    return programs_in(eqn)
+
+
 def held(jaxpr: Any) -> list[Any]:
     """Every constant that the programs in a jaxpr's equations hold.
 

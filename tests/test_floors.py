@@ -56,7 +56,7 @@ FLOORS = [
     {"_engine/gate", "_engine/assignment", "_engine/devices", "_engine/roles"},
     {"_engine/copies", "_engine/sites", "_engine/tap"},
     {"_engine/calls", "_engine/entries"},
-    {"_engine/shards", "_engine/trial", "_engine/ignored"},
+    {"_engine/shards", "_engine/trial", "_engine/ignored", "_engine/followed"},
     {"_engine/levels"},
     {"_engine/runner", "_engine/suspects"},
     {"_engine/rounds"},

@@ -15,8 +15,7 @@ as the differences of its own function say.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Copy, Tokens, around
+from .followed import constant, followed_twice, is_float, push_of, shifted
 from .ignored import without_ignored
 from .nested import nested
 from .own_stop import is_handed
@@ -76,6 +76,7 @@ class Declared:
     def __init__(self, sites: Sites, reading: Reading) -> None:
         self.sites, self.reading = sites, reading
         self._special: dict[tuple[int, bool], bool] = {}
+        self._entered: dict[tuple[int, bool], bool] = {}
 
     def run(
         self, jaxpr: Any, consts: Sequence[Any], copies: Copies, tokens: Tokens
@@ -99,10 +100,10 @@ class Declared:
     def equation(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         """Return an equation's results in each copy."""
         name = _jax.kind_of(eqn)
-        if not self._is_special(eqn, len(copies) > 1):
-            return self._plain(eqn, copies, tokens)
-        if name == "stop_gradient":
+        if name == "stop_gradient" and len(copies) > 1:
             return self._stop(eqn, copies)
+        if not self._is_entered(eqn, len(copies) > 1):
+            return self._plain(eqn, copies, tokens)
         if name == "gate":
             return self._gate(eqn, copies, tokens)
         if nested(eqn) is None or id(eqn) in self.sites:
@@ -125,22 +126,48 @@ class Declared:
 
     # What is more than the same equation in each copy -------------------------------
 
+    def _is_entered(self, eqn: Any, moved: bool) -> bool:
+        """Tell whether an equation is not evaluated as it is, in each copy."""
+        key = (id(eqn), moved)
+        if key not in self._entered:
+            around = moved and self._is_around(eqn)
+            self._entered[key] = around or self._is_special(eqn, moved)
+        return self._entered[key]
+
+    def _is_around(self, eqn: Any) -> bool:
+        """Tell what has to be looked into although it hides nothing.
+
+        The function of a `with_backward` does move; and to see where JAX's derivative
+        is zero, all that is nested is looked into.
+        """
+        if is_handed(eqn) or _jax.gate_name(eqn) == "with_backward":
+            return True
+        if nested(eqn) is None or id(eqn) in self.sites:
+            return False
+        if self.reading.quantized:
+            return self.reading.forward or _jax.kind_of(eqn) != "while"
+        inner = _equations(_jax.programs_in(eqn))
+        return any(self._is_entered(e, True) for e in inner)
+
     def _is_special(self, eqn: Any, moved: bool) -> bool:
-        """Tell whether an equation has to be looked into."""
-        name, key, reading = _jax.kind_of(eqn), id(eqn), self.reading
-        if name == "stop_gradient":
-            return moved
-        if name == "gate":
+        """Tell whether an equation is a stop, gate or asked rule, or holds one."""
+        name = _jax.kind_of(eqn)
+        if name == "stop_gradient":  # what JAX stops, its derivative passes by
+            return moved and not (is_handed(eqn) or _jax.is_of_jax(eqn))
+        # The values of a `with_backward` move as its function does, as those of a rule.
+        if name == "gate" and eqn.params["rule"].name != "with_backward":
             return moved or _is_open(eqn.params["rule"])
-        if key in reading.valued:
+        if self._is_met(eqn, moved):
             return True
-        if moved and key in reading.asked | reading.followed | reading.opened:
-            return True
-        if nested(eqn) is None or key in self.sites:
+        if nested(eqn) is None or id(eqn) in self.sites:
             return self._hides(eqn, moved)
-        known = reading.forward or name != "while"
-        opened = moved and reading.quantized and known
-        return opened or self.holds_special(eqn, moved)
+        return self.holds_special(eqn, moved)
+
+    def _is_met(self, eqn: Any, moved: bool) -> bool:
+        """Tell a rule that the reading says something of."""
+        reading = self.reading
+        said = reading.asked | reading.followed | reading.opened
+        return id(eqn) in reading.valued or (moved and id(eqn) in said)
 
     def _hides(self, eqn: Any, moved: bool = True) -> bool:
         """Tell what holds a stop or a gate where nobody gets at it.
@@ -156,10 +183,18 @@ class Declared:
         """Tell whether there is a stop, a gate or an asked rule inside an equation."""
         key = (id(eqn), moved)
         if key not in self._special:
-            inner = (_jax.opened(j)[0].eqns for j in _jax.programs_in(eqn))
-            every = (e for eqns in inner for e in eqns)
-            self._special[key] = any(self._is_special(e, moved) for e in every)
+            inner = _equations(_jax.differentiated_in(eqn))
+            self._special[key] = any(self._is_special(e, moved) for e in inner) or (
+                self._holds_met(eqn, moved)
+            )
         return self._special[key]
+
+    def _holds_met(self, eqn: Any, moved: bool) -> bool:
+        """Tell whether a rule that the reading says something of is inside another."""
+        return any(
+            self._is_met(e, moved) or self._holds_met(e, moved)
+            for e in _equations(_jax.programs_in(eqn))
+        )
 
     def _plain(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         outs = list[list[Any]]()
@@ -201,7 +236,7 @@ class Declared:
                 outs.append(constant(outs[0]))
                 continue
             pulled = rule.pull(_minus(there, source), parameters)
-            outs.append(list(map(_plus, values, pulled)))
+            outs.append(list(map(shifted, values, pulled)))
         return outs
 
     # Rules ----------------------------------------------------------------------------
@@ -214,7 +249,7 @@ class Declared:
         if len(copies) == 2:
             if followed:
                 base = _jax.bind(eqn, *copies[0])
-                return _followed_twice(_push_of(eqn, copies), copies, base)
+                return followed_twice(push_of(eqn, copies), copies, base)
             return [_function(eqn, c) for c in copies]
         if key in reading.held:
             copies = without_ignored(eqn, copies)
@@ -281,6 +316,10 @@ class Declared:
         return asked
 
 
+def _equations(jaxprs: Sequence[Any]) -> Iterator[Any]:
+    return (eqn for jaxpr in jaxprs for eqn in _jax.opened(jaxpr)[0].eqns)
+
+
 def _function(eqn: Any, operands: Copy) -> list[Any]:
     """Evaluate the function that an equation's rule is for."""
     if _jax.kind_of(eqn) == "gate":
@@ -295,61 +334,6 @@ def _still(here: Sequence[Any], there: Sequence[Any], token: Any) -> list[Any]:
     ]
 
 
-# At second order ----------------------------------------------------------------------
-
-Push = Callable[[Copy, int, Copy], list[Any]]
-
-
-def _push_of(eqn: Any, copies: Copies) -> Push:
-    """Return a rule's derivative: of differences of the operands, at copy number k."""
-    if _jax.kind_of(eqn) == "gate":
-        rule, (count, sources) = eqn.params["rule"], eqn.params["split"]
-        end = count + sources
-
-        def push(deltas: Copy, k: int, out: Copy) -> list[Any]:
-            residuals = constant([*out, *copies[k][end:]])
-            pull = functools.partial(rule.pull, residuals=residuals)
-            return _transposed(pull, copies[0][:count], deltas[count:end])
-
-        return push
-    pairs = zip(*copies, strict=True)
-    moved = [k for k, (x, y) in enumerate(pairs) if is_float(x) and x is not y]
-
-    def push_custom(deltas: Copy, k: int, out: Copy) -> list[Any]:
-        def function(*values: Any) -> list[Any]:
-            operands = constant(copies[k])
-            for place, value in zip(moved, values, strict=True):
-                operands[place] = value
-            return _jax.bind(eqn, *operands)
-
-        here = constant([copies[k][place] for place in moved])
-        dots = [deltas[place] for place in moved]
-        if not moved:
-            return [jnp.zeros_like(x) for x in out]
-        if _jax.kind_of(eqn) != "custom_vjp_call":
-            return jax.jvp(function, here, dots)[1]
-        values, pull = jax.vjp(function, *here)
-        return _transposed(lambda cts: list(pull(list(cts))), values, dots)
-
-    return push_custom
-
-
-def _followed_twice(push: Push, copies: Copies, base: list[Any]) -> list[list[Any]]:
-    """Let a result move as its own rule says, where it has moved to."""
-    deltas = [
-        x - y if is_float(x) else x for x, y in zip(copies[1], copies[0], strict=True)
-    ]
-    slopes = push(deltas, 0, base)
-    slopes = push(deltas, 1, list(map(_plus, base, slopes)))
-    return [base, list(map(_plus, base, slopes))]
-
-
-def _transposed(pull: Callable[..., Any], out: Any, deltas: Sequence[Any]) -> list[Any]:
-    """Apply the linear map whose transpose is `pull`."""
-    zeros = [jnp.zeros_like(x) for x in out]
-    return list(jax.vjp(pull, zeros)[1](list(deltas))[0])
-
-
 _SINGLE = ("stop_gradient", "gate")  # what is special by itself
 
 
@@ -362,16 +346,8 @@ def _is_open(rule: Any) -> bool:
     return not rule.linear and not forced
 
 
-def is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
 def _same(there: Copy, here: Copy) -> bool:
     return all(a is b for a, b in zip(there, here, strict=True))
-
-
-def constant(values: Sequence[Any]) -> list[Any]:
-    return [jax.lax.stop_gradient(x) if is_float(x) else x for x in values]
 
 
 def _array(x: Any) -> Any:
@@ -381,10 +357,6 @@ def _array(x: Any) -> Any:
 
 def _minus(there: Copy, here: Copy) -> list[Any]:
     return [a - b for a, b in zip(there, here, strict=True)]
-
-
-def _plus(x: Any, delta: Any) -> Any:
-    return x + delta if is_float(x) else x
 
 
 def _difference(there: Any, here: Any) -> jax.Array:

@@ -38,6 +38,12 @@ _EXACT = (
 )
 # What adds up: it rounds as the terms do, which may cancel.
 _SUMS = ("conv_general_dilated", "cumsum", "dot_general", "reduce_sum")
+# What solves equations: its result is that of operands that are off by their rounding,
+# which near a singular matrix is far more than that of the result.
+_SOLVERS = (
+    *("cholesky", "custom_linear_solve", "eig", "eigh", "householder_product", "lu"),
+    *("qr", "svd", "triangular_solve", "tridiagonal_solve"),
+)
 
 
 class Rounding(Declared):
@@ -74,7 +80,15 @@ class Rounding(Declared):
         self, eqn: Any, copies: Copies, tokens: Tokens, inside: bool
     ) -> list[list[Any]]:
         (operands, others), inner = copies, nested(eqn)
-        out, there = self._both(eqn, copies)
+        by = times if self.reading.forward else weighed
+        keys = [EVERY, id(eqn), *([INSIDE] if inside else ())]
+        token = sum((tokens[k] for k in keys[1:] if k in tokens), tokens[EVERY])
+        if _jax.kind_of(eqn) in _SOLVERS:
+            operands = [
+                tap(x, by(token, last_digit(constant([x])[0]))) if is_float(x) else x
+                for x in operands
+            ]
+        out, there = self._both(eqn, [operands, others])
         if _jax.kind_of(eqn) in _EXACT:
             return [out, there]
         terms = self._terms(eqn, operands, out)
@@ -82,9 +96,6 @@ class Rounding(Declared):
         sizes = [
             where_moved(x != y, size) if is_float(x) else None for x, y, size in triples
         ]
-        by = times if self.reading.forward else weighed
-        keys = [EVERY, id(eqn), *([INSIDE] if inside else ())]
-        token = sum((tokens[k] for k in keys[1:] if k in tokens), tokens[EVERY])
         shifts = [None if size is None else by(token, size) for size in sizes]
         if inner is not None and inner.rule:
             (body,), start = inner.bodies, [_passed_by(operands), others]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ class Difference:
     Attributes:
       left, right: those of either side, divided by the distance.
       noise: what rounding may do to them.
+      digit: what the rounding of the result itself may do.
     """
 
     distance: float
     left: float
     right: float
     noise: float
+    digit: float = 0.0
 
     @property
     def central(self) -> float:
@@ -63,6 +65,8 @@ class Slope:
 def slope(differences: Sequence[Difference]) -> Slope | None:
     """Extrapolate differences, the widest first; None if too few are finite.
 
+    The error is infinite where the function varies faster than any of them can see.
+
     Reference:
       Ridders (1982), "Accurate computation of F'(x) and F'(x)F''(x)".
     """
@@ -78,7 +82,40 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
             left = near.left + part * (near.left - wide.left)
             right = near.right + part * (near.right - wide.right)
             best = Slope(value, error, left, right, near.distance)
+    if best is not None and is_unresolved(finite, best.distance):
+        return dataclasses.replace(best, error=np.inf)
     return best
+
+
+def is_unresolved(differences: Sequence[Difference], distance: float) -> bool:
+    """Tell whether a function changes by as much over all distances, down to the least.
+
+    Then what is bounded seems flat over a long one, and differences that are nearer
+    grow as noise does. It is so on both sides: a jump at the point is on one of them
+    only, as is what is constant beyond a kink.
+
+    Args:
+      differences: the widest first.
+      distance: that over which the derivative was read.
+    """
+    finite = [d for d in differences if np.isfinite(d.left + d.right)]
+    return all(
+        _stays({d.distance: _change(d, o) for d in finite}, distance)
+        for o in (min, max)
+    )
+
+
+def _stays(changes: Mapping[float, float], distance: float) -> bool:
+    nearer = [c for h, c in changes.items() if h <= distance / 4]
+    if len(nearer) > 1:
+        return float(np.median(nearer)) > changes[distance] / 4
+    wider = [c for h, c in changes.items() if h >= distance * 4]
+    return bool(wider) and changes[distance] > float(np.median(wider)) / 3
+
+
+def _change(d: Difference, of: Callable[..., float]) -> float:
+    """How much a function surely changes over a distance, on one of its sides."""
+    return max(of(abs(d.left), abs(d.right)) - d.digit, 0.0) * d.distance
 
 
 def _still_off(

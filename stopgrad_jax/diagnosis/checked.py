@@ -32,7 +32,7 @@ from .directions import (
     random_weights,
 )
 from .judge import BORDER, RIGHT, WRONG, Verdict
-from .readings import groups_of_stops, known_sites
+from .readings import groups_of_stops, known_sites, met_sites
 from .told import Told
 from .values import at_own_values, is_repeated, whose_value
 
@@ -190,11 +190,10 @@ class Checked(Told):
     def compare_rules(self, forward: bool) -> None:
         """Compare each custom rule with its own function."""
         asked, drawn = known_sites(self.program)
-        hidden = Declared(self.program.sites, Reading()).out_of_reach(
-            self.program.jaxpr
-        )
-        asked -= hidden  # there is a stop in them where nobody gets at it
         followed = frozenset(self.allowed | drawn)
+        declared = Declared(self.program.sites, Reading(followed=followed))
+        # There is a stop in them where nobody gets at it, or a rule that is followed.
+        asked -= declared.out_of_reach(self.program.jaxpr)
         for key in sorted(drawn - self.allowed):
             self._say_drawn(key)
         reading = Reading(
@@ -352,7 +351,7 @@ class Checked(Told):
         reading, line = compared.reading, self.along[direction]
         for key in sorted(reading.asked):
             compared = self._look_again(compared, key, direction, line)
-        rest = frozenset(self.program.sites) - reading.asked - reading.followed
+        rest = frozenset(met_sites(self.program)) - reading.asked - reading.followed
         rest = rest if all_ else frozenset[int]()
         other = compared.reread(asked=rest) if rest else compared
         for key in sorted(rest):

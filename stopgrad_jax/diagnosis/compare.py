@@ -142,7 +142,7 @@ class Compared:
             digits = self.eps * abs(told) if np.isfinite(told) else 0.0
             near = max(2 * self.eps * size, 2 * noise) / h + digits / h
             left, right = (base - minus) / h + said, (plus - base) / h + said
-            found.append(Difference(h, left, right, near))
+            found.append(Difference(h, left, right, near, 2 * self.eps * size / h))
         return found
 
     def _floor(self, steps: Sequence[Step], told: float, weights: Any) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stopgrad_jax._engine.slope import Difference, Slope, side, slope
+from stopgrad_jax._engine.slope import Difference, Slope, is_unresolved, side, slope
 
 RIGHT, WRONG, UNSURE = "right", "wrong", "unsure"
 # The function is finite on one side of the point at most, which settles nothing.
@@ -113,8 +113,7 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
     broken = [s for s in moved if np.isfinite(s.true) and not np.isfinite(s.told)]
     if broken and not finite:
         last = broken[-1]
-        sides = [Difference(s.distance, s.left, s.right, s.noise) for s in moved]
-        if any(_grows_to(last.told, sides, which) for which in SIDES):
+        if any(_grows_to(last.told, own(moved), which) for which in SIDES):
             return Verdict(UNSURE, last.told, None)
         found = Slope(last.true, 0.0, last.left, last.right)
         return Verdict(WRONG, last.told, found)
@@ -123,9 +122,16 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
         return Verdict(RIGHT, 0.0, None)
     near = next(s for s in finite if s.distance == off.distance)
     found = off.moved(near.told)
+    if is_unresolved(own(finite), off.distance):
+        return Verdict(UNSURE, near.told, dataclasses.replace(found, error=np.inf))
     size = max(abs(near.told), abs(found.value))
     wrong = abs(off.value) > tol * size + 2 * off.error
     return Verdict(WRONG if wrong else RIGHT, near.told, found)
+
+
+def own(shares: Sequence[Share]) -> list[Difference]:
+    """Return the differences of a rule's function."""
+    return [Difference(s.distance, s.left, s.right, s.noise, s.noise) for s in shares]
 
 
 def between(shares: Sequence[Share]) -> list[Difference]:

@@ -8,11 +8,19 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.measured import Program
 from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.own_stop import is_handed
+from stopgrad_jax._engine.sites import Site
 
 
 def known_sites(program: Program) -> tuple[set[int], set[int]]:
     """Return the rules of users that are met, and the samplers of JAX."""
-    users, drawn, seen = set[int](), set[int](), set[int]()
+    met = met_sites(program)
+    drawn = {key for key, site in met.items() if site.draws and not site.is_users}
+    return {k for k, s in met.items() if s.is_users} - drawn, drawn
+
+
+def met_sites(program: Program) -> dict[int, Site]:
+    """Return the rules that are met: what is inside another one is its own."""
+    met, seen = dict[int, Site](), set[int]()
 
     def search(jaxpr: Any) -> None:
         if id(jaxpr) in seen:
@@ -21,13 +29,13 @@ def known_sites(program: Program) -> tuple[set[int], set[int]]:
         for eqn in jaxpr.eqns:
             site, inner = program.sites.get(id(eqn)), nested(eqn)
             if site is not None:
-                (drawn if site.draws and not site.is_users else users).add(id(eqn))
+                met[id(eqn)] = site
             elif inner is not None:
                 for body in inner.bodies:
                     search(body.jaxpr)
 
     search(program.jaxpr)
-    return {key for key in users if program.sites[key].is_users}, drawn
+    return met
 
 
 def groups_of_stops(jaxpr: Any) -> list[frozenset[int]]:

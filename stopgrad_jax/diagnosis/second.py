@@ -105,8 +105,9 @@ class _Second:
         plus, minus = (float(self._run(start | {k: x})) for x in sides)
         base = self._base
         digits = eps * abs(told) if np.isfinite(told) else 0.0
-        noise = 8 * eps * max(abs(base), abs(plus)) + digits
-        return Difference(h, (base - minus) / h, (plus - base) / h, noise / h)
+        own = 8 * eps * max(abs(base), abs(plus)) / h
+        noise = own + digits / h
+        return Difference(h, (base - minus) / h, (plus - base) / h, noise, own)
 
     def _noise(self, direction: Direction) -> float:
         """How far rounding may change the gradient."""
