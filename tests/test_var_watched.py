@@ -119,6 +119,37 @@ def of_the_first_round(x):
     return jnp.sum(h)
 
 
+class Head:
+    def __init__(self, act):
+        self.act = act
+
+    def __call__(self, z):
+        h = z * 2.0
+        h = self.act(h) if self.act else h
+        return h
+
+
+def of_a_head(x):
+    return jnp.sum(Head(jnp.tanh)(x) ** 2) + jnp.sum(Head(None)(x) ** 2)
+
+
+def of_a_last_layer(x):
+    for k in range(3):
+        h = x * 2.0
+        h = jax.nn.relu(h) if k < 2 else h
+        x = h
+    return jnp.sum(x)
+
+
+def of_a_cast(x):
+    parts = []
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float32):
+        h = jnp.cos(x)
+        h = h.astype(dtype)
+        parts.append(h)
+    return sum(jnp.sum(part.astype(jnp.float32)) for part in parts)
+
+
 @jax.jit
 def traced_before(x):
     parts = []
@@ -202,10 +233,69 @@ def test_what_is_found_is_what_was_seen(fun):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-def test_a_round_that_only_takes_another_array_over():
-    for address in (sg.var("h", nth=1), sg.var("of_the_first_round.h", nth=-1)):
-        with pytest.raises(sg.AddressError, match=SEEN):
-            sg.capture(of_the_first_round, address)(X)
+@pytest.mark.parametrize(
+    "fun", [of_the_first_round, of_a_head, of_a_last_layer, of_a_cast]
+)
+def test_an_execution_that_only_takes_another_array_over(fun):
+    for address in (sg.var("h", nth=1), sg.var("h", nth=-1)):
+        for ask in (
+            lambda a=address: sg.capture(fun, a)(X),
+            lambda a=address: sg.gradients(fun, "x", stop_gradients=a)(X),
+        ):
+            with pytest.raises(sg.AddressError) as caught:
+                ask()
+            said = str(caught.value)
+            assert SEEN in said or "no operation made what it is given" in said
+
+
+class Metrics(dict):
+    def add(self, **kwargs):
+        self.update(kwargs)
+        return self
+
+
+def pushed(parts, v):
+    parts.append(v)
+    return len(parts)
+
+
+def objects(x):
+    parts = []
+    count = pushed(parts, jnp.sin(x))
+    scaled = lambda u, c=jnp.cos(x): u * c  # noqa: B008
+    metrics = Metrics().add(loss=jnp.mean(x**2))
+    each = list(map(jnp.sin, [x]))
+    method = (x * 11.0).sum
+    total = jnp.sum(scaled(parts[0])) * count + metrics["loss"] + method()
+    return total + jnp.sum(each[0])
+
+
+@pytest.mark.parametrize("name", ["count", "scaled", "metrics", "each", "method"])
+def test_an_object_is_not_the_array_that_is_in_it(name):
+    with pytest.raises(sg.AddressError, match=r"object, not one|container of|clear"):
+        sg.capture(objects, sg.var(name))(X)
+    total = sg.capture(objects, sg.var("total"))(X)[1][sg.var("total")]
+    assert total.shape == ()
+
+
+def test_a_line_that_raises_after_it_has_assigned():
+    def checked(x, bad):
+        # fmt: off
+        h = jnp.sin(x); pushed([], 1 / (not bad))  # noqa: E702
+        # fmt: on
+        return h * 2.0
+
+    def fun(x):
+        out = 0.0
+        for bad in (True, False):
+            try:
+                out = out + checked(x * (1.0 + bad), bad)
+            except ZeroDivisionError:
+                out = out + jnp.cos(x)
+        return jnp.sum(out)
+
+    found = sg.capture(fun, sg.var("h"))(X)[1][sg.var("h")]
+    np.testing.assert_allclose(found, [jnp.sin(2 * X), jnp.sin(X)], rtol=1e-6)
 
 
 def test_a_function_that_cannot_be_called_twice():

@@ -179,21 +179,27 @@ class Variables:
                 others = [b for b in every if b is not site.binding]
                 if any(lines_of(site.binding) & lines_of(other) for other in others):
                     continue
+                events = self._events(seen, site)
                 mine = self.assigned(seen, site)
                 there = {self._programs[v] for v in mine}
                 given = {v for v in self.given[target] if self._programs[v] in there}
+                why = ""
                 if mine != given:
                     why = "it was seen to be given other arrays than its text tells"
+                elif events and not any(s.is_array for s in events):
+                    why = "it is an object, not one array"
+                if why:
                     self.unclear[target].setdefault(site.key, (site.spot.place, why))
 
     def assigned(self, seen: Sequence[Seen], site: Site) -> set[Any]:
         """Return the results of this program that a statement was seen to assign."""
-        lines, name = lines_of(site.binding), site.binding.name
-        return {
-            s.variable
-            for s in seen
-            if (s.file, s.name) == (site.spot.frame.file, name) and s.line in lines
-        } & self._programs.keys()
+        events = self._events(seen, site)
+        return {s.variable for s in events} & self._programs.keys()
+
+    @staticmethod
+    def _events(seen: Sequence[Seen], site: Site) -> list[Seen]:
+        lines, asked = lines_of(site.binding), (site.spot.frame.file, site.binding.name)
+        return [s for s in seen if (s.file, s.name) == asked and s.line in lines]
 
     def _refuse_rounds(
         self,

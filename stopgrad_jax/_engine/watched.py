@@ -1,14 +1,15 @@
 """What the variables of the user's functions were given while JAX traced them.
 
 The text of a program tells which equations a statement made, and not always which of
-their results it kept. So functions are watched while they run: a change of a variable
-from one line to the next is an assignment by the first.
+their results it kept. So functions are watched while they run: what a variable holds
+after each instruction that stores it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
 import inspect
 import sys
 import types
@@ -22,12 +23,17 @@ import stopgrad_jax._jax as _jax
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A variable of a function was given an array at a line."""
+    """A variable of a function was given a value at a line.
+
+    `variable` is what it is in the program, None if that is not known; `is_array`: it
+    is one of JAX's arrays that are traced.
+    """
 
     file: str
     name: str
     line: int
-    variable: Any  # that it is in the program
+    variable: Any
+    is_array: bool
 
 
 class Watch:
@@ -39,37 +45,46 @@ class Watch:
     def __init__(self, names: frozenset[str]) -> None:
         self.seen: list[Seen] = []
         self._names = names
-        self._running: dict[int, tuple[int, dict[str, Any]]] = {}
+        self._stores: dict[types.CodeType, dict[int, list[tuple[str, int]]]] = {}
+        self._stored: dict[int, list[tuple[str, int]]] = {}  # by frame, just now
 
     def is_of_interest(self, code: types.CodeType) -> bool:
-        """Tell a function, not of JAX, that has a variable of these names."""
+        """Tell a function, not of JAX, that stores variables of these names."""
+        if not code.co_flags & inspect.CO_OPTIMIZED or _jax.is_own(code.co_filename):
+            return False
         variables = code.co_varnames + code.co_cellvars + code.co_freevars
-        names = self._names.intersection(variables)
-        is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
-        return bool(names) and is_function and not _jax.is_own(code.co_filename)
+        return bool(self._names.intersection(variables) and self._stores_of(code))
 
     def begins(self, frame: types.FrameType) -> None:
-        """Note what a function was handed: that is no assignment."""
-        self._note(frame)
+        """A function begins; another one may have had its frame's place before."""
+        self._stored.pop(id(frame), None)
 
-    def goes_on(self, frame: types.FrameType) -> None:
-        """Compare with the line before: a new one begins, or the function ends."""
-        line, before = self._running.get(id(frame), (0, {}))
-        self._note(frame)
-        for name, variable in self._running[id(frame)][1].items():
-            if before.get(name) is not variable is not None:
-                file = frame.f_code.co_filename
-                self.seen.append(Seen(file, name, line, variable))
+    def goes_on(self, frame: types.FrameType, offset: int) -> None:
+        """An instruction is about to run: what the one before stored is there."""
+        for name, line in self._stored.pop(id(frame), ()):
+            value = frame.f_locals.get(name)
+            is_array = _jax.is_tracer(value)
+            variable = _jax.variable_under(value) if is_array else None
+            file = frame.f_code.co_filename
+            self.seen.append(Seen(file, name, line, variable, is_array))
+        if stored := self._stores_of(frame.f_code).get(offset):
+            self._stored[id(frame)] = stored
 
-    def _note(self, frame: types.FrameType) -> None:
-        values = frame.f_locals
-        known = {n: _variable(values[n]) for n in self._names if n in values}
-        self._running[id(frame)] = frame.f_lineno, known
+    def _stores_of(self, code: types.CodeType) -> dict[int, list[tuple[str, int]]]:
+        """Return the variables that instructions store, by offset, and the lines."""
+        if code not in self._stores:
+            found = self._stores[code] = {}
+            for i in dis.get_instructions(code):
+                named = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+                count = 2 if i.opname == "STORE_FAST_STORE_FAST" else 1
+                names = [n for n in named[:count] if n in self._names]
+                if names and i.opname in _STORES and i.positions:
+                    line = i.positions.lineno or 0
+                    found[i.offset] = [(name, line) for name in names]
+        return self._stores[code]
 
 
-def _variable(value: Any) -> Any:
-    """Return what a value is in the program; no code of its own is run."""
-    return _jax.variable_under(value) if _jax.is_tracer(value) else None
+_STORES = ("STORE_FAST", "STORE_DEREF", "STORE_FAST_LOAD_FAST", "STORE_FAST_STORE_FAST")
 
 
 @contextlib.contextmanager
@@ -100,23 +115,20 @@ def _monitored(watch: Watch) -> Iterator[None]:
     def starts(code: types.CodeType, _: int) -> Any:
         if not watch.is_of_interest(code):
             return monitoring.DISABLE
-        monitoring.set_local_events(tool, code, sum(every))
+        monitoring.set_local_events(tool, code, events.INSTRUCTION)
         codes.append(code)
         return watch.begins(_caller(inspect.currentframe()))
 
-    def goes_on(*_: Any) -> None:
-        watch.goes_on(_caller(inspect.currentframe()))
+    def goes_on(_: types.CodeType, offset: int) -> None:
+        watch.goes_on(_caller(inspect.currentframe()), offset)
 
     codes = list[types.CodeType]()
-    # A jump back on one line begins no line anew.
-    every = (events.LINE, events.JUMP, events.PY_RETURN, events.PY_YIELD)
     monitoring.use_tool_id(tool, "stopgrad_jax")
     try:
         # What another watch has turned off is not asked again, if it is not said.
         monitoring.restart_events()
         monitoring.register_callback(tool, events.PY_START, starts)
-        for event in every:
-            monitoring.register_callback(tool, event, goes_on)
+        monitoring.register_callback(tool, events.INSTRUCTION, goes_on)
         monitoring.set_events(tool, events.PY_START)
         yield
     finally:
@@ -139,13 +151,15 @@ def _traced(watch: Watch) -> Iterator[None]:
     def starts(frame: types.FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         if not watch.is_of_interest(frame.f_code):
             return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
         # A generator is called each time that it goes on: `RESUME 1`, not `RESUME 0`.
-        resumed = frame.f_code.co_code[frame.f_lasti + 1]
-        (watch.goes_on if resumed else watch.begins)(frame)
+        if not frame.f_code.co_code[frame.f_lasti + 1]:
+            watch.begins(frame)
         return goes_on
 
     def goes_on(frame: types.FrameType, event: str, _: Any) -> Callable[..., Any]:
-        watch.goes_on(frame)
+        if event == "opcode":
+            watch.goes_on(frame, frame.f_lasti)
         return goes_on
 
     before = sys.gettrace()
