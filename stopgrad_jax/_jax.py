@@ -24,6 +24,7 @@ from ._jax_closures import is_filled, tracers_in
 from ._jax_closures import variable_of as variable_of
 from ._jax_closures import variable_under as variable_under
 from ._jax_kinds import is_entrywise as is_entrywise
+from ._jax_kinds import is_primitive as is_primitive
 from ._jax_kinds import static_arguments as static_arguments
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame

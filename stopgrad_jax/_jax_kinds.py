@@ -10,7 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.extend import core
 from jax.interpreters import batching
+
+# The primitives that jax.extend shows.
+_PRIMITIVES = frozenset(
+    value.name
+    for value in vars(core.primitives).values()
+    if isinstance(value, core.Primitive)
+)
+
+
+def is_primitive(name: str) -> bool:
+    """Tell the name of a primitive of JAX's own."""
+    return name in _PRIMITIVES
 
 
 def _batcher(primitive: Any) -> Any:

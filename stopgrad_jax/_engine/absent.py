@@ -9,9 +9,12 @@ itself is one: a literal, what is multiplied by one, a sum of them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
@@ -234,7 +237,28 @@ def _known(eqn: Any, operands: Sequence[Any]) -> _State:
             return operands[1 + int(operands[0])]
         if name in _NUMBERS and (not exact or name in _ALSO_EXACT):
             return _number(_NUMBERS[name](*operands))
-    return 0.0 if not any(operands) and name not in _NOT_ZERO else _OTHER
+    return _OTHER if any(operands) else _of_zeros(eqn)
+
+
+def _of_zeros(eqn: Any) -> _State:
+    """Ask JAX what one of its operations makes of zeros.
+
+    What another package has, or has an effect, is not run, nor what is large.
+    """
+    avals = [atom.aval for atom in eqn.invars]
+    own = _jax.is_primitive(eqn.primitive.name) and "callback" not in eqn.primitive.name
+    size = sum(math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
+    if not own or eqn.effects or size > _LARGE:
+        return _OTHER
+    try:
+        with jax.ensure_compile_time_eval():
+            out = _jax.bind(eqn, *[jnp.zeros(a.shape, a.dtype) for a in avals])
+    except Exception:  # as of what has no value alone
+        return _OTHER
+    return functools.reduce(_either, map(_constant, out))
+
+
+_LARGE = 1_000_000  # entries
 
 
 def _whole(number: float, exact: bool) -> _State:
@@ -279,11 +303,4 @@ _NUMBERS = {
     "is_finite": np.isfinite,
 }
 _ALSO_EXACT = frozenset("eq ge gt is_finite le lt max min mul ne sign".split())
-# Functions of zeros that are not zero.
-_NOT_ZERO = frozenset(
-    "acos acosh bessel_i0e clz cos cosh cumlogsumexp digamma eig eigh erfc exp2 "
-    "householder_product igammac io_callback lgamma logistic lu not pure_callback qr "
-    "random_bits random_seed regularized_incomplete_beta reduce_xor rsqrt schur svd "
-    "threefry2x32".split()
-)
 _BETWEEN = ("max", "min", "clamp")

@@ -274,16 +274,19 @@ class Analysis:
         lost = self.reached(self.tangent, rest)
         if lost and is_of_package(op.eqn):
             # The gate tells what a `with_backward` passes by.
-            return 0 if is_handed(op.eqn) else lost & ~self._passed_by_gates(op)
+            around = self._around_gates.get(tuple(op.path.spots), 0)
+            return 0 if is_handed(op.eqn) else lost & ~around
         return lost
 
-    def _passed_by_gates(self, stop: Op) -> Bits:
-        """The sources that go around a stop, by a gate that is of the same call."""
-        return _union(
-            self.reached(self.tangent, op.values)
-            for op in self.graph.ops
-            if _jax.gate_name(op.eqn) and op.path.spots == stop.path.spots
-        )
+    @functools.cached_property
+    def _around_gates(self) -> dict[Any, Bits]:
+        """The sources that a gate hands on, by the path of the call that has it."""
+        found: dict[Any, Bits] = {}
+        for op in self.graph.ops:
+            if _jax.gate_name(op.eqn):
+                key = tuple(op.path.spots)
+                found[key] = found.get(key, 0) | self.reached(self.tangent, op.values)
+        return found
 
 
 def _union(bits: Iterable[Bits]) -> Bits:

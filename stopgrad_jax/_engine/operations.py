@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Op
@@ -178,18 +177,6 @@ def _around(stack: Iterable[tuple[types.CodeType, int]]) -> frozenset[str]:
 # Names ----------------------------------------------------------------------------
 
 
-# The primitives that jax.extend shows.
-_PRIMITIVES = frozenset(
-    value.name
-    for value in vars(core.primitives).values()
-    if isinstance(value, _jax.Primitive)
-)
-
-
-def _is_primitive(name: str) -> bool:
-    return name in _PRIMITIVES
-
-
 def _public(name: str) -> str:
     return name.lstrip("_") or name
 
@@ -197,12 +184,12 @@ def _public(name: str) -> str:
 @functools.cache
 def _exact(name: str) -> frozenset[str]:
     """What JAX calls it: the name itself, and what a function of JAX becomes."""
-    return frozenset({name}) | (set() if _is_primitive(name) else becomes(name))
+    return frozenset({name}) | (set() if _jax.is_primitive(name) else becomes(name))
 
 
 @functools.cache
 def _loose(name: str) -> frozenset[str]:
-    return frozenset() if _is_primitive(name) else frozenset({name, _public(name)})
+    return frozenset() if _jax.is_primitive(name) else frozenset({name, _public(name)})
 
 
 def _names(op: Op) -> frozenset[str]:

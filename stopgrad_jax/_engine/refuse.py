@@ -15,14 +15,13 @@ def refuse_loops(program: Program, addresses: Iterable[Address], called: str) ->
     """Values in a while loop cannot be stacked, nor differentiated in reverse."""
     for found in program.found(addresses).values():
         if found.dynamic:
-            raise ValueError(
-                beats(
-                    _at(called, found),
-                    "the number of steps must be known: values are stacked over them, "
-                    "and reverse mode has to store each",
-                    "a while_loop, or a fori_loop whose bounds are traced",
-                    "jax.lax.scan, or jax.lax.fori_loop with Python integers",
-                )
+            raise _refusal(
+                called,
+                found,
+                "the number of steps must be known: values are stacked over them, "
+                "and reverse mode has to store each",
+                "a while_loop, or a fori_loop whose bounds are traced",
+                "jax.lax.scan, or jax.lax.fori_loop with Python integers",
             )
 
 
@@ -30,15 +29,14 @@ def refuse_rules(program: Program, addresses: Iterable[Address], called: str) ->
     """What happens in the body of a custom rule is its author's to say."""
     for found in program.found(addresses).values():
         if found.rule:
-            raise ValueError(
-                beats(
-                    _at(called, found),
-                    "the value must lie outside custom_jvp and custom_vjp functions: "
-                    "a derivative passes by their bodies",
-                    f'"{found.name}" in the body of one',
-                    "a name for an operand or a result of that function; sg.capture "
-                    "can read the value",
-                )
+            raise _refusal(
+                called,
+                found,
+                "the value must lie outside custom_jvp and custom_vjp functions: "
+                "a derivative passes by their bodies",
+                f'"{found.name}" in the body of one',
+                "a name for an operand or a result of that function; sg.capture "
+                "can read the value",
             )
 
 
@@ -49,14 +47,13 @@ def refuse_factors(program: Program, addresses: Iterable[Address], called: str) 
     """
     for found in program.found(addresses).values():
         if found.feeds:
-            raise ValueError(
-                beats(
-                    _at(called, found),
-                    "the value must be read by later operations only",
-                    f'"{found.name}", where jax.grad, jvp or linearize was called: the '
-                    "derivative of the operation that makes it is computed from it",
-                    "a name there, sg.name(value, ...); sg.capture can read the value",
-                )
+            raise _refusal(
+                called,
+                found,
+                "the value must be read by later operations only",
+                f'"{found.name}", where jax.grad, jvp or linearize was called: the '
+                "derivative of the operation that makes it is computed from it",
+                "a name there, sg.name(value, ...); sg.capture can read the value",
             )
 
 
@@ -66,20 +63,22 @@ def refuse_differentiated(
     """An edit here would change a value and not the derivative already taken."""
     for found in program.found(addresses).values():
         if found.differentiated:
-            raise ValueError(
-                beats(
-                    _at(called, found),
-                    "the value must lie where no derivative has been taken yet",
-                    f"{fun} calls jax.grad, jvp or linearize on the part with "
-                    f'"{found.name}": an edit would change the value and not its '
-                    "derivative",
-                    "jax.grad(sg.edit(f, ...)): edit the inner function first",
-                )
+            raise _refusal(
+                called,
+                found,
+                "the value must lie where no derivative has been taken yet",
+                f"{fun} calls jax.grad, jvp or linearize on the part with "
+                f'"{found.name}": an edit would change the value and not its '
+                "derivative",
+                "jax.grad(sg.edit(f, ...)): edit the inner function first",
             )
 
 
-def _at(called: str, found: Found) -> str:
-    return f"{called} ({found.line})" if found.line else called
+def _refusal(
+    called: str, found: Found, expected: str, came: str, instead: str
+) -> ValueError:
+    place = f"{called} ({found.line})" if found.line else called
+    return ValueError(beats(place, expected, came, instead))
 
 
 def refuse_outputs(

@@ -170,7 +170,7 @@ def calls_back(stack: Stack, k: int) -> bool:
     through = operation in ("LIST_EXTEND", "SET_UPDATE", "UNPACK_SEQUENCE", "UNPACK_EX")
     if operation == "CALL_FUNCTION_EX":  # `f(*map(...))`, and not `f(*args)`
         return name in _LAZY
-    return through or (name in _CALL_BACK | _METHODS and name != code.co_name)
+    return through or (name in _CALL_BACK and name != code.co_name)
 
 
 def _is_generator(code: types.CodeType) -> bool:
@@ -183,15 +183,15 @@ def _adds_up(code: types.CodeType, offset: int) -> bool:
     return name == "sum" and count == 1
 
 
-_CALL_BACK = frozenset(
-    "accumulate all any deque dict filter frozenset fsum list map max min prod reduce "
-    "set sorted starmap sum tuple unflatten".split()
-)
-_LAZY = frozenset("accumulate filter map starmap zip".split())
 # Behind a dot, too: functools.reduce and parts.extend, not x.sum.
 _METHODS = frozenset(
     "accumulate extend fsum join prod reduce sort starmap update".split()
 )
+_CALL_BACK = _METHODS | frozenset(
+    "all any deque dict filter frozenset list map max min set sorted sum tuple "
+    "unflatten".split()
+)
+_LAZY = frozenset("accumulate filter map starmap zip".split())
 
 
 @functools.cache

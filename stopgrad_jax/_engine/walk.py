@@ -278,10 +278,11 @@ def _feeds(jaxpr: Any, eqn: Any, result: Any) -> bool:
 
     That was made by the same call of the user's, and is another operation.
     """
-    return any(
+    call, _ = _jax.frames_of(eqn)
+    return bool(call) and any(
         any(atom is result for atom in reader.invars)
         and reader.primitive is not eqn.primitive
-        and _jax.frames_of(reader)[0] == _jax.frames_of(eqn)[0]
+        and _jax.frames_of(reader)[0] == call
         for reader in jaxpr.eqns
     )
 
