@@ -159,6 +159,13 @@ def at_line_of(eqn: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_an_edit(eqn: Any) -> Iterator[None]:
+    """Trace at this equation's line what is put in the place of its value."""
+    with at_line_of(eqn), source_info_util.transform_name_stack("edit"):
+        yield
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Every jaxpr in an equation's parameters, of whatever primitive."""
     return list(core.jaxprs_in_params(dict(params_of(eqn))))

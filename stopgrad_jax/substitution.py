@@ -18,7 +18,7 @@ from ._engine.backward import attached
 from ._engine.gate import gate
 from ._engine.gated import require_gradient
 from ._engine.own_stop import handed
-from ._engine.rules import VALUE_OF
+from ._engine.rules import VALUE_OF, VALUE_OF_FORWARD, Rule
 from ._errors import beats, function_name, type_of
 
 __all__ = ["replace_value", "straight_through", "with_backward"]
@@ -60,7 +60,7 @@ def replace_value(x: T, value: Any) -> T:
       Bengio, Leonard and Courville (2013), "Estimating or Propagating Gradients Through
       Stochastic Neurons for Conditional Computation".
     """
-    return _replaced(x, value, "replace_value(x, value)", ("x", "value"))
+    return _replaced(x, value, "replace_value(x, value)", ("x", "value"), VALUE_OF)
 
 
 @public
@@ -117,7 +117,8 @@ def straight_through(
                 )
             )
         value = forward(*_stopped(xs), **_stopped(kwargs))
-        return _replaced(source, value, called, (name, "forward's result"))
+        names = (name, "forward's result")
+        return _replaced(source, value, called, names, VALUE_OF_FORWARD)
 
     return composed
 
@@ -182,7 +183,9 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
     return wrapped
 
 
-def _replaced(x: Any, value: Any, called: str, names: tuple[str, str]) -> Any:
+def _replaced(
+    x: Any, value: Any, called: str, names: tuple[str, str], rule: Rule
+) -> Any:
     leaves, structure = jax.tree.flatten(x)
     require_gradient(leaves, called)
     if jax.tree.structure(value) != structure:
@@ -200,7 +203,7 @@ def _replaced(x: Any, value: Any, called: str, names: tuple[str, str]) -> Any:
             out.append(new)
             continue
         source = jnp.asarray(leaf)
-        out += gate([_fitting(new, source, called, names)], [source], (), VALUE_OF)
+        out += gate([_fitting(new, source, called, names)], [source], (), rule)
     return structure.unflatten(out)
 
 

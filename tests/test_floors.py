@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"_jax"},
     {"_address", "_edge", "_checks"},
-    {"_where", "_engine/watched"},
+    {"_where", "_engine/watched", "_engine/as_written"},
     {
         "_engine/trace",
         "_engine/nested",

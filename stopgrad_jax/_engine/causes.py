@@ -309,7 +309,7 @@ def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str
     if op.path.sampler:
         return "sampled", _words.SAMPLED.format(name=called(op)), "sampled"
     if exact:
-        return _exact(op, ", ".join(sorted(exact)))
+        return _exact(op, ", ".join(sorted(exact)), graph)
     for op in ops:
         if _jax.kind_of(op.eqn) == "stop_gradient":
             if is_straight_through(op.eqn):
@@ -332,9 +332,11 @@ def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str
     return "zero_derivative", *zero(ops, graph)
 
 
-def _exact(op: Op, types: str) -> tuple[str, str, str]:
+def _exact(op: Op, types: str, graph: Graph) -> tuple[str, str, str]:
     """Words for what returns integers or booleans."""
     spot, brief = op.path.innermost, f"returns {types}"
+    if op.is_derived:  # the function that was called may return floats
+        return "comparison" if types == "bool" else "integer", *zero([op], graph)
     if types == "bool":
         compares = spot is None or not spot.callee
         words = _words.COMPARED if compares else _words.RETURNS_BOOL

@@ -210,7 +210,7 @@ class NamedEdits:
         self, found: Found, eqn: Any, hit: Hit, values: dict[Any, Any]
     ) -> dict[Any, Any]:
         old = assembled(hit, list(values.values()))
-        with _jax.at_line_of(eqn), _jax.at_width_of(*jax.tree.leaves(old)):
+        with _jax.in_an_edit(eqn), _jax.at_width_of(*jax.tree.leaves(old)):
             out = self._edits[hit.target](old)
         if hit.tree is None:
             leaves = [out]

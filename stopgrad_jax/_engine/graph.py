@@ -43,10 +43,12 @@ class Op:
         "refuses",
         "refusing",
         "values",
+        "within",
     )
 
     def __init__(self, eqn: Any, path: Path, join: bool = False) -> None:
         self.eqn, self.path, self.join = eqn, path, join
+        self.within: tuple[Any, ...] = ()  # the equations whose bodies it is in
         self.values: list[Value] = []
         self.inputs: Sequence[Value | None] = ()
         self.masks = self.overwrites = self.held = self.copies = False
@@ -64,6 +66,11 @@ class Op:
     def known(self) -> bool:
         """Whether its rule works whatever moves."""
         return not self.refuses and not self.refusing
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether a derivative that the program takes made it, of what was called."""
+        return any("jvp" in _jax.transforms_of(e) for e in (self.eqn, *self.within))
 
     @property
     def spot(self) -> Spot | None:

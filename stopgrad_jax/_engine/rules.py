@@ -42,6 +42,7 @@ NEGATE = Rule("reverse_gradient", _negated, linear=True)
 MASK = Rule("mask_gradient", _masked, linear=True)
 SAME = Rule("per_example", _same, linear=True)
 VALUE_OF = Rule("replace_value", _same, linear=True)
+VALUE_OF_FORWARD = Rule("straight_through", _same, linear=True)
 
 
 def _between(cts: Any, parameters: Any) -> Any:

@@ -20,6 +20,7 @@ import jax
 
 import stopgrad_jax._jax as _jax
 
+from .as_written import is_as_written
 from .signature import fingerprint, signature
 
 _LONGEST = 64  # equations in a block
@@ -41,7 +42,7 @@ class Runs:
     """Cuts programs into runs and evaluates them; equal ones share a function.
 
     A shared function has the source lines of the first. `shared=False` leaves each
-    equation its own, for what tells lines.
+    equation its own, for what tells lines, and so does `as_written()`.
     """
 
     def __init__(self, shared: bool = True) -> None:
@@ -67,7 +68,7 @@ class Runs:
             return id(eqn) in alone or id(following) in alone
 
         # Evaluated one by one there is nothing to share.
-        if not self._shared or not _jax.is_tracing():
+        if not self._shared or is_as_written() or not _jax.is_tracing():
             return _wired(_blocks(eqns, apart), outvars)
 
         numbers = {id(eqn): self._number(eqn) for eqn in eqns}

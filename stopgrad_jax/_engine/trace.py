@@ -16,6 +16,7 @@ import stopgrad_jax._jax_errors as _jax_errors
 from stopgrad_jax._address import nodes
 from stopgrad_jax._errors import beats, function_name, has_beats, type_of
 
+from .as_written import as_written
 from .watched import Seen, watching
 
 
@@ -130,7 +131,8 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         return arrays
 
     try:
-        closed = jax.make_jaxpr(run)(*leaves)
+        with as_written():
+            closed = jax.make_jaxpr(run)(*leaves)
     except ValueError as error:
         if _jax_errors.is_traced_static(error):
             _refuse_static(fun, args, kwargs)

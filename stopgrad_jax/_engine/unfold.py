@@ -60,6 +60,7 @@ class _Unfolding:
     ) -> None:
         self.graph, self._decided = Graph(), decided
         self._idle: set[int] = set()
+        self._within: tuple[Any, ...] = ()
         if needed is not None:
             self._idle = set(map(id, jaxpr.eqns))
             self._idle -= {id(jaxpr.eqns[k]) for k in needed}
@@ -87,6 +88,7 @@ class _Unfolding:
 
     def _op(self, eqn: Any, path: Path, join: bool = False) -> Op:
         op = Op(eqn, path, join)
+        op.within = self._within
         self.graph.ops.append(op)
         return op
 
@@ -274,7 +276,9 @@ class _Unfolding:
             if moving[0] is not None and found_here is not None:
                 moved = [moving[0][k] for k in body.operands]
                 moved = self._reach.entering(body, plan, moved, found_here)
+            outside_of, self._within = self._within, (*self._within, eqn)
             results, held = self.inline(body.jaxpr, operands, path, plan, moved)
+            self._within = outside_of
             found.append(self.graph.found)
             runs = eqn.params.get("length") != 0
             for out, back in feedback if runs else ():
@@ -292,14 +296,10 @@ class _Unfolding:
             for back, value in zip(own_refs, held, strict=True):
                 start = [joints[back]] if never else []
                 left.setdefault(body.operands[back], []).extend([value, *start])
-        self.graph.found = outside + [
-            value for part in reversed(found) for value in part
-        ]
+        self.graph.found = [*outside, *itertools.chain(*reversed(found))]
         if not _joins(eqn, inner):
-            only: dict[int, Value | None] = {
-                k: cast(Value, v[0]) for k, v in left.items()
-            }
-            return [values[0] for values in sources], only
+            only = {k: cast(Value, v[0]) for k, v in left.items()}
+            return [values[0] for values in sources], {**only}
         op = self._op(eqn, path, join=True)
         if inner.dynamic:  # a while loop has no reverse mode
             op.refusing = inputs

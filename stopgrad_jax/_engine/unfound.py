@@ -220,7 +220,7 @@ class Looked:
             variables, seen = self.assigned(var, site.binding.name)
             if variables is not None:
                 mine = variables.assigned(seen, site)
-                if mine and mine == variables.given[0]:
+                if mine and mine == set().union(*variables.given[0].values()):
                     yield var
         if not function.binding(alias):
             yield Var(around + alias)

@@ -134,7 +134,7 @@ class Variables:
         self.unclear: dict[int, dict[Any, tuple[str, str]]] = {k: {} for k in targets}
         self.sourceless: dict[str, str] = {}
         self.functions: dict[Any, Spot] = {}
-        self.given: dict[int, set[Any]] = {k: set() for k in targets}
+        self.given: dict[int, dict[Any, set[Any]]] = {k: {} for k in targets}
         self._programs: dict[Any, int] = {}  # of each variable that was met
 
     def find(self, jaxpr: Any) -> dict[Any, list[tuple[int, str, float]]]:
@@ -147,24 +147,23 @@ class Variables:
         users = users_of(jaxpr) if runs else {}
         for run in runs:
             run.unclear = run.unclear or run.is_cut_wrongly()
+            site = Site(run.spot, run.binding)
             try:
                 index, result = Given(run, users).place()
             except Unclear as why:
-                key = Site(run.spot, run.binding).key
                 reason = (run.spot.place, str(why))
-                self.unclear[run.target].setdefault(key, reason)
+                self.unclear[run.target].setdefault(site.key, reason)
                 continue
             stack = _jax.stack_of(run.items[0].eqn)
             level = level_of(stack, run.items[0], run.depth)
             hits = found.setdefault(jaxpr.eqns[index].outvars[result], [])
             if (run.target, run.binding.name) not in [hit[:2] for hit in hits]:
                 hits.append((run.target, run.binding.name, level or 0))
+            given = self.given[run.target].setdefault(site.key, set())
+            given.add(jaxpr.eqns[index].outvars[result])
         self._refuse_rounds(jaxpr, runs, found, users)
         results = (v for eqn in jaxpr.eqns for v in eqn.outvars)
         self._programs.update(dict.fromkeys([*jaxpr.invars, *results], id(jaxpr)))
-        for result, hits in found.items():
-            for target, *_ in hits:
-                self.given[target].add(result)
         return found
 
     def compare(self, seen: Sequence[Seen]) -> None:
@@ -182,7 +181,8 @@ class Variables:
                 events = self._events(seen, site)
                 mine = self.assigned(seen, site)
                 there = {self._programs[v] for v in mine}
-                given = {v for v in self.given[target] if self._programs[v] in there}
+                found = self.given[target].get(site.key, ())
+                given = {v for v in found if self._programs[v] in there}
                 why = ""
                 if mine != given:
                     why = "it was seen to be given other arrays than its text tells"
@@ -210,6 +210,7 @@ class Variables:
     ) -> None:
         """Note the statements of which an execution made no operation."""
         one = {(r.target, r.binding.place, r.spot.frame.code): r for r in runs}
+        edited = {v: _jax.edited_at(e) for e in jaxpr.eqns for v in e.outvars}
         for labels, targets in self._searched:
             mine = [r for r in one.values() if r.target in targets]
             paths = [labels.path(e, labels.nowhere) for e in jaxpr.eqns if mine]
@@ -221,7 +222,8 @@ class Variables:
             for run in mine:
                 given = {
                     v for v, h in found.items() if any(t == run.target for t, *_ in h)
-                }
+                }  # and what an earlier edit of it put in its place
+                given |= {v for v, a in edited.items() if a == run.binding.name}
                 if reads_another(run, items, frozenset(given), users):
                     why = "in another round or call no operation made what it is given"
                     key = Site(run.spot, run.binding).key
@@ -254,7 +256,7 @@ class Variables:
         going: dict[Any, Execution] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = labels.path(eqn, labels.nowhere)
-            if not path.spots or is_backward(eqn):
+            if not path.spots or is_backward(eqn) or is_edit(eqn):
                 continue
             item, now = Item(index, eqn, path.spots), {}
             for depth, site, target in self._matches(path, targets):
@@ -332,6 +334,11 @@ def is_called(label: str, path: Sequence[str], name: str) -> bool:
 def is_backward(eqn: Any) -> bool:
     """Tell the equations of a backward pass: they have the lines of the forward one."""
     return "transpose" in _jax.transforms_of(eqn)
+
+
+def is_edit(eqn: Any) -> bool:
+    """Tell what an edit has put in the place of a value: it has the value's lines."""
+    return "edit" in _jax.transforms_of(eqn)
 
 
 def users_of(jaxpr: Any, backward: bool = False) -> dict[Any, list[int]]:

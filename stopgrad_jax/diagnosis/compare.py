@@ -54,6 +54,7 @@ _WIDE = {4: (1.0, 0.5, 0.25, 0.125), 8: (0.5, 0.25, 0.125, 0.0625, 0.03125)}
 # And where the function changes faster than these can see, if rounding is known.
 _NEAR = {4: (2.0**-14, 2.0**-16, 2.0**-18, 2.0**-20), 8: (2.0**-28, 2.0**-32, 2.0**-36)}
 _TOLERANCE = {4: 1e-3, 8: 1e-6}
+_UNKNOWN = 4  # times its own digits: what rounding may do to a result, if not known
 
 # Differences of infinities are asked for as others are, and come to nan.
 _NO_NUMBERS = np.errstate(invalid="ignore")
@@ -124,10 +125,15 @@ class Compared:
     # Of the whole, and of a rule ------------------------------------------------------
 
     def differences(
-        self, steps: Sequence[Step], told: float, noise: float, weights: Any = None
+        self,
+        steps: Sequence[Step],
+        told: float,
+        noise: float | None,
+        weights: Any = None,
     ) -> list[Difference]:
         """Return those of the weighed result; `noise` is how far it may be off.
 
+        None: that cannot be known, as of a solver that runs until it is content.
         `weights` other than the program's, where its results are few.
         """
         found = []
@@ -140,9 +146,10 @@ class Compared:
             (base, size), (plus, _), (minus, _) = sums
             said = sum(step.shares[key][TOLD] for key in taken) / h
             digits = self.eps * abs(told) if np.isfinite(told) else 0.0
-            near = max(2 * self.eps * size, 2 * noise) / h + digits / h
+            digit = 2 * self.eps * size
+            rough = _UNKNOWN * digit if noise is None else max(digit, 2 * noise)
             left, right = (base - minus) / h + said, (plus - base) / h + said
-            found.append(Difference(h, left, right, near, 2 * self.eps * size / h))
+            found.append(Difference(h, left, right, (rough + digits) / h, digit / h))
         return found
 
     def _floor(self, steps: Sequence[Step], told: float, weights: Any) -> float:
@@ -210,7 +217,7 @@ class Compared:
         """Compare a derivative by a leaf with what the program declares."""
         steps = self.steps(direction, along, carefully)
         known = self.noise(direction, along) if carefully else {}
-        noise = known.get(EVERY, 0.0)
+        noise = known.get(EVERY) if carefully else 0.0
         found = self.differences(steps, told, noise, weights)
         verdict = judge(told, found, self.tol, self._floor(steps, told, weights))
         if carefully:

@@ -173,7 +173,7 @@ def _specials(
         if primitive == "name" and not op.path.library:
             yield Special("name", op.path, "/".join(named[op.path]), "")
         elif (name := _jax.gate_name(op.eqn)) and flows:
-            if name in ("with_backward", "replace_value"):
+            if name in ("with_backward", "replace_value", "straight_through"):
                 yield Special("replace", op.path, _called(op), f"rule: {name}")
             elif name != "per_example":
                 detail = " ".join([name, *_number(op)])

@@ -146,8 +146,10 @@ class _Sum:
     def _name(self, value: Value, reader: Op | None) -> tuple[str, Any] | None:
         """Return the variable or the point that a value is, and where that is."""
         op = self._maker(value)
-        if op is None or op.join:
+        if op is None:
             return None
+        if op.join:
+            return _of_join(op)
         if _jax.kind_of(op.eqn) == "name":
             return _jax.params_of(op.eqn)["name"], _jax.params_of(op.eqn)["name"]
         spot, other = _apart(op, reader), _apart(reader, op) if reader else None
@@ -224,6 +226,17 @@ def _apart(op: Op | None, other: Op | None) -> Spot | None:
         depth += 1
     same = depth < len(its) and mine[depth].frame.code is its[depth].frame.code
     return mine[depth] if same or other is None else mine[0]
+
+
+def _of_join(op: Op) -> tuple[str, Any] | None:
+    """Name what a branch or a loop returns, if it is assigned as it is."""
+    spot = op.spot
+    statement = spot.statement if spot else None
+    if spot is None or statement is None or statement.kind != "assignment":
+        return None
+    if statement.value != spot.position or len(statement.targets) != 1:
+        return None
+    return statement.label, (statement.line, statement.label)
 
 
 def _returned_name(op: Op, spot: Spot) -> tuple[str, Any] | None:
