@@ -26,6 +26,8 @@ from ._jax_closures import variable_under as variable_under
 from ._jax_kinds import is_entrywise as is_entrywise
 from ._jax_kinds import is_primitive as is_primitive
 from ._jax_kinds import static_arguments as static_arguments
+from ._jax_patterns import forget as forget
+from ._jax_patterns import remembers as remembers
 from ._jax_places import OWN
 from ._jax_places import Frame as Frame
 from ._jax_places import are_inlined as are_inlined

@@ -59,7 +59,9 @@ def callers_of(eqn: Any) -> tuple[str, ...]:
 class Frame(NamedTuple):
     """A call on the Python stack: its code and the place that was running.
 
-    `code` is None, and the columns are 0, where JAX tells nothing but a line.
+    `code` is None, and the columns are 0, where JAX tells nothing but a line. Two codes
+    are equal if their source is, as of a cell that was run twice: they are told apart
+    by `identity`.
     """
 
     code: types.CodeType | None
@@ -69,6 +71,7 @@ class Frame(NamedTuple):
     col: int = 0
     end_line: int = 0
     end_col: int = 0
+    identity: int = 0
 
 
 def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
@@ -90,11 +93,11 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
         if file not in _SKIPPED:
             _SKIPPED[file] = file.startswith(OWN)
         if not _SKIPPED[file]:
-            key = (code, file, address)  # equal code of two files is equal
+            key = (id(code), file, address)  # the frame keeps the code, so its id stays
             frame = _FRAMES.get(key)
             if frame is None:
                 place = locate(code, address)
-                frame = Frame(code, file, code.co_qualname, *place)
+                frame = Frame(code, file, code.co_qualname, *place, id(code))
                 _FRAMES[key] = frame
             frames.append(frame)
         elif not frames and code.co_filename.startswith(_RANDOM):

@@ -1,8 +1,8 @@
-"""Programs whose source lines will be read.
+"""How programs are traced that a verb looks at.
 
-Functions that this package made, as `sg.edit(f, ...)`, evaluate equal operations by one
-shared function, which has the lines of the first of them. Where a verb looks at such a
-function, each operation is to have its own.
+As written: a function that this package made, as `sg.edit(f, ...)`, evaluates equal
+operations by one shared function, which has the lines of the first of them. Where a
+verb looks at it, each operation is to have its own.
 """
 
 from __future__ import annotations
@@ -26,3 +26,11 @@ def as_written() -> contextlib.AbstractContextManager[Any]:
 def is_as_written() -> bool:
     """Tell whether this is in such a block."""
     return bool(_AS_WRITTEN.value)
+
+
+def anew() -> contextlib.AbstractContextManager[Any]:
+    """Trace also the functions anew that JAX has traced before: nobody has these."""
+    return _ANEW(object())
+
+
+_ANEW = jax.make_user_context()

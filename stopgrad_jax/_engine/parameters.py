@@ -179,15 +179,20 @@ class Parameters:
         """Parameters of functions that are called while a jaxpr is traced."""
         items, calls = [], Calls(jaxpr.eqns)
         meant: dict[Any, tuple[int, Function, Place, list[int]]] = {}
+        backward: dict[Any, list[int]] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = self._labels.path(eqn, self._labels.nowhere)
-            if not path.spots or is_backward(eqn):
+            if not path.spots:
+                continue
+            if path not in self._in_path:
+                self._in_path[path] = list(self._meant(path.spots))
+            if is_backward(eqn):
+                for depth, _, place, _ in self._in_path[path]:
+                    backward.setdefault((path.spots[:depth], place), []).append(index)
                 continue
             item = Item(index, eqn, path.spots)
             items.append(item)
             calls.step()
-            if path not in self._in_path:
-                self._in_path[path] = list(self._meant(path.spots))
             for depth, function, place, targets in self._in_path[path]:
                 level = function_level(_jax.stack_of(eqn), item, depth)
                 if level is not None:
@@ -200,6 +205,7 @@ class Parameters:
         by_index = {item.index: item for item in items}
         for key, found in calls.found.items():
             depth, function, place, targets = meant[key]
+            handed_on = dict[Any, Call]()
             for call in found:
                 run = [by_index[k] for k in call.indices]
                 if depth == 0 and handed.is_origin(run[0].spots[0]):
@@ -208,13 +214,20 @@ class Parameters:
                     continue
                 try:
                     var = self._told(handed, call, run, depth, function, place)
+                    again = handed_on.setdefault(var, call) is not call
+                    # The derivatives that are taken in the call read it, too.
+                    read = {
+                        k for k in backward.get(key, ()) if var in jaxpr.eqns[k].invars
+                    }
+                    if again and read:
+                        raise Unclear("several calls are handed it, and a derivative")
                 except Unclear as why:
                     for target in targets:
                         self.unclear[target].setdefault(place, str(why))
                     continue
                 for target in targets:
                     self.found[target][place] = None
-                indices, name = frozenset(call.indices), Parameter(place.label)
+                indices, name = frozenset({*call.indices} | read), Parameter(place.label)
                 yield _Naming(var, call.indices[0], indices, name, targets)
 
     def _meant(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import stopgrad_jax._jax_errors as _jax_errors
 from stopgrad_jax._address import nodes
 from stopgrad_jax._errors import beats, function_name, has_beats, type_of
 
-from .as_written import as_written
+from .as_written import anew, as_written
 from .watched import Seen, watching
 
 
@@ -132,7 +132,7 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
 
     try:
         with as_written():
-            closed = jax.make_jaxpr(run)(*leaves)
+            closed = _own(lambda: jax.make_jaxpr(run)(*leaves))
     except ValueError as error:
         if _jax_errors.is_traced_static(error):
             _refuse_static(fun, args, kwargs)
@@ -150,11 +150,36 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         leaves,
         _bind(fun, args, kwargs),
         args,
-        result[0],
+        result[-1],
         fun,
         call,
         run,
     )
+
+
+def _own(trace: Callable[[], Any]) -> Any:
+    """Trace a program that shares no rule with JAX's own cache.
+
+    A rule that is told which operands move is left in another state by each question,
+    for the user's `jax.grad`, too.
+    """
+    closed = trace()
+    rules = list(_rules_in(closed.jaxpr))
+    if any(is_nested for is_nested, _ in rules):
+        with anew():
+            closed = trace()
+        rules = list(_rules_in(closed.jaxpr))
+    for _, eqn in rules:
+        _jax.forget(eqn)
+    return closed
+
+
+def _rules_in(jaxpr: Any, is_nested: bool = False) -> Iterator[tuple[bool, Any]]:
+    for eqn in jaxpr.eqns:
+        if _jax.remembers(eqn):
+            yield is_nested, eqn
+        for inner in _jax.inner_jaxprs(eqn):
+            yield from _rules_in(_jax.opened(inner)[0], True)
 
 
 def _static(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> list[bool]:

@@ -20,6 +20,8 @@ import jax
 
 import stopgrad_jax._jax as _jax
 
+from .as_written import anew
+
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
@@ -95,11 +97,8 @@ def watching(names: frozenset[str]) -> Iterator[Watch]:
     """
     watch = Watch(names)
     listening = _monitored if sys.version_info >= (3, 12) else _traced
-    with _ANEW(object()), listening(watch):
+    with anew(), listening(watch):
         yield watch
-
-
-_ANEW = jax.make_user_context()
 
 
 @contextlib.contextmanager
