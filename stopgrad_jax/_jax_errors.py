@@ -9,6 +9,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import jax
+
 _LOGGERS = ("jax._src.callback", "jax._src.debugging")
 
 
@@ -34,6 +36,15 @@ def is_traced_static(error: Exception) -> bool:
     text = str(error)
     is_weak = "Tracer(~float" in text or "Tracer(~complex" in text
     return text.startswith("Non-hashable static arguments") and is_weak
+
+
+def is_of_a_closure(error: Exception) -> bool:
+    """Tell the error of a rule that closes over what is differentiated.
+
+    JAX's coming custom rules (`jax_custom_vjp3`) have a type of their own for it.
+    """
+    coming = type(error).__name__ == "CustomVJPException"
+    return coming or isinstance(error, jax.errors.UnexpectedTracerError)
 
 
 def message_of(error: Exception) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 
-
 class _Forgets(dict[Any, Any]):
     """Remembers nothing."""
 

@@ -97,7 +97,7 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
             frame = _FRAMES.get(key)
             if frame is None:
                 place = locate(code, address)
-                frame = Frame(code, file, code.co_qualname, *place, id(code))
+                frame = Frame(code, file, code.co_qualname, *place, identity=id(code))
                 _FRAMES[key] = frame
             frames.append(frame)
         elif not frames and code.co_filename.startswith(_RANDOM):

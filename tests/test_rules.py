@@ -151,13 +151,13 @@ def test_a_constant_that_is_differentiated_is_refused_as_jax_does():
         g.defvjp(lambda x: (x * 2.0, None), lambda _, ct: (ct,))
         return g(x)
 
-    with pytest.raises(jax.errors.UnexpectedTracerError):
+    with pytest.raises(Exception, match="Detected differentiation") as raised:
         jax.grad(loss)(2.0, 3.0)
     flow = sg.flow(loss)(2.0, 3.0)
     assert [row.status for row in flow.inputs] == ["unknown", "flows"]
     words = str(flow.explain("c"))
     assert "jax.grad raises at g (" in words
-    assert "UnexpectedTracerError: a custom rule closes over what" in words
+    assert f"{type(raised.value).__name__}: " in words
     for check in (sg.assert_gradient, sg.assert_no_gradient):
         with pytest.raises(AssertionError, match=r"jax\.grad raises at g"):
             check(loss, "c")(2.0, 3.0)
@@ -382,7 +382,7 @@ def test_a_rule_in_a_loop_that_closes_over_data():
 
 
 def test_a_rule_that_closes_over_what_is_differentiated():
-    with pytest.raises(jax.errors.UnexpectedTracerError):
+    with pytest.raises(Exception, match="Detected differentiation"):
         jax.grad(closing_over, (0, 1))(2.0, 3.0)
     with pytest.raises(TypeError, match="closes over") as caught:
         sg.gradients(closing_over, ["w", "data"])(2.0, 3.0)

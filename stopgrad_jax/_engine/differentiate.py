@@ -14,6 +14,7 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._errors import beats, has_beats, shortened
+from stopgrad_jax._jax_errors import is_of_a_closure
 
 from .absent import may_be_nonzero
 from .causes import Analysis
@@ -133,7 +134,7 @@ class Differentiation:
         ops = self._analysis.refusing((1 << len(self._xs)) - 1)
         places = {f"{op.name} ({op.spot.place})" if op.spot else op.name for op in ops}
         loops = [op for op in ops if op.join]
-        if isinstance(error, jax.errors.UnexpectedTracerError):
+        if is_of_a_closure(error):
             raise TypeError(inside_a_closure(self._called)) from error
         if loops and _jax.is_no_reverse(error):
             raise ValueError(

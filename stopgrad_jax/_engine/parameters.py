@@ -227,7 +227,10 @@ class Parameters:
                     continue
                 for target in targets:
                     self.found[target][place] = None
-                indices, name = frozenset({*call.indices} | read), Parameter(place.label)
+                indices, name = (
+                    frozenset({*call.indices} | read),
+                    Parameter(place.label),
+                )
                 yield _Naming(var, call.indices[0], indices, name, targets)
 
     def _meant(

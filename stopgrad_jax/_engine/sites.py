@@ -88,7 +88,9 @@ def _site(eqn: Any, labels: Labels) -> Site | None:
     draws, users, place = primitive in _DRAWN, primitive not in _DRAWN, ""
     if primitive in _jax.CUSTOM:
         names, place, users = _custom(eqn, labels)
-        draws = users and _rejects(_jax.opened(eqn.params["call_jaxpr"])[0], False)
+        draws = users and _rejects(
+            _jax.opened(_jax.params_of(eqn)["call_jaxpr"])[0], False
+        )
     elif primitive in _RULES or _jax.is_foreign(eqn.primitive):
         names = _called(eqn)
     else:

@@ -16,8 +16,6 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 import stopgrad_jax._jax as _jax
 
 from .as_written import anew
