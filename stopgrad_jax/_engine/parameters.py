@@ -30,6 +30,7 @@ from .routes import Routes
 from .syntax import source_of
 from .trace import Traced, Value
 from .variables import is_backward, is_called
+from .watched import Seen
 
 
 class Parameter(str):
@@ -120,6 +121,24 @@ class Parameters:
         self.unclear: dict[int, dict[Place, str]] = {k: {} for k in targets}
         self.own: dict[int, str] = {}
         self.named: dict[Any, list[tuple[int, str]]] = {}
+        # The variables of all programs, and those that parameters were told to be.
+        self._every = set[Any]()
+        self._given: dict[tuple[int, Place], set[Any]] = {}
+
+    def compare(self, seen: Iterable[Seen]) -> None:
+        """Note the parameters that were seen to be handed more than was found.
+
+        So it is in a call that makes no operation of its own.
+        """
+        for one in (s for s in seen if s.function and s.variable in self._every):
+            path = tuple(p for p in one.function.split(".") if p != "<locals>")
+            for target, places in self.found.items():
+                for place in places if target not in self.own else ():
+                    mine = (place.file, place.path, place.name)
+                    given = self._given.get((target, place), ())
+                    if mine == (one.file, path, one.name) and one.variable not in given:
+                        why = "a call that makes no operation is handed another array"
+                        self.unclear[target].setdefault(place, why)
 
     def program(self) -> Any:
         """Return the traced program with names for what was found."""
@@ -133,6 +152,7 @@ class Parameters:
         eqns = [
             map_jaxprs(eqn, self._inside) if nested(eqn) else eqn for eqn in jaxpr.eqns
         ]
+        self._every |= {*jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)}
         namings = list(self._inputs(jaxpr, origin)) if spread is None else []
         namings += self._called(jaxpr, origin, spread)
         if not namings and all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True)):
@@ -161,10 +181,14 @@ class Parameters:
                 if name != spelled:
                     self.unclear[target][place] = "it is a container of arrays"
                 else:
-                    self.found[target][place] = None
+                    self._found(target, place, jaxpr.invars[k])
             if targets and name == spelled:
                 name = Parameter(place.label)
                 yield _Naming(jaxpr.invars[k], 0, indices, name, targets, own=True)
+
+    def _found(self, target: int, place: Place, var: Any) -> None:
+        self.found[target][place] = None
+        self._given.setdefault((target, place), set()).add(var)
 
     def _is_shown(self, origin: _jax.Origin) -> bool:
         frame = _jax.Frame(None, origin.file, origin.name, origin.line)
@@ -226,7 +250,7 @@ class Parameters:
                         self.unclear[target].setdefault(place, str(why))
                     continue
                 for target in targets:
-                    self.found[target][place] = None
+                    self._found(target, place, var)
                 indices, name = (
                     frozenset({*call.indices} | read),
                     Parameter(place.label),

@@ -264,6 +264,7 @@ def _searched(
         if asked:
             parameters.append(Parameters(asked, traced, where))
             traced = dataclasses.replace(traced, jaxpr=parameters[-1].program())
+            parameters[-1].compare(seen)
         return parameters[-1].silent if asked else missing
 
     found, plan = search()

@@ -15,7 +15,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
 from .assignment import Given, Unclear
-from .bindings import Binding, Function
+from .bindings import Binding, Function, is_within
 from .executions import Execution, Item, begins_again, is_inside, level_of
 from .labels import Labels, Spot, function_of, is_comprehension
 from .rounds import reads_another
@@ -169,15 +169,10 @@ class Variables:
     def compare(self, seen: Sequence[Seen]) -> None:
         """Note the statements that were seen to assign other arrays than were found.
 
-        Where two of them share a line, it is not known which was seen; nor is it of
-        programs that JAX made of others.
+        It is not known of programs that JAX made of others.
         """
         for target, sites in self.statements.items():
             for site in sites.values():
-                every = site.function.statements(site.binding.name)
-                others = [b for b in every if b is not site.binding]
-                if any(lines_of(site.binding) & lines_of(other) for other in others):
-                    continue
                 events = self._events(seen, site)
                 mine = self.assigned(seen, site)
                 there = {self._programs[v] for v in mine}
@@ -198,8 +193,19 @@ class Variables:
 
     @staticmethod
     def _events(seen: Sequence[Seen], site: Site) -> list[Seen]:
-        lines, asked = lines_of(site.binding), (site.spot.frame.file, site.binding.name)
-        return [s for s in seen if (s.file, s.name) == asked and s.line in lines]
+        file, name, place = site.spot.frame.file, site.binding.name, site.binding.place
+        every = site.function.statements(name)
+        others = [b for b in every if b is not site.binding]
+        found = [
+            s
+            for s in seen
+            if (s.file, s.name, s.function) == (file, name, "")
+            and s.line in lines_of(site.binding)
+        ]
+        # Where statements share a line, it is the column that tells.
+        if any(lines_of(site.binding) & lines_of(other) for other in others):
+            return [s for s in found if is_within(s.place, place)]
+        return found
 
     def _refuse_rounds(
         self,

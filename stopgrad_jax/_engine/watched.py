@@ -11,9 +11,10 @@ import contextlib
 import dataclasses
 import dis
 import inspect
+import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
@@ -23,17 +24,46 @@ from .as_written import anew
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A variable of a function was given a value at a line.
+    """A variable, global or attribute was given a value at a place of the text.
 
     `variable` is what it is in the program, None if that is not known; `is_array`: it
-    is one of JAX's arrays that are traced.
+    is one of JAX's arrays that are traced. `name` is spelled as in the text. Of a
+    parameter that a function was handed, `function` is its name.
     """
 
     file: str
     name: str
-    line: int
+    place: tuple[int, int, int, int]
     variable: Any
     is_array: bool
+    function: str = ""
+
+    @property
+    def line(self) -> int:
+        """The line of what is assigned to."""
+        return self.place[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """An instruction that stores: what, as spelled and as Python names it, and where.
+
+    `base` is the variable whose attributes the rest of `path` are; "" of a variable.
+    """
+
+    name: str
+    place: tuple[int, int, int, int]
+    base: str
+    path: tuple[str, ...]
+
+    def value(self, frame: types.FrameType) -> Any:
+        """Return what is there now, without running code of the user's."""
+        first = self.base or self.path[0]
+        names = frame.f_locals if first in frame.f_locals else frame.f_globals
+        value = names.get(first)
+        for attribute in self.path if self.base else ():
+            value = _held(value, attribute)
+        return value
 
 
 class Watch:
@@ -45,46 +75,117 @@ class Watch:
     def __init__(self, names: frozenset[str]) -> None:
         self.seen: list[Seen] = []
         self._names = names
-        self._stores: dict[types.CodeType, dict[int, list[tuple[str, int]]]] = {}
-        self._stored: dict[int, list[tuple[str, int]]] = {}  # by frame, just now
+        self._stores: dict[types.CodeType, dict[int, list[_Store]]] = {}
+        self._stored: dict[int, list[_Store]] = {}  # by frame, just now
 
     def is_of_interest(self, code: types.CodeType) -> bool:
         """Tell a function, not of JAX, that stores variables of these names."""
         if not code.co_flags & inspect.CO_OPTIMIZED or _jax.is_own(code.co_filename):
             return False
-        variables = code.co_varnames + code.co_cellvars + code.co_freevars
-        return bool(self._names.intersection(variables) and self._stores_of(code))
+        names = code.co_varnames + code.co_cellvars + code.co_freevars + code.co_names
+        if self._names.isdisjoint(map(_spelled, names)):
+            return False
+        return bool(self._stores_of(code) or self._parameters_of(code))
 
     def begins(self, frame: types.FrameType) -> None:
         """A function begins; another one may have had its frame's place before."""
         self._stored.pop(id(frame), None)
+        code = frame.f_code
+        for name in self._parameters_of(code):
+            value = frame.f_locals.get(name)
+            if _jax.is_tracer(value):
+                place = (code.co_firstlineno, 0, code.co_firstlineno, 0)
+                variable, function = _jax.variable_under(value), code.co_qualname
+                one = Seen(code.co_filename, name, place, variable, True, function)
+                self.seen.append(one)
+
+    def _parameters_of(self, code: types.CodeType) -> list[str]:
+        count = code.co_argcount + code.co_kwonlyargcount
+        return [name for name in code.co_varnames[:count] if name in self._names]
 
     def goes_on(self, frame: types.FrameType, offset: int) -> None:
         """An instruction is about to run: what the one before stored is there."""
-        for name, line in self._stored.pop(id(frame), ()):
-            value = frame.f_locals.get(name)
+        for store in self._stored.pop(id(frame), ()):
+            value = store.value(frame)
             is_array = _jax.is_tracer(value)
             variable = _jax.variable_under(value) if is_array else None
             file = frame.f_code.co_filename
-            self.seen.append(Seen(file, name, line, variable, is_array))
+            self.seen.append(Seen(file, store.name, store.place, variable, is_array))
         if stored := self._stores_of(frame.f_code).get(offset):
             self._stored[id(frame)] = stored
 
-    def _stores_of(self, code: types.CodeType) -> dict[int, list[tuple[str, int]]]:
-        """Return the variables that instructions store, by offset, and the lines."""
+    def _stores_of(self, code: types.CodeType) -> dict[int, list[_Store]]:
+        """Return what instructions store under one of the names, by offset."""
         if code not in self._stores:
             found = self._stores[code] = {}
-            for i in dis.get_instructions(code):
-                named = i.argval if isinstance(i.argval, tuple) else (i.argval,)
-                count = 2 if i.opname == "STORE_FAST_STORE_FAST" else 1
-                names = [n for n in named[:count] if n in self._names]
-                if names and i.opname in _STORES and i.positions:
-                    line = i.positions.lineno or 0
-                    found[i.offset] = [(name, line) for name in names]
+            instructions = list(dis.get_instructions(code))
+            for k, i in enumerate(instructions):
+                if i.opname in _STORES and i.positions and i.positions.lineno:
+                    stores = list(self._stored_by(instructions, k))
+                    if stores:
+                        found[i.offset] = stores
         return self._stores[code]
 
+    def _stored_by(
+        self, instructions: Sequence[dis.Instruction], k: int
+    ) -> Iterator[_Store]:
+        i = instructions[k]
+        place = _place(i)
+        named = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        count = 2 if i.opname == "STORE_FAST_STORE_FAST" else 1
+        for name in named[:count]:
+            if _spelled(name) not in self._names:
+                continue
+            if i.opname != "STORE_ATTR":
+                yield _Store(_spelled(name), place, "", (name,))
+            elif base := _base(instructions[:k]):
+                first, *attributes = base
+                spelled = ".".join([*map(_spelled, base), _spelled(name)])
+                yield _Store(spelled, place, first, (*attributes, name))
 
-_STORES = ("STORE_FAST", "STORE_DEREF", "STORE_FAST_LOAD_FAST", "STORE_FAST_STORE_FAST")
+
+_STORES = (
+    "STORE_FAST STORE_DEREF STORE_FAST_LOAD_FAST STORE_FAST_STORE_FAST STORE_GLOBAL "
+    "STORE_ATTR"
+).split()
+
+
+def _place(i: dis.Instruction) -> tuple[int, int, int, int]:
+    at = i.positions
+    assert at is not None
+    assert at.lineno is not None
+    col, end = at.col_offset or 0, at.end_col_offset or 0
+    return at.lineno, col, at.end_lineno or at.lineno, end
+
+
+def _base(before: Sequence[dis.Instruction]) -> list[str]:
+    """Return `["self", "cell"]` where `self.cell` was loaded last, if it was one."""
+    names = list[str]()
+    for i in reversed(before):
+        if i.opname == "LOAD_ATTR" and isinstance(i.argval, str):
+            names.insert(0, i.argval)
+        elif i.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL")):
+            last = i.argval[-1] if isinstance(i.argval, tuple) else i.argval
+            return [last, *names]
+        elif i.opname != "CACHE":
+            break
+    return []
+
+
+def _spelled(name: str) -> str:
+    """Return a name as the text has it, where Python put the class before it."""
+    mangled = re.fullmatch(r"_[^_]\w*?(__\w+)", name)
+    return mangled[1] if mangled and not name.endswith("__") else name
+
+
+def _held(x: Any, attribute: str) -> Any:
+    """Return an attribute that is stored in an object, and none that is computed."""
+    own = getattr(x, "__dict__", {})
+    if attribute in own:
+        return own[attribute]
+    slot = inspect.getattr_static(type(x), attribute, None)
+    is_slot = isinstance(slot, types.MemberDescriptorType)
+    return getattr(x, attribute, None) if is_slot else None
 
 
 @contextlib.contextmanager
