@@ -64,7 +64,7 @@ FLOORS = [
     {"_engine/rounds"},
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},
     {"_engine/handed", "_engine/operations", "_engine/hiding", "_engine/raised"},
-    {"_engine/routes"},
+    {"_engine/routes", "_engine/origins"},
     {"_engine/parameters"},
     {"_engine/rules", "_engine/backward"},
     {"_engine/plan", "_engine/runs", "_engine/rounding"},

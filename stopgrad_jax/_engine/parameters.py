@@ -9,11 +9,8 @@ that spells the parameter. It is named there, for the function alone.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import jax
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
@@ -24,11 +21,11 @@ from .bindings import Function
 from .calls import Call, Calls
 from .executions import Item, function_level
 from .handed import Handed, Spread
-from .labels import Labels, Spot, code_of, printed_file
+from .labels import Labels, Spot, printed_file
 from .nested import nested
+from .origins import def_line, made_in, origin_of, path_of, spread_of
 from .routes import Routes
-from .syntax import source_of
-from .trace import Traced, Value
+from .trace import Traced
 from .variables import is_backward, is_called
 from .watched import Seen
 
@@ -143,7 +140,7 @@ class Parameters:
     def program(self) -> Any:
         """Return the traced program with names for what was found."""
         jaxpr = self._traced.jaxpr
-        return self._with_names(jaxpr, _origin(self._traced), _spread(self._traced))
+        return self._with_names(jaxpr, origin_of(self._traced), spread_of(self._traced))
 
     def _with_names(
         self, jaxpr: Any, origin: _jax.Origin | None, spread: Spread | None
@@ -171,11 +168,11 @@ class Parameters:
         """Parameters of the function that a nested jaxpr was traced from."""
         if origin is None or not jaxpr.eqns or not self._is_shown(origin):
             return
-        path = _path(origin)
-        indices = _made_in(jaxpr, origin)
+        path = path_of(origin)
+        indices = made_in(jaxpr, origin)
         for spelled, k in origin.inputs.items():
             name = spelled.split("[")[0].split(".")[0]
-            place = Place(path, name, origin.file, _def_line(origin))
+            place = Place(path, name, origin.file, def_line(origin))
             targets = [t for t, var in self._targets.items() if place.is_meant(var)]
             for target in targets:
                 if name != spelled:
@@ -347,66 +344,3 @@ class Parameters:
             v if isinstance(v, _jax.Literal) else whole.get(v, v) for v in jaxpr.outvars
         ]
         return with_eqns(jaxpr, new, results)
-
-
-def _origin(traced: Traced) -> _jax.Origin | None:
-    """Return what JAX would note of the function that the user handed in."""
-    code, inputs = code_of(traced.fun), dict[str, int]()
-    for name, tree in traced.arguments.items():
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if isinstance(leaf, Value):
-                inputs[name + jax.tree_util.keystr(path)] = leaf.index
-    if code is None:
-        return _jax.Origin("", "", 0, inputs)
-    return _jax.Origin(code.co_name, code.co_filename, code.co_firstlineno, inputs)
-
-
-def _spread(traced: Traced) -> Spread:
-    """Return the names of the `*args` and `**kwargs` of the traced function."""
-    try:
-        every = inspect.signature(traced.fun).parameters.values()
-    except (TypeError, ValueError):
-        return Spread("", "", 0)
-    named = {p.kind: p.name for p in every}
-    args, kwargs = named.get(_VARIADIC, ""), named.get(_KEYWORDS, "")
-    return Spread(args, kwargs, len(traced.arguments.get(args, ())))
-
-
-_VARIADIC = inspect.Parameter.VAR_POSITIONAL
-_KEYWORDS = inspect.Parameter.VAR_KEYWORD
-
-
-def _functions(origin: _jax.Origin) -> list[Function]:
-    every = source_of(origin.file).functions()
-    names = {spelled.split("[")[0].split(".")[0] for spelled in origin.inputs}
-    return [
-        f
-        for f in every
-        if (f.path[-1], f.first_line) == (origin.name, origin.line)
-        and names <= f.parameters.keys()
-    ]
-
-
-def _path(origin: _jax.Origin) -> tuple[str, ...]:
-    """Return the names around the function that a jaxpr was traced from."""
-    found = {f.path for f in _functions(origin)}
-    return found.pop() if len(found) == 1 else (origin.name,)
-
-
-def _made_in(jaxpr: Any, origin: _jax.Origin) -> frozenset[int]:
-    """Tell what a function made from what JAX made around it, as far as it is told.
-
-    So does JAX count the rounds of a `fori_loop`.
-    """
-    around = set[int]()
-    for k, eqn in enumerate(jaxpr.eqns):
-        codes = [code for code, _ in _jax.stack_of(eqn)]
-        places = [(c.co_name, c.co_filename, c.co_firstlineno) for c in codes]
-        if codes and origin[:3] not in places:
-            around.add(k)
-    every = frozenset(range(len(jaxpr.eqns)))
-    return every - around or every
-
-
-def _def_line(origin: _jax.Origin) -> int:
-    return next((f.line for f in _functions(origin)), origin.line)
