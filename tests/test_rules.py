@@ -151,7 +151,7 @@ def test_a_constant_that_is_differentiated_is_refused_as_jax_does():
         g.defvjp(lambda x: (x * 2.0, None), lambda _, ct: (ct,))
         return g(x)
 
-    with pytest.raises(Exception, match="Detected differentiation") as raised:
+    with pytest.raises(Exception, match=r"differentiation|unexpected tracer") as raised:
         jax.grad(loss)(2.0, 3.0)
     flow = sg.flow(loss)(2.0, 3.0)
     assert [row.status for row in flow.inputs] == ["unknown", "flows"]
@@ -382,7 +382,7 @@ def test_a_rule_in_a_loop_that_closes_over_data():
 
 
 def test_a_rule_that_closes_over_what_is_differentiated():
-    with pytest.raises(Exception, match="Detected differentiation"):
+    with pytest.raises(Exception, match=r"differentiation|unexpected tracer"):
         jax.grad(closing_over, (0, 1))(2.0, 3.0)
     with pytest.raises(TypeError, match="closes over") as caught:
         sg.gradients(closing_over, ["w", "data"])(2.0, 3.0)

@@ -202,9 +202,11 @@ class Variables:
             if (s.file, s.name, s.function) == (file, name, "")
             and s.line in lines_of(site.binding)
         ]
-        # Where statements share a line, it is the column that tells.
+        # Where they share a line, or one is in another, it is the column that tells.
         if any(lines_of(site.binding) & lines_of(other) for other in others):
-            return [s for s in found if is_within(s.place, place)]
+            inner = [b.place for b in others if is_within(b.place, place)]
+            found = [s for s in found if is_within(s.place, place)]
+            return [s for s in found if not any(is_within(s.place, p) for p in inner)]
         return found
 
     def _refuse_rounds(
