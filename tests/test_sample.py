@@ -167,6 +167,28 @@ def test_top_k_mask(dtype):
     np.testing.assert_array_equal(rows, np.broadcast_to([0, 1, 1, 1], (2, 3, 4)))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_zeros_of_either_sign_are_equal(dtype, run):
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+
+    def marked(*x, k=1):
+        row = jnp.array(x, dtype)
+        return list(run(lambda x: sg.sample.top_k_mask(x, k))(row))
+
+    assert marked(-0.0, 0.0) == [1, 0]
+    assert marked(0.0, -0.0) == [1, 0]
+    assert marked(-1.0, -0.0, 0.0, -0.0, k=2) == [0, 1, 1, 0]
+    assert marked(-0.0, -0.0, 0.0, 2.0, k=3) == [1, 1, 0, 1]
+    assert marked(-0.0, tiny) == [0, 1]
+    assert marked(-tiny, -0.0, 0.0) == [0, 1, 0]
+    row = jnp.array([-1.0, -0.0, 0.0], dtype)
+    first = jnp.where(jnp.arange(3) == 1, 0.0, -jnp.inf).astype(dtype)
+    for at in (row, first):  # what the other choices take for the largest
+        assert int(jnp.argmax(at)) == 1
+    codes = jnp.array([[0.0], [-0.0]], dtype)
+    assert list(sg.quantize.vector_quantize(row[1:, None], codes)[1]) == [0, 0]
+
+
 @pytest.mark.parametrize("draw", list(DRAWS.values())[1:], ids=list(DRAWS)[1:])
 def test_a_class_of_probability_0_is_never_drawn(draw):
     logits = f32(0.0, -jnp.inf, 1.0)

@@ -317,8 +317,19 @@ def top_k_mask(scores: ArrayLike, k: int) -> jax.Array:
         expected = f"k is at most {x.shape[-1]}, the length of a row"
         raise ValueError(beats(called, expected, type_of(x), f"k={x.shape[-1]}"))
     fixed = jax.lax.stop_gradient(x)
-    places = jax.lax.top_k(fixed, k)[1]
+    places = jax.lax.top_k(_unsigned_zero(fixed), k)[1]
     zeros = jnp.zeros_like(fixed)
     mask = jnp.put_along_axis(zeros, places, 1, axis=-1, inplace=False)
     top = jnp.max(fixed, -1, keepdims=True)
     return replace_value(x, jnp.where(jnp.isnan(top), top, mask))
+
+
+def _unsigned_zero(x: jax.Array) -> jax.Array:
+    """Return x with 0 for -0, which `lax.top_k` puts below 0.
+
+    By its bits: where tiny numbers are flushed, they compare equal to 0 too.
+    """
+    width = jnp.finfo(x.dtype).bits
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    is_zero = (x == 0) & (bits == bits.dtype.type(1 << (width - 1)))
+    return jnp.where(is_zero, jnp.zeros_like(x), x)

@@ -9,6 +9,8 @@ probability is 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,7 +250,20 @@ def _powers(discount: jax.Array, log: jax.Array) -> jax.Array:
     """Return discount^t, `[time, ...]`, computed in float32 at least."""
     wide = wider(log.dtype)
     steps = jax.lax.broadcasted_iota(wide, log.shape, 0)
-    return (discount.astype(wide) ** steps).astype(log.dtype)
+    return _power(discount.astype(wide), steps).astype(log.dtype)
+
+
+@jax.custom_jvp
+def _power(x: jax.Array, steps: jax.Array) -> jax.Array:
+    return x**steps
+
+
+@_power.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    # By hand, since JAX takes the derivative of x**0 for 0 * x**-1: nan at 0.
+    (x, steps), (x_dot, _) = primals, tangents
+    below = _power(x, jnp.maximum(steps - 1, 0))
+    return _power(x, steps), x_dot * (steps * below)
 
 
 def _summed(ratio: jax.Array) -> jax.Array:
