@@ -37,6 +37,7 @@ KEEPING = [
     *("test_flow_labels.py", "test_flow_soundness.py", "test_flow_zoo.py"),
     *("test_references.py", "test_rules.py", "test_closures.py"),
     *("test_flow_found.py", "test_var_folds.py", "test_var_watched.py"),
+    *("test_edited_again.py", "test_var_attributes.py"),
 ]
 # The estimators are compositions of what is checked for leaks; their statistics and
 # compiled programs would take half an hour more with it.

@@ -8,6 +8,8 @@ from programs import f32
 
 import stopgrad_jax as sg
 
+pytestmark = pytest.mark.usefixtures("usual_settings")
+
 X = f32(1.0, -2.0, 3.0)
 
 
