@@ -15,6 +15,19 @@ def f32(*values):
     return jnp.array(values, jnp.float32)
 
 
+kept = []
+
+
+def keep(x):
+    """Return x, and remember it: what a variable of the test's program was."""
+    kept.append(x)
+    return x
+
+
+def same(x):
+    return x
+
+
 def layer(w, x):
     """One layer with a named activation."""
     return jnp.sum(sg.name(jnp.tanh(x * w), "h") ** 2)

@@ -10,23 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import f32
+from programs import f32, keep, kept, same
 
 import stopgrad_jax as sg
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 X = f32(0.3, -0.7, 1.1)
-kept = []
-
-
-def keep(x):
-    kept.append(x)
-    return x
-
-
-def same(x):
-    return x
 
 
 def once(change):

@@ -32,6 +32,8 @@ if jax.config.jax_check_tracer_leaks:
 H = np.tanh(X @ W)
 BY_X = (2 * H * (1 - H**2)) @ W.T
 BY_W = X.T @ (2 * H * (1 - H**2))
+# JAX 0.10.2 takes no gradient of an unchecked part of a mesh but a jitted one.
+ONLY_JITTED = ("unchecked over rows",) if jax.__version_info__ < (0, 11) else ()
 EVERY = pytest.mark.parametrize("program", PROGRAMS)
 
 
@@ -58,8 +60,8 @@ def test_queries(mesh, program):
         close(found, expected)
     for found, like in zip(grads, (w, x), strict=False):
         assert jax.typeof(found).sharding == jax.typeof(like).sharding
-    # JAX 0.10.2 takes no gradient of an unchecked part of a mesh but a jitted one.
-    held = jax.jit(sg.gradients(f, ["x", "h"], stop_gradients="h"))(w, x)
+    run = jax.jit if program in ONLY_JITTED else lambda f: f
+    held = run(sg.gradients(f, ["x", "h"], stop_gradients="h"))(w, x)
     assert held[0] is None
     close(held[1], 2 * H)
     stopped = lambda w, x: f(jax.lax.stop_gradient(w), x)
@@ -109,10 +111,10 @@ def test_flow_contracts_and_statistics(mesh, program):
 def test_probes(mesh, program):
     w, x = placed(mesh)
     f = PROGRAMS[program]
-    try:
-        jax.grad(f)(w, x)
-    except ValueError:  # see `test_queries`
-        pytest.skip("JAX itself raises there, if it is not jitted")
+    if program in ONLY_JITTED:
+        with pytest.raises(ValueError, match="out_specs argument must refer to"):
+            jax.grad(f)(w, x)
+        pytest.skip("JAX itself raises there")
     assert sg.find_nonfinite(f)(w, x) is None
     sg.check_gradients(f)(w, x)
 

@@ -13,6 +13,20 @@ pytestmark = pytest.mark.usefixtures("usual_settings")
 
 LEVELS = jnp.float32([1.0, 2.0, 3.0])
 X = jnp.float32([0.4, -0.7, 1.2])
+# JAX's coming rules have a type of their own for it, which is not public.
+COMING = getattr(jax.config, "jax_custom_vjp3", False)
+CLOSED = (
+    "CustomVJPException: Detected differentiation of a custom_vjp"
+    if COMING
+    else "UnexpectedTracerError: a custom rule closes over what"
+)
+
+
+def of_a_closure():
+    """Expect what JAX raises for a rule that closes over what is differentiated."""
+    if COMING:
+        return pytest.raises(Exception, match=r"^Detected differentiation of a custom_")
+    return pytest.raises(jax.errors.UnexpectedTracerError)
 
 
 def times(function, rule):
@@ -151,13 +165,13 @@ def test_a_constant_that_is_differentiated_is_refused_as_jax_does():
         g.defvjp(lambda x: (x * 2.0, None), lambda _, ct: (ct,))
         return g(x)
 
-    with pytest.raises(Exception, match=r"differentiation|unexpected tracer") as raised:
+    with of_a_closure():
         jax.grad(loss)(2.0, 3.0)
     flow = sg.flow(loss)(2.0, 3.0)
     assert [row.status for row in flow.inputs] == ["unknown", "flows"]
     words = str(flow.explain("c"))
     assert "jax.grad raises at g (" in words
-    assert f"{type(raised.value).__name__}: " in words
+    assert CLOSED in words
     for check in (sg.assert_gradient, sg.assert_no_gradient):
         with pytest.raises(AssertionError, match=r"jax\.grad raises at g"):
             check(loss, "c")(2.0, 3.0)
@@ -382,7 +396,7 @@ def test_a_rule_in_a_loop_that_closes_over_data():
 
 
 def test_a_rule_that_closes_over_what_is_differentiated():
-    with pytest.raises(Exception, match=r"differentiation|unexpected tracer"):
+    with of_a_closure():
         jax.grad(closing_over, (0, 1))(2.0, 3.0)
     with pytest.raises(TypeError, match="closes over") as caught:
         sg.gradients(closing_over, ["w", "data"])(2.0, 3.0)

@@ -5,7 +5,7 @@ import importlib.util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import f32
+from programs import f32, same
 
 import stopgrad_jax as sg
 
@@ -43,10 +43,6 @@ class Layers:
             __h = layer(x)
             x = __h + 1.0
         return x
-
-
-def same(v):
-    return v
 
 
 def kept_global(x, layers):

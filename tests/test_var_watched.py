@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import f32
+from programs import f32, keep, kept, same
 
 import stopgrad_jax as sg
 from stopgrad_jax._engine.watched import watching
@@ -19,16 +19,6 @@ pytestmark = pytest.mark.usefixtures("usual_settings")
 
 X = f32(0.3, -0.7, 1.1)
 SEEN = "it was seen to be given other arrays than its text tells"
-kept = []
-
-
-def keep(x):
-    kept.append(x)
-    return x
-
-
-def same(x):
-    return x
 
 
 def of_a_dead_result(x):

@@ -5,6 +5,7 @@ derivative is that of the *sources*, which the rule turns into cotangents of the
 
     gate of x         values x      sources x        e.g. scale the cotangent
     replace_value     values v      sources x        hand the cotangent on
+    straight_through  values f(x)   sources b(x)     the same
     with_backward     values f(x)   sources x        backward(ct, f(x), x)
 
 What becomes of tangents is a second primitive, `pullback_p`, linear in them, whose

@@ -43,7 +43,8 @@ _VARIADIC = inspect.Parameter.VAR_POSITIONAL
 _KEYWORDS = inspect.Parameter.VAR_KEYWORD
 
 
-def functions_of(origin: _jax.Origin) -> list[Function]:
+def _functions(origin: _jax.Origin) -> list[Function]:
+    """Return those of the source that it may be: lambdas of one line are alike."""
     every = source_of(origin.file).functions()
     names = {spelled.split("[")[0].split(".")[0] for spelled in origin.inputs}
     return [
@@ -56,7 +57,7 @@ def functions_of(origin: _jax.Origin) -> list[Function]:
 
 def path_of(origin: _jax.Origin) -> tuple[str, ...]:
     """Return the names around the function that a jaxpr was traced from."""
-    found = {f.path for f in functions_of(origin)}
+    found = {f.path for f in _functions(origin)}
     return found.pop() if len(found) == 1 else (origin.name,)
 
 
@@ -76,4 +77,5 @@ def made_in(jaxpr: Any, origin: _jax.Origin) -> frozenset[int]:
 
 
 def def_line(origin: _jax.Origin) -> int:
-    return next((f.line for f in functions_of(origin)), origin.line)
+    """Return the line of its `def`, which decorators stand before."""
+    return next((f.line for f in _functions(origin)), origin.line)

@@ -24,9 +24,10 @@ from .handed import Handed, Spread
 from .labels import Labels, Spot, printed_file
 from .nested import nested
 from .origins import def_line, made_in, origin_of, path_of, spread_of
+from .roles import is_backward
 from .routes import Routes
 from .trace import Traced
-from .variables import is_backward, is_called
+from .variables import is_called
 from .watched import Seen
 
 

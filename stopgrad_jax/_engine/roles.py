@@ -19,7 +19,7 @@ COTANGENT = "cotangent"  # depends on what comes back in a backward pass
 
 
 def is_backward(eqn: Any) -> bool:
-    """Tell the equations of a backward pass."""
+    """Tell those of a backward pass: they have the lines of the forward one."""
     return "transpose" in _jax.transforms_of(eqn)
 
 

@@ -157,17 +157,17 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
     )
 
 
-def _own(trace: Callable[[], Any]) -> Any:
+def _own(traced: Callable[[], Any]) -> Any:
     """Trace a program that shares no rule with JAX's own cache.
 
     A rule that is told which operands move is left in another state by each question,
     for the user's `jax.grad`, too.
     """
-    closed = trace()
+    closed = traced()
     rules = list(_rules_in(closed.jaxpr))
     if any(is_nested for is_nested, _ in rules):
         with anew():
-            closed = trace()
+            closed = traced()
         rules = list(_rules_in(closed.jaxpr))
     for _, eqn in rules:
         _jax.forget(eqn)

@@ -18,6 +18,7 @@ from .assignment import Given, Unclear
 from .bindings import Binding, Function, is_within
 from .executions import Execution, Item, begins_again, is_inside, level_of
 from .labels import Labels, Spot, function_of, is_comprehension
+from .roles import is_backward
 from .rounds import reads_another
 from .watched import Seen
 
@@ -337,11 +338,6 @@ def is_called(label: str, path: Sequence[str], name: str) -> bool:
         return False
     qualification = label[: -len(name) - 1].split(".")
     return list(path[-len(qualification) :]) == qualification
-
-
-def is_backward(eqn: Any) -> bool:
-    """Tell the equations of a backward pass: they have the lines of the forward one."""
-    return "transpose" in _jax.transforms_of(eqn)
 
 
 def is_edit(eqn: Any) -> bool:

@@ -15,6 +15,7 @@ from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import Check, public
 from stopgrad_jax._engine.trace import Traced, require_known, trace
 from stopgrad_jax._errors import beats, function_name, quoted, type_of
+from stopgrad_jax._jax_errors import is_of_a_closure
 
 from .checked import Checked
 from .compare import DISTANCES
@@ -111,15 +112,15 @@ def _errors_explained(checked: Checked, forward: bool) -> Iterator[None]:
     """Add to what a rule raises what it has to do with this call."""
     try:
         yield
-    except jax.errors.UnexpectedTracerError as error:
-        closing = checked.closing()
-        if not closing:
-            raise
-        expected, came, instead = _words.CLOSED_RULE
-        names = {"name": checked.name, "rule": closing[0]}
-        said = (text.format(**names) for text in (expected, came, instead))
-        raise TypeError(beats(checked.called, *said)) from error
     except Exception as error:
+        if is_of_a_closure(error):
+            closing = checked.closing()
+            if not closing:
+                raise
+            expected, came, instead = _words.CLOSED_RULE
+            names = {"name": checked.name, "rule": closing[0]}
+            said = (text.format(**names) for text in (expected, came, instead))
+            raise TypeError(beats(checked.called, *said)) from error
         ours = str(error).startswith(checked.called)
         no_rule = forward and isinstance(error, TypeError) and "forward" in str(error)
         if no_rule and not ours:

@@ -34,6 +34,7 @@ from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Traced, Value
 from stopgrad_jax._engine.wanted import TO_DIFFERENTIATE, Wanted
 from stopgrad_jax._errors import beats, quoted
+from stopgrad_jax._jax_errors import is_of_a_closure
 
 # Runs a jaxpr: (jaxpr, its constants, its operands) -> its results.
 Evaluate = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
@@ -255,8 +256,8 @@ def backward(
     operands = [*traced.leaves, *(ct for _, ct in pairs)]
     try:
         opened = _jax.opened(jax.make_jaxpr(remade(_jax.evaluate))(*operands))
-    except jax.errors.UnexpectedTracerError as error:
-        if closes_over:
+    except Exception as error:
+        if closes_over and is_of_a_closure(error):
             raise TypeError(not_compiled(called)) from error
         raise
     if closes_over and _constants(*opened) - _constants(*source):
