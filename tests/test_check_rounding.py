@@ -1,6 +1,6 @@
 """What a solver rounds: more than its result's digits tell, and no wrong derivative.
 
-The functions have known slopes, curvature and an error of up to three digits, at random.
+The functions have known slopes, curvature and errors of up to three digits, at random.
 """
 
 import numpy as np
