@@ -79,7 +79,13 @@ def _bad_call(function: Callable[..., Any], message: str) -> str:
     parameters = inspect.signature(function).parameters
     shown = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
     wrong = message.rpartition("keyword argument ")[2].strip("'")
-    write = f"{name}({', '.join(shown)})"
+    arguments = [
+        f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name
+        for p in parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+        and ("missing" not in message or p.default is p.empty)
+    ]
+    write = f"{name}({', '.join(arguments)})"
     if wrong in ("argnums", "argnames", "wrt") and "xs" in parameters:
         write = f'{name}(fun, 0) by position or {name}(fun, "w") by name, for {wrong}'
     elif near := difflib.get_close_matches(wrong, shown, n=1):

@@ -387,8 +387,8 @@ def unknown(error: str) -> Beats:
     )
 
 
-# Said where a quotient is a term of the loss, or a multiple of one, and its divisor a
-# scalar that is computed from the batch. Equal divisors make no difference.
+# Said where a quotient is a part of the loss, and its divisor a number that is computed
+# from the batch, a sum over it if examples are divided. Equal ones make no difference.
 def divides_by_batch(line: str) -> Beats:
     """Say that micro-batches of a loss that normalizes count the same."""
     return (

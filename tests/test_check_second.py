@@ -81,3 +81,29 @@ def test_first_derivatives_are_of_no_other_slope():
     with pytest.raises(AssertionError) as caught:
         sg.check_gradients(wrong, order=2)(f32(0.5, 1.0))
     assert not hasattr(caught.value, "first_directions")
+
+
+def halved(z, end):
+    """Quantized in 255 steps, of which 0.3 is in the middle between two."""
+    scale = end / 255
+    return z / scale + jax.lax.stop_gradient(jnp.round(z / scale) - z / scale)
+
+
+@pytest.mark.parametrize("factor", [1.0, 50.0])
+@pytest.mark.parametrize(
+    "quantized",
+    [
+        lambda z, end: sg.quantize.fake_quant(z, -end / 3, 2 * end / 3),
+        lambda z, end: halved(z, end) * (end / 255),
+        lambda z, end: sg.straight_through(jnp.round)(z / (end / 255)) * (end / 255),
+    ],
+)
+def test_at_a_tie_both_round_alike(quantized, factor):
+    """XLA divides by constants otherwise than by operands."""
+    f = lambda z, end: jnp.sum(jnp.sin(factor * quantized(z, end)))
+    sg.check_gradients(f, order=2)(f32(0.3), np.float32(3.0))
+
+
+def test_at_a_tie_a_wrong_one_is_accused():
+    f = lambda z, end: jnp.sum(cube(halved(z, end) * (end / 255)))
+    checked(f, f32(0.3), np.float32(3.0))

@@ -145,6 +145,12 @@ def test_functions_that_return_no_arrays(verb, fun):
         (lambda: sg.gradients(loss, W), r"xs must be addresses.*\n  got:   f32\[3\] "),
         (lambda: sg.gradients(loss, {"w": W}), r"gradients\(loss, {'w': f32\[3\]}\)"),
         (lambda: sg.gradients(loss), 'missing.*\n  write: gradients\\(fun, "w"\\)'),
+        (lambda: sg.capture(loss), r"missing.*\n  write: capture\(fun, names\)$"),
+        (
+            lambda: sg.check_gradients(loss, 1),
+            r"write: check_gradients\(fun, order=order",
+        ),
+        (lambda: sg.flow(loss, "w", None, 1), r"write: flow\(fun, xs, ys, internals=i"),
         (lambda: sg.gradients(loss, argnums=0), r"write: gradients\(fun, 0\)"),
         (lambda: sg.gradients(loss, "w", y="h"), "unexpected keyword argument 'y'"),
         (lambda: sg.flow(loss, W), r"xs must be addresses.*\n  got:   f32\[3\] "),

@@ -44,16 +44,20 @@ class _Second:
         for ((k, _), v), w in zip(checked.along.items(), parts, strict=True):
             every[k] += jnp.asarray(w, v.dtype) * v
         self.every = every
-        self._slope = functools.partial(self._first, self._moved)
-        self._run = jax.jit(self._slope)
+        self._run = functools.partial(jax.jit(self._slope), program.leaves)
         self._base = float(self._run(program.values()))
 
-    def _moved(self, values: Values) -> list[Any]:
+    def _slope(self, point: Sequence[Any], values: Values) -> Any:
+        # The point is an operand, so that XLA rounds at it as where JAX's derivative is
+        # computed: of constants a rounding that is a tie may come out otherwise.
+        return self._first(functools.partial(self._moved, point), values)
+
+    def _moved(self, point: Sequence[Any], values: Values) -> list[Any]:
         """Run what is declared at the point, where the values have moved to."""
         program, checked = self._program, self._checked
         reading = Reading(followed=checked.followed(), freed=checked.freed)
         declared = Declared(program.sites, reading)
-        copies = [program.leaves, program.filled(values)]
+        copies = [point, program.filled(values)]
         outs = declared.run(program.jaxpr, program.consts, copies, {})
         return program.kept(outs[1])
 
@@ -120,7 +124,11 @@ class _Second:
     @functools.cached_property
     def _rounding(self) -> Any:
         leaves, structure = jax.tree.flatten(self._program.values())
-        closed = jax.make_jaxpr(lambda *x: self._slope(structure.unflatten(x)))(*leaves)
+
+        def moved(*leaves: Any) -> Any:
+            return self._slope(self._program.leaves, structure.unflatten(leaves))
+
+        closed = jax.make_jaxpr(moved)(*leaves)
         places, sites = list(range(len(leaves))), sites_in(closed.jaxpr)
         one = [jnp.ones(())]
         program = Program(closed.jaxpr, closed.consts, leaves, places, [0], one, sites)

@@ -6,6 +6,7 @@ which state of a model it throws away. Nothing of it is in the compiled step.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import stopgrad_jax._words as words
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.graph import Graph
 from stopgrad_jax._engine.labels import Labels, printed_place
-from stopgrad_jax._engine.nested import nested
+from stopgrad_jax._engine.nested import Body, nested
 from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Value, trace
 from stopgrad_jax._engine.unfold import unfold
@@ -26,11 +27,16 @@ from . import micro
 from .gradient import Objective
 from .state import Split
 
-# What makes a scalar of others: their sum, a multiple of one, or one of them.
+# What makes a number of others: their sum, a multiple of one, or one of them.
 _PARTS = frozenset(
     "add sub add_any neg mul div convert_element_type copy reduce_precision select_n "
     "max min squeeze reshape".split()
 )
+# And what does so with the numbers of an array.
+_OF_ARRAYS = _PARTS | frozenset(
+    "reduce_sum dot_general broadcast_in_dim transpose concatenate slice rev".split()
+)
+_SUMS = frozenset(("reduce_sum", "dot_general"))
 
 
 class Examined:
@@ -71,14 +77,16 @@ class Examined:
         }
 
     def divides_by_batch(self) -> str | None:
-        """Say where the loss divides by a scalar that depends on the batch, if it does.
+        """Say where the loss divides by a number that depends on the batch, if it does.
 
         Only where the quotient is a part of the loss as it is: a term, or a multiple.
+        Of those of examples the divisor has to be a sum, as of their weights.
         """
         jaxpr, (y,) = self._traced.jaxpr, self._ys
         places = jax.tree.leaves(self._traced.positional[1])
         varies = {jaxpr.invars[x.index] for x in places if isinstance(x, Value)}
-        lines, _ = _divisions(jaxpr, jaxpr.outvars[y.index], varies, "no source")
+        kinds = _Kinds(varies, set())
+        lines, _ = _divisions(jaxpr, jaxpr.outvars[y.index], kinds, "no source")
         return printed_place(lines[0]) if lines else None
 
     def is_thrown_away(self, leaf: int) -> bool:
@@ -118,22 +126,58 @@ class Examined:
         return unfold(self._traced.jaxpr, Labels(), needed=())  # no rule is asked
 
 
-def _divisions(
-    jaxpr: Any, out: Any, varies: set[Any], line: str
-) -> tuple[list[str], list[Any]]:
-    """Return the lines of divisions behind a scalar, and the inputs it is made of.
+@dataclasses.dataclass(frozen=True)
+class _Kinds:
+    """The variables of a jaxpr that depend on the batch, and those that are its sums.
 
-    `varies` are the inputs that vary; what is divided by has to be made of them.
+    A sum: of what depends on the batch, one number, also bounded, scaled or repeated.
     """
-    varies, made = set(varies), {}
-    for eqn in jaxpr.eqns:
-        made.update((v, eqn) for v in eqn.outvars)
-        if not varies.isdisjoint(filter(_is_variable, eqn.invars)):
-            varies.update(eqn.outvars)
+
+    varies: set[Any]
+    sums: set[Any]
+
+    def within(self, body: Body, eqn: Any) -> _Kinds:
+        """What is known of the operands of a body."""
+        operands = [eqn.invars[k] for k in body.operands]
+        pairs = list(zip(body.jaxpr.invars, operands, strict=True))
+        kinds = (self.varies, self.sums)
+        return _Kinds(
+            *({i for i, o in pairs if _is_variable(o) and o in kind} for kind in kinds)
+        )
+
+    def follow(self, jaxpr: Any) -> None:
+        """Go through the operations of a jaxpr whose inputs are known."""
+        for eqn in jaxpr.eqns:
+            moving = {v for v in eqn.invars if _is_variable(v) and v in self.varies}
+            if not moving:
+                continue
+            self.varies.update(eqn.outvars)
+            name, inner = eqn.primitive.name, nested(eqn)
+            if name in _SUMS and eqn.outvars[0].aval.size == 1:
+                self.sums.update(eqn.outvars)
+            elif name in _OF_ARRAYS and moving <= self.sums:
+                self.sums.update(eqn.outvars)
+            for body in inner.bodies if inner else ():
+                known = self.within(body, eqn)
+                known.follow(body.jaxpr)
+                for end, k in zip(body.jaxpr.outvars, body.results, strict=True):
+                    if k is not None and _is_variable(end) and end in known.sums:
+                        self.sums.add(eqn.outvars[k])
+
+
+def _divisions(
+    jaxpr: Any, out: Any, kinds: _Kinds, line: str
+) -> tuple[list[str], list[Any]]:
+    """Return the lines of divisions behind a number, and the inputs it is made of.
+
+    `kinds` tells the inputs; what is divided by has to depend on the batch.
+    """
+    kinds.follow(jaxpr)
+    made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     lines, inputs, seen, waiting = list[str](), list[Any](), set[Any](), [out]
     while waiting:
         var = waiting.pop()
-        if not _is_variable(var) or var in seen or var.aval.shape:
+        if not _is_variable(var) or var in seen:
             continue
         seen.add(var)
         eqn = made.get(var)
@@ -141,22 +185,33 @@ def _divisions(
             inputs.append(var)
             continue
         here, inner = _jax.line_of(eqn) or line, nested(eqn)
-        if eqn.primitive.name == "div":
-            if _is_variable(eqn.invars[1]) and eqn.invars[1] in varies:
+        divisor = _divisor(eqn)
+        if divisor is not None:
+            known = kinds.sums if var.aval.shape else kinds.varies
+            if _is_variable(divisor) and divisor in known:
                 lines.append(here)
             waiting.append(eqn.invars[0])
-        elif eqn.primitive.name in _PARTS:
+        elif eqn.primitive.name in _OF_ARRAYS:
             waiting.extend(eqn.invars)
         for body in inner.bodies if inner else ():
-            operands = [eqn.invars[k] for k in body.operands]
-            pairs = list(zip(body.jaxpr.invars, operands, strict=True))
-            inside = {i for i, o in pairs if _is_variable(o) and o in varies}
             ends = zip(body.jaxpr.outvars, body.results, strict=True)
             for end in [v for v, k in ends if k is not None and eqn.outvars[k] is var]:
+                inside = kinds.within(body, eqn)
                 found, reached = _divisions(body.jaxpr, end, inside, here)
                 lines += found
-                waiting += [o for i, o in pairs if i in reached]
+                operands = zip(body.jaxpr.invars, body.operands, strict=True)
+                waiting += [eqn.invars[k] for i, k in operands if i in reached]
     return lines, inputs
+
+
+def _divisor(eqn: Any) -> Any:
+    """What an operation divides by, or None."""
+    if eqn.primitive.name == "div":
+        return eqn.invars[1]
+    exponent = eqn.params.get("y") if eqn.primitive.name == "integer_pow" else None
+    if eqn.primitive.name == "pow" and not _is_variable(eqn.invars[1]):
+        exponent = eqn.invars[1].val
+    return eqn.invars[0] if exponent is not None and exponent < 0 else None
 
 
 def _is_variable(atom: Any) -> bool:

@@ -67,8 +67,8 @@ def make_step(
         whole batch. Weights come first, so the loss is evaluated twice where they take
         that; they may depend on the parameters. Without any weight the loss is nan and
         the gradient zero. False: micro-batches count the same, on purpose. None: the
-        same, with a warning where a scalar of the loss is divided by one that depends
-        on the batch; a division inside a sum is not seen.
+        same, with a warning where a term of the loss is divided by a number that
+        depends on the batch, or examples in it by a sum over the batch.
       stats: addresses in the loss whose gradients' sizes are wanted as the metric
         "stats", {address: `Stats`}, see `sg.gradient_stats`. With `accumulate` they
         have a leading axis of micro-batches; if `weighted`, of their shares of the
