@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Var
 
 
 def tracers_in(values: Iterable[Any]) -> Iterator[Any]:
@@ -76,9 +76,11 @@ def variable_of(x: Any) -> Any:
 def variable_under(x: Any) -> Any:
     """Return the variable of the program that a value is, under what maps it, or None.
 
+    None also for what a derivative around the program computes with: an array.
+
     Not public: `val` and `primal` of the tracers of `jax.vmap`, `jax.jvp` and
     `jax.grad`. Without it, `sg.var` goes by the text of the program alone.
     """
     while isinstance(x, jax.core.Tracer):
         x = getattr(x, "val", None) if hasattr(x, "val") else getattr(x, "primal", None)
-    return None if isinstance(x, Literal) else x
+    return x if isinstance(x, Var) else None

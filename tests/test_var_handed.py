@@ -170,3 +170,55 @@ def test_calls_that_all_do_something_are_found(name):
     found = sg.capture(f, sg.var("drop.x"))(X)[1][sg.var("drop.x")]
     every = jnp.concatenate([jnp.reshape(h, (-1, 3)) for h in jax.tree.leaves(found)])
     np.testing.assert_allclose(every, jnp.stack(expected(X)), rtol=1e-6)
+
+
+def named_as_in_numpy(a):
+    return jnp.sum(jnp.sin(a) * 2)
+
+
+def calls_it(w, x):
+    return named_as_in_numpy(x @ w)
+
+
+def assigns_what_is_outside(w, x):
+    scale = jnp.sum(w**2)
+
+    def loss(x):
+        a = scale  # made outside
+        a = a * jnp.sin(x)
+        return jnp.sum(a)
+
+    return sg.edit(loss, {sg.var("a", nth=-1): lambda a: 3 * a})(x)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [jax.grad, lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))],
+    ids=["grad", "jit of grad", "grad of jit"],
+)
+def test_under_a_derivative_around_the_program(around):
+    """NumPy's own functions are handed what that computes with, by the same name."""
+    w, x = jnp.eye(3, dtype=jnp.float32), jnp.full((3, 3), 0.2, jnp.float32)
+    edited = sg.edit(calls_it, {sg.var("named_as_in_numpy.a"): lambda a: 3 * a})
+    expected = jax.grad(lambda w, x: jnp.sum(jnp.sin(3 * (x @ w)) * 2))(w, x)
+    np.testing.assert_allclose(around(edited)(w, x), expected, rtol=1e-6)
+
+    def captured(w, x):
+        a = sg.var("named_as_in_numpy.a")
+        return sg.capture(calls_it, a)(w, x)[1][a].sum()
+
+    expected = jax.grad(lambda w, x: jnp.sum(x @ w))(w, x)
+    np.testing.assert_allclose(around(captured)(w, x), expected, rtol=1e-6)
+
+    def slope(w, x):
+        return sg.gradients(calls_it, sg.var("named_as_in_numpy.a"))(w, x).sum()
+
+    expected = jax.grad(lambda w, x: jnp.sum(2 * jnp.cos(x @ w)))(w, x)
+    np.testing.assert_allclose(around(slope)(w, x), expected, rtol=1e-6)
+
+
+def test_what_a_derivative_around_computes_with_is_assigned():
+    w, x = jnp.eye(3, dtype=jnp.float32), jnp.full((3, 3), 0.2, jnp.float32)
+    value, tangent = jax.jvp(lambda w: assigns_what_is_outside(w, x), (w,), (w,))
+    np.testing.assert_allclose(value, 9 * jnp.sum(jnp.sin(x)), rtol=1e-6)
+    np.testing.assert_allclose(tangent, 18 * jnp.sum(jnp.sin(x)), rtol=1e-6)
