@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import types
 import warnings
@@ -230,6 +231,35 @@ def is_public(name: str) -> bool:
 def _public_names() -> frozenset[str]:
     modules = jax.nn, jnp, jax.lax, jax.random, jnp.linalg, jax.scipy.special
     return frozenset().union(*map(dir, modules))
+
+
+def shorter(name: str) -> list[str]:
+    """Return a dotted name with less and less in front: `nn.gelu` and `gelu`."""
+    parts = name.split(".")
+    rests = (".".join(parts[k:]) for k in range(1, len(parts)))
+    return [rest for rest in rests if rest]
+
+
+# Functions of JAX with the name of a primitive that they are not: `jnp.max`.
+_OTHERS = frozenset({"max", "min", "logistic", "cond"})
+
+
+def is_another(name: str) -> bool:
+    """Tell a name with a module in front that is not the primitive of that name."""
+    *modules, own = name.split(".")
+    return bool(modules) and own in _OTHERS and "lax" not in modules
+
+
+def code_in_jax(name: str) -> types.CodeType | None:
+    """Return the code of a function of JAX by its module and name, `jnp.max`."""
+    first, *rest = name.removeprefix("jax.").split(".")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name may be deprecated
+        is_numpy = first in ("jnp", "np", "numpy")
+        found: Any = jnp if is_numpy else getattr(jax, first, None)
+        for part in rest:
+            found = getattr(found, part, None)
+    return getattr(inspect.unwrap(found), "__code__", None) if found else None
 
 
 _HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")

@@ -33,7 +33,7 @@ from .gathered import together
 from .parameters import Parameters
 from .plan import Found, Hit, Plan
 from .trace import Traced, Value
-from .unfound import Looked
+from .unfound import Looked, written
 from .unmatched import Unmatched
 from .variables import Variables
 from .walk import Search
@@ -339,13 +339,14 @@ class _Finder:
         both = edge.keys() & inside.keys()
         if both:
             name = next(iter(both))
+            place = self._traced.by_position(name)
+            other = "" if place is None else f"{written(place)} for the argument"
             raise AddressError(
                 beats(
                     f'{self._called}: address "{address}"',
                     "an address must mean one thing",
                     f'an argument and a point are both called "{name}"',
-                    f'sg.point("{name}") for the point, or the position of the '
-                    "argument",
+                    f"{Point(name)!r} for the point, or {other or 'another name for it'}",
                 )
             )
         if not edge and not inside:

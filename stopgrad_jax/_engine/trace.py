@@ -85,6 +85,15 @@ class Traced:
             if not all(id(leaf) in seen for leaf in jax.tree.leaves(tree))
         }
 
+    def by_position(self, path: str) -> int | str | None:
+        """Address what lies at a path of an argument by position, if it has one."""
+        name, _, rest = path.partition("/")
+        own = self.arguments.get(name)
+        found = [k for k, tree in enumerate(self.positional) if tree is own]
+        if len(found) != 1:
+            return None
+        return f"{found[0]}/{rest}" if rest else found[0]
+
     def paths(self) -> dict[int, str]:
         """Address of each argument place, by number: by name where it has one."""
         return {

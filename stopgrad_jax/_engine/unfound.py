@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._address import Address, Var, joined, nearest
+from stopgrad_jax._address import Address, Point, Var, joined, nearest
 from stopgrad_jax._errors import AddressError, beats, quoted, rows
 
 from .bindings import STATEMENT, Binding, Function
@@ -135,7 +135,7 @@ class Looked:
         if own is not None:
             functions.append(f"{self.traced.name}, as its argument")
         works = self.working(Var(place.label) for place in places)
-        write = [*map(repr, works), *([f'"{own}"'] if own is not None else ())]
+        write = [*map(repr, works), *(self._argument(own) if own else ())]
         return AddressError(
             beats(
                 called,
@@ -148,14 +148,31 @@ class Looked:
 
     def _own(self, name: str, called: str) -> AddressError:
         """A parameter of the traced function has an address of its own."""
+        write = " or ".join(self._argument(name))
         return AddressError(
             beats(
                 called,
                 "a parameter is a variable of the functions that are called inside",
                 f'"{name}", an argument of {self.traced.name} itself',
-                f'"{name}"' if name in self.traced.arguments else _IN_THE_SOURCE,
+                write or _IN_THE_SOURCE,
             )
         )
+
+    def _argument(self, name: str) -> list[str]:
+        """Return, as it is written, an address of an argument and of nothing else.
+
+        Where a point has the same name, that is the position, and it may be the point
+        that is meant.
+        """
+        if name not in self.traced.arguments:
+            return []
+        if self.working([name]):
+            return [f'"{name}"']
+        place = self.traced.by_position(name)
+        by_position = self.working([place]) if place is not None else []
+        write = [f"{written(a)} for the argument" for a in by_position]
+        write += [f"{a!r} for the point" for a in self.working([Point(name)])]
+        return write if by_position else [*write, "another name for the point"]
 
     # None -----------------------------------------------------------------------
 
@@ -225,6 +242,9 @@ class Looked:
         if not function.binding(alias):
             yield Var(around + alias)
             if own:
+                place = self.traced.by_position(alias)
+                if place is not None:  # for where a point has that name, too
+                    yield place
                 yield alias
 
     @property
@@ -232,16 +252,22 @@ class Looked:
         return getattr(getattr(self.traced.fun, "__code__", None), "co_firstlineno", -1)
 
     def _unknown(self, var: Var) -> tuple[list[str], list[str]]:
-        known = {
-            label: None for s in self.variables.known.values() for label in _all(s)
-        }
+        sites = list(self.variables.known.values())
+        known = {label: None for s in sites for label in _all(s)}
         name = var.label.split(".")[-1]
-        elsewhere = [s for s in self.variables.known.values() if s.binding.name == name]
+        elsewhere = [s for s in sites if s.binding.name == name]
+        # The attribute of that name, `self.h`, where there is no such variable.
+        ends = [s for s in sites if s.binding.name.endswith(f".{name}")]
+        elsewhere = elsewhere or ends
         if elsewhere:
-            functions = {".".join(s.path) for s in elsewhere}
-            came = [f"{name}, in {', '.join(sorted(functions))}"]
+            of = dict[str, list[str]]()
+            for site in elsewhere:
+                of.setdefault(site.binding.name, []).append(".".join(site.path))
+            came = [f"{n}, in {', '.join(sorted(set(fs)))}" for n, fs in of.items()]
         else:
-            came = ["variables " + quoted(n for n in known if "." not in n)]
+            names = self._listed(sites)
+            none = "none that can be addressed" if sites and not names else ""
+            came = ["variables " + (none or quoted(names))]
         came += [
             f"no variables of {file}: {what.strip('()')}"
             for file, what in self.variables.sourceless.items()
@@ -250,10 +276,36 @@ class Looked:
         labels += [] if elsewhere else self._parameters_called(name)
         near = [*labels, *nearest(var.label, known), *nearest(name, known)]
         works = self.working(map(Var, dict.fromkeys(near)))
-        write = [repr(v) for v in works[:1]]
+        write = [repr(v) for v in works[:1]] or self._by_statement(elsewhere)
         if not write and self.variables.sourceless:
             write = ["sg.name in the source; sg.var reads the source text"]
         return came, write
+
+    def _listed(self, sites: Sequence[Site]) -> list[str]:
+        """Return the variables of statements; of attributes, those with an address.
+
+        The shortest that means one statement, or else the name alone.
+        """
+        every = {
+            site.key: [Var(site.binding.name), *_candidates(Var(name), site)]
+            for site in sites
+            if "." in (name := site.binding.name)
+        }
+        works = self.working(v for mine in every.values() for v in mine)
+        listed = list[str]()
+        for site in sites:
+            mine = [v for v in every.get(site.key, ()) if v in works]
+            alone = [v.label for v in mine if (v.line, v.nth) == (None, None)]
+            if mine or site.key not in every:
+                listed += alone[:1] or [site.binding.name]
+        return listed
+
+    def _by_statement(self, sites: Sequence[Site]) -> list[str]:
+        """Return an address of each statement, where no label means one of them."""
+        of = dict[str, list[Site]]()
+        for site in sites:
+            of.setdefault(site.binding.name, []).append(site)
+        return [a for n, mine in of.items() for a in self.addresses(Var(n), mine)]
 
     def _parameters_called(self, name: str) -> list[str]:
         """Return the labels of parameters of that name, in libraries too."""

@@ -30,7 +30,7 @@ from stopgrad_jax._errors import AddressError, beats, folded, quoted, type_of
 
 from . import nth
 from .labels import Labels
-from .operations import called, is_public
+from .operations import called, code_in_jax, is_another, is_public, shorter
 from .trace import Static, Traced, Value
 from .unfound import Looked, every_eqn, written
 from .walk import Search
@@ -116,9 +116,10 @@ class Unmatched:
         known, text = [*self._edges, *names], str(address)
         labels = self.look(Var(text)).labels if isinstance(address, str) else []
         ends = [path for path in known if path.endswith(f"/{text}")]
+        ends += [label for label in labels if label.endswith(f".{text}")]
         near = [*ends[:3], *nearest(text, [*known, *labels])][:3]
         whole = {path for path in known for path in prefixes(path)}
-        works = self.working([n if n in whole else Var(n) for n in near])
+        works = self.working([self._clear(n) if n in whole else Var(n) for n in near])
         return came, _one_of(works, near=True) if works else self._any()
 
     @functools.cached_property
@@ -160,7 +161,7 @@ class Unmatched:
                 continue
             else:
                 return None
-            write = self.working([path])
+            write = self.working([self._clear(path)])
             came = f'"{path}" is {kind}: nothing below it has an address'
             return came, _one_of(write) if write else self._any()
         return None
@@ -168,8 +169,14 @@ class Unmatched:
     def _any(self) -> str:
         """Say all that an address of a value can be here."""
         names = [n for n in self.search.names if n not in self.search.buried]
-        works = self.working([*self.traced.arguments, *names, RETURN])
+        paths = map(self._clear, [*self.traced.arguments, *names, RETURN])
+        works = self.working(paths)
         return _one_of(works, near=True) if works else "another address"
+
+    def _clear(self, path: str) -> Address:
+        """Address an argument by position where a point has its name, too."""
+        place = self.traced.by_position(path) if path in self.search.names else None
+        return path if place is None else place
 
     def _unpassed(self, text: str) -> Told | None:
         """A default that was not passed, or what a partial has bound."""
@@ -200,10 +207,14 @@ class Unmatched:
 
     def _called(self, text: str) -> Told | None:
         """A function or a primitive."""
-        works = self.working([Op(text)])
-        return (
-            (f'no point: "{text}" is an operation', _one_of(works)) if works else None
-        )
+        names = [text]
+        if text.split(".")[0] not in self.traced.arguments:
+            names += self._without_modules(text)
+        works = self.working(map(Op, names))[:1]
+        if not works:
+            return None
+        came = f'no point: "{works[0].name}" is an operation'
+        return came, _one_of(works)
 
     def _scope(self, text: str) -> Told | None:
         """A named scope: a module of flax or haiku."""
@@ -241,23 +252,56 @@ class Unmatched:
         if number in search.outside:
             return self._outside(op, list(search.outside[number]))
         operations = [name for name in search.ops if name not in _CALLS]
-        known = [*self._functions, *operations]
-        # What JAX has is spelled right, and something else is not what was meant.
-        odd = [name for name in op.names if not is_public(name)]
-        every = dict.fromkeys([*known, *(called(code)[0] for code in self._codes)])
-        near = [n for name in op.names for n in every if name.lower() in n.lower()]
-        near += [n for name in odd for n in nearest(name, known, cutoff=0.6)]
-        works = self.working(dataclasses.replace(op, name=n) for n in near)
-        works = works or self.working(Op(n) for n in known)
         came = f"functions {quoted(self._functions)}, operations {quoted(operations)}"
-        return came, _one_of(works[:3]) if works else "another function"
+        same = self._same(op)
+        if same:
+            return came, _one_of(same)
+        known = [*self._functions, *operations]
+        names = [name.rpartition(".")[2] or name for name in op.names]
+        # What JAX has is spelled right, and something else is not what was meant.
+        odd = [name for name in names if not is_public(name)]
+        every = dict.fromkeys([*known, *(called(code)[0] for code in self._codes)])
+        near = [n for name in names for n in every if name.lower() in n.lower()]
+        near += [n for name in odd for n in nearest(name, known, cutoff=0.6)]
+        others = {name.rpartition(".")[2] for name in op.names if is_another(name)}
+        near = [n for n in near if n not in others]
+        works = self.working(dataclasses.replace(op, name=n) for n in near)
+        rest = (n for n in [*self._inside, *operations] if n not in others)
+        works = works or self.working(map(Op, rest))
+        guessed = (*names,) != op.names
+        return came, _one_of(works[:3], guessed) if works else "another function"
+
+    def _same(self, op: Op) -> list[Any]:
+        """Return the address without modules in front: sg.op("jax.nn.gelu")."""
+        found = list[str]()
+        for name in op.names:
+            short = self.working(map(Op, self._without_modules(name)))[:1]
+            found += [n for one in short for n in one.names]
+        if not found:
+            return []
+        names = tuple(dict.fromkeys(found))
+        short = dataclasses.replace(op, name=names if names[1:] else names[0])
+        wider = dataclasses.replace(short, nth=None)
+        return self.working([short, wider, Op(short.name)])[:1]
+
+    def _without_modules(self, name: str) -> list[str]:
+        """Return what a function may be called here that has modules in front."""
+        if not is_another(name):
+            return shorter(name)
+        # It is called what it becomes here, if that is one operation: `reduce_max`.
+        code, made = code_in_jax(name), dict[str, None]()
+        for eqn, _ in self._eqns if code else ():
+            if any(each is code for each, _ in _jax.stack_of(eqn)):
+                made[_jax.call_name(eqn) or eqn.primitive.name] = None
+        return [*made] if len(made) == 1 else []
 
     def _outside(self, op: Op, around: Sequence[str]) -> Told:
         """A name that matches, and a `within` that does not."""
         assert op.within is not None
         levels = [level for path in around for level in path.split("/")]
-        known = list(dict.fromkeys([*around, *levels, *self._functions]))
-        near = dict.fromkeys([*nearest(op.within, known), *known])
+        known = list(dict.fromkeys([*around, *levels, *self._inside]))
+        bare = shorter(op.within)
+        near = dict.fromkeys([*bare, *nearest(op.within, known), *known])
         candidates = [dataclasses.replace(op, within=n) for n in [*near][:16]]
         works = self.working([*candidates, dataclasses.replace(op, within=None)])
         where = f"in {quoted(around)}" if around else "in no named scope"
@@ -277,6 +321,11 @@ class Unmatched:
         labels = Labels()
         told = (called(code)[0] for code in self._codes if _is_told(code, labels))
         return list(dict.fromkeys(told))
+
+    @property
+    def _inside(self) -> list[str]:
+        """The same but for the traced function, which all of it is in."""
+        return [name for name in self._functions if name != self.traced.name]
 
 
 def _callers(eqns: Sequence[Any]) -> list[str]:
