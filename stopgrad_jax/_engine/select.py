@@ -346,7 +346,8 @@ class _Finder:
                     f'{self._called}: address "{address}"',
                     "an address must mean one thing",
                     f'an argument and a point are both called "{name}"',
-                    f"{Point(name)!r} for the point, or {other or 'another name for it'}",
+                    f"{Point(name)!r} for the point, or "
+                    + (other or "another name for it"),
                 )
             )
         if not edge and not inside:
