@@ -39,6 +39,7 @@ from ._jax_places import is_of_package as is_of_package
 from ._jax_places import is_own as is_own
 from ._jax_places import line_here as line_here
 from ._jax_places import line_of as line_of
+from ._jax_places import linearized_in as linearized_in
 from ._jax_places import scope_of as scope_of
 from ._jax_places import scopes_of as scopes_of
 from ._jax_places import stack_of as stack_of

@@ -206,6 +206,29 @@ def is_derivative(stack: Sequence[tuple[types.CodeType, int]]) -> bool:
     )
 
 
+def linearized_in(eqn: Any) -> frozenset[types.CodeType]:
+    """Return the functions whose `jax.vjp` or the like an equation is a result's of.
+
+    A linear function that it returned made the equation, wherever that was called; of
+    `jax.linearize` the values are told by the same.
+    """
+    made, names = transforms_of(eqn), set[str]()
+    if "transpose" in made:
+        names = {"vjp", "linear_transpose"}
+    elif "jvp" in made:
+        names = {"linearize"}
+    else:
+        return frozenset()
+    callers = [c for c, _ in stack_of(eqn) if not c.co_filename.endswith(_WRAPPER)]
+    return frozenset(
+        outer
+        for outer, code in itertools.pairwise(callers)
+        if code.co_filename == _API
+        and code.co_name in names
+        and not is_own(outer.co_filename)
+    )
+
+
 def is_own(file: str) -> bool:
     """Tell a file of JAX, or of this package."""
     return file.startswith(OWN)

@@ -97,13 +97,13 @@ def scale_gradient(tree: T, scale: Any) -> T:
 
     Forward: the tree itself.
     Backward: cotangent * scale; to every order and in both modes that of
-    `x0 + scale * (x - x0)`.
+    `x0 + scale * (x - x0)` with a scale that is constant.
 
     Args:
       tree: a pytree; leaves that carry no gradient are left alone.
       scale: a number or an array that broadcasts to each leaf, or a tree of them with
         the tree's structure or a prefix of it. It may be traced; its own gradient is
-        zero.
+        zero, and in the gradient of the tree it is a factor like any other.
 
     Returns:
       The same tree.

@@ -82,3 +82,71 @@ def test_a_part_of_a_larger_expression_has_not():
         "plain",
         "jax.lax.cond(x[0] > 0, jnp.su...",
     ]
+
+
+def by_pullback(b, d):
+    def model(b):
+        h = jnp.sin(b)
+        return h * d
+
+    y, pull = jax.vjp(model, b)
+    (gb,) = pull(2 * (y - 1))
+    return jnp.sum(gb) + jnp.sum(b**2)
+
+
+def by_one_result(b, d):
+    y, pull = jax.vjp(lambda b: jnp.sin(b) * d, b)
+    gb = pull(y)[0]
+    return jnp.sum(gb) + jnp.sum(b**2)
+
+
+def by_no_variable(b, d):
+    y, pull = jax.vjp(lambda b: jnp.sin(b) * d, b)
+    return jnp.sum(pull(y)[0]) + jnp.sum(b**2)
+
+
+def by_tree(b, d):
+    y, pull = jax.vjp(lambda p: jnp.sin(p["b"]) * p["d"], {"b": b, "d": d})
+    g = pull(y)[0]
+    return jnp.sum(g["b"]) + jnp.sum(g["d"])
+
+
+def by_linearize(b, d):
+    y, push = jax.linearize(lambda b: jnp.sin(b) * d, b)
+    slope = push(d)
+    return jnp.sum(slope) + jnp.sum(y)
+
+
+def by_transpose(b, d):
+    pull = jax.linear_transpose(lambda b: b * d, b)
+    g = pull(b)[0]
+    return jnp.sum(g) + jnp.sum(b**2)
+
+
+def by_force(b, d):
+    def energy(b):
+        e = jnp.sum(jnp.sin(b) * d)
+        return e
+
+    e, pull = jax.vjp(energy, b)
+    (force,) = pull(jnp.ones((), jnp.float32))
+    return e + jnp.sum(force)
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (by_pullback, ["gb", "jnp.sum(b**2)"]),
+        (by_one_result, ["gb", "jnp.sum(b**2)"]),
+        (by_no_variable, ["jnp.sum(pull(y)[0])", "jnp.sum(b**2)"]),
+        (by_tree, ['jnp.sum(g["b"])', 'jnp.sum(g["d"])']),
+        (by_linearize, ["slope", "y"]),
+        (by_transpose, ["g", "jnp.sum(b**2)"]),
+        (by_force, ["e", "force"]),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_a_term_that_a_linear_function_returns_is_no_variable_of_the_model(f, expected):
+    """The operations stand where `jax.vjp` was called, not where the result is."""
+    flow = sg.flow(f)(X, X + 1)
+    assert list(flow.terms) == expected

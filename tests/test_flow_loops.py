@@ -147,3 +147,67 @@ def test_names_in_a_loop(seed):
             gradient = jnp.stack([0.0 if leaf is None else leaf for leaf in leaves])
             gradient = jnp.reshape(gradient, jnp.shape(expected[0]))
             np.testing.assert_allclose(gradient, expected[0], rtol=1e-4, atol=1e-6)
+
+
+@jax.custom_vjp
+def cell(c, d):
+    return c * d, c + d
+
+
+cell.defvjp(lambda c, d: (cell(c, d), d), lambda d, ct: (ct[0] * d, ct[1]))
+
+
+@jax.custom_jvp
+def pushed(c, d):
+    return c * d, c + d
+
+
+pushed.defjvp(lambda p, t: (pushed(*p), (t[0] * p[1], t[1])))
+
+
+def rounded(c, d):
+    return jnp.sin(c) * d, jnp.round(c) + d
+
+
+def stopped(c, d):
+    new = jnp.sin(c) * d
+    return new, jax.lax.stop_gradient(new) + d
+
+
+def scanned(f):
+    return lambda b, d: jax.lax.scan(lambda c, _: f(c, d), b, None, length=2)[1].sum()
+
+
+def looped(f):
+    def loop(b, d):
+        return jax.lax.fori_loop(0, 2, lambda i, c: f(c[0], d), (b, d))[1].sum()
+
+    return loop
+
+
+@pytest.mark.parametrize("loop", [scanned, looped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (cell, "custom rule of cell returns zero"),
+        (pushed, "custom rule of pushed returns zero"),
+        (rounded, "derivative of round is zero"),
+        (stopped, "stop_gradient, on purpose"),
+    ],
+    ids=lambda f: getattr(f, "__name__", None),
+)
+def test_what_only_goes_round_a_loop_ends_where_it_leaves(f, reason, loop):
+    """The carry takes the gradient of `b` on, and nothing that is returned does."""
+    x, f = jnp.arange(1.0, 4.0, dtype=jnp.float32), loop(f)
+    assert not np.any(jax.grad(f)(x, x + 1))
+    assert np.any(f(x, x + 1) != f(x + 1, x + 1))
+    flow = sg.flow(f)(x, x + 1)
+    assert [row.status for row in flow.inputs] == ["cut", "flows"]
+    (cut,) = flow.cuts
+    assert reason in cut.words
+    assert "b" in cut.inputs
+    for xs in ("b", ["b", "d"]):
+        with pytest.raises(ValueError, match=f"b: .*{reason}"):
+            sg.gradients(f, xs, unconnected_gradients="error")(x, x + 1)
+    with pytest.raises(AssertionError, match=reason):
+        sg.assert_gradient(f, "b", args=(x, x + 1))

@@ -352,6 +352,9 @@ def test_no_verdict_contradicts_the_numbers(seed):
         assert status[name] in (("cut", "unused") if name in zeros else ("flows",))
         check = sg.assert_no_gradient if name in zeros else sg.assert_gradient
         check(program(seed), name, args=args)
+    # Of what ends it is said where.
+    told = {name for cut in flow.cuts for name in cut.inputs}
+    assert {name for name in zeros if status[name] == "cut"} <= told
     flowing = [name for name in names if name not in zeros]
 
     def verbs(*args):

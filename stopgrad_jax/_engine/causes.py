@@ -94,6 +94,8 @@ class Analysis:
         self.value = graph.forward(self._start, graph.feeds)
         self.arrives = graph.backward(self.sinks, graph.grads)
         self.used = graph.backward(self.sinks, graph.feeds)
+        # Sources that end somewhere on the way, and in no expression that was found.
+        self._nowhere: Bits = 0
 
     def reached(self, bits: Sequence[Bits], sinks: Iterable[Value]) -> Bits:
         """Return the sources that reach any of the sinks."""
@@ -170,12 +172,24 @@ class Analysis:
         return list(self._cuts())
 
     def _cuts(self) -> Iterator[Cut]:
-        for group in self._runs(range(len(self.graph.ops)), lambda op: op.path.spots):
-            lost, types = self._gone(group)
-            if lost and any(self.graph.ops[k].path.library for k in lost):
-                yield from self._in_library(group, lost)
-            elif lost:
-                yield self._cut(group, lost, types)
+        found = [cut for group in self._expressions() for cut in self._cuts_in(group)]
+        ended = self.reached(self.value, self.sinks)
+        ended &= ~self.reached(self.tangent, self.sinks)
+        self._nowhere = ended & ~_union(cut.lost for cut in found)
+        if self._nowhere:
+            found += [c for group in self._expressions() for c in self._cuts_in(group)]
+            found.sort(key=lambda cut: cut.op)
+        yield from found
+
+    def _expressions(self) -> Iterator[range]:
+        return self._runs(range(len(self.graph.ops)), lambda op: op.path.spots)
+
+    def _cuts_in(self, group: range) -> Iterator[Cut]:
+        lost, types = self._gone(group)
+        if lost and any(self.graph.ops[k].path.library for k in lost):
+            yield from self._in_library(group, lost)
+        elif lost:
+            yield self._cut(group, lost, types)
 
     def _runs(self, ops: range, key: Callable[[Op], Any]) -> Iterator[range]:
         """Cut a range of operations where the key changes; without one, at each."""
@@ -199,7 +213,7 @@ class Analysis:
         if not lost:
             return {}, set()
         leaving = [v for k in group for v in ops[k].values if self._leaves(v, group)]
-        gone = _union(lost.values()) & ~self.reached(self.tangent, leaving)
+        gone = _union(lost.values()) & ~self._passed(leaving)
         if not gone:  # an integer may go on beside what has a gradient, as in top_k
             leaving = [v for v in leaving if not self._carries(v)]
             ends = {self.graph.maker[v] for v in leaving}
@@ -262,21 +276,47 @@ class Analysis:
         used = [v for v in op.values if self._is_used(v)]
         if not used or op.join:
             return 0
-        graph = self.graph
-        if op.overwrites:
-            left = self.reached(self.tangent, used)
-            return self.reached(self.tangent, graph.feeds[used[0]]) & ~left
-        passed = {s for v in used for s in graph.grads[v]}
-        rest = {s for v in used for s in graph.feeds[v]} - passed
-        # What an integer is made of ends at it, whatever the other results are.
-        exact = (v for v in used if not self._carries(v))
-        rest |= {s for v in exact for s in graph.feeds[v]}
-        lost = self.reached(self.tangent, rest)
-        if lost and is_of_package(op.eqn):
+        lost = self._lost_in_each(used) if self._nowhere else self._lost_in(used, op)
+        if lost and is_of_package(op.eqn) and not op.overwrites:
             # The gate tells what a `with_backward` passes by.
             around = self._around_gates.get(tuple(op.path.spots), 0)
             return 0 if is_handed(op.eqn) else lost & ~around
         return lost
+
+    def _lost_in(self, used: list[Value], op: Op) -> Bits:
+        """Sources that come to an operation, and leave it by none of its results."""
+        graph = self.graph
+        if op.overwrites:
+            left = self.reached(self.tangent, used)
+            return self.reached(self.tangent, graph.feeds[used[0]]) & ~left
+        entered = self._entered(used)
+        passed = {s for v in entered for s in graph.grads[v]}
+        rest = {s for v in entered for s in graph.feeds[v]} - passed
+        # What an integer is made of ends at it, whatever the other results are.
+        exact = (v for v in used if not self._carries(v))
+        rest |= {s for v in exact for s in graph.feeds[v]}
+        return self.reached(self.tangent, rest)
+
+    def _lost_in_each(self, used: list[Value]) -> Bits:
+        """The same of those that leave by results from where they lead nowhere."""
+        pairs = ((self.graph.feeds[v], self.tangent[v]) for v in used)
+        return self._nowhere & _union(
+            self.reached(self.tangent, feeds) & ~left for feeds, left in pairs
+        )
+
+    def _passed(self, leaving: list[Value]) -> Bits:
+        """Sources that leave an expression by its results."""
+        if not self._nowhere:
+            return self.reached(self.tangent, self._entered(leaving))
+        left = (self.tangent[v] for v in leaving)
+        return functools.reduce(int.__and__, left, -1 if leaving else 0)
+
+    def _entered(self, values: list[Value]) -> list[Value]:
+        """Those that a gradient comes back to; all, where it comes to none.
+
+        What the others hand on is no way out of an operation, as of a loop's rule.
+        """
+        return [v for v in values if self.arrives[v]] or values
 
     @functools.cached_property
     def _around_gates(self) -> dict[Any, Bits]:

@@ -224,6 +224,25 @@ class Source:
         read = {self._part_of(variables, n) for n in chains_of(node)} if node else set()
         return read.pop() if len(read := read - {""}) == 1 else ""
 
+    def operand(self, place: Position, side: int) -> str:
+        """Return the text of what an operation or a call there takes, or "".
+
+        Of `a + b` the one side, 0 or 1; of `f(a)` and `a.f()` it is `a`.
+        """
+        node = self._expressions.get(place)
+        if isinstance(node, ast.BinOp) and side in (0, 1):
+            node = (node.left, node.right)[side]
+        elif isinstance(node, ast.UnaryOp):
+            node = node.operand
+        elif isinstance(node, ast.Call) and node.args[:1] and not node.args[1:]:
+            (node,) = node.args
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            node = None if node.args else node.func.value
+        else:
+            return ""
+        known = isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.Call)
+        return self.expression(place_of(node)) if known else ""
+
     def _part_of(self, variables: Iterable[str], chain: ast.expr) -> str:
         """Return how a part of one of the variables is called that is read, or ""."""
         place = place_of(chain)

@@ -141,6 +141,8 @@ class _Sum:
             return Part(value, path, True, path)
         spot = _apart(op, reader) or op.spot
         text = spot.expression if spot else op.name
+        if spot and _is_pulled(op, spot):
+            text = self._read(value, reader) or text
         return Part(value, _shortened(text) or op.name, False, spot or op.name)
 
     def _name(self, value: Value, reader: Op | None) -> tuple[str, Any] | None:
@@ -154,6 +156,9 @@ class _Sum:
             return _jax.params_of(op.eqn)["name"], _jax.params_of(op.eqn)["name"]
         spot, other = _apart(op, reader), _apart(reader, op) if reader else None
         statement = spot.statement if spot else None
+        if spot is not None and _is_pulled(op, spot):
+            read = self._read(value, reader)
+            return (read, read) if read.isidentifier() else None
         if spot is None or statement is None or statement.kind != "assignment":
             return None
         if other is not None and other.statement == statement:
@@ -175,6 +180,23 @@ class _Sum:
         if len(statement.targets) > 1:
             return _returned_name(op, spot)
         return statement.label, (statement.line, statement.label)
+
+    def _read(self, value: Value, reader: Op | None) -> str:
+        """Return what the reader's expression spells a value as, or ""."""
+        spot = reader.spot if reader else None
+        if reader is None or spot is None or not spot.is_current:
+            return ""
+        side = reader.inputs.index(value) if len(reader.inputs) == 2 else -1
+        return spot.source.operand(spot.position, side)
+
+
+def _is_pulled(op: Op, spot: Spot) -> bool:
+    """Tell what a function made that `jax.vjp` or the like returned there.
+
+    Its place is where that was called, not where the function is.
+    """
+    eqns = (op.eqn, *op.within)
+    return any(spot.frame.code in _jax.linearized_in(eqn) for eqn in eqns)
 
 
 def _told_apart(graph: Graph, parts: Sequence[Part]) -> list[Part]:
