@@ -133,6 +133,16 @@ def by_its_own_length(w, batch):
     return jnp.mean((x @ w) * mask / lengths)
 
 
+def by_its_own_score(w, batch):
+    return jnp.mean(batch[1] * (batch[0] @ w) / (2 + batch[0] @ jnp.ones(3)))
+
+
+def one_by_one(w, batch):
+    """Each example's own number, in a loop over them."""
+    own = lambda x: jnp.sum(x * w) / jnp.sum(x**2)
+    return jnp.mean(jax.lax.map(own, batch[0]))
+
+
 def by_a_parameter_in_the_sum(w, batch):
     return jnp.mean((batch[0] @ w) / jnp.sum(w**2))
 
@@ -158,18 +168,20 @@ def for_the_layer_below(w, batch):
     return jnp.mean(jnp.tanh(x @ w))
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        by_its_own_length,
-        by_a_parameter_in_the_sum,
-        by_the_number_of_examples,
-        normalized_rewards,
-        behind_a_logarithm,
-        for_the_layer_below,
-    ],
-    ids=lambda f: f.__name__,
-)
-def test_other_divisions_are_not_told(loss):
-    step = make_step(loss, optax.sgd(0.1), accumulate=2)
+OTHERS = [
+    by_its_own_length,
+    by_its_own_score,
+    one_by_one,
+    by_a_parameter_in_the_sum,
+    by_the_number_of_examples,
+    normalized_rewards,
+    behind_a_logarithm,
+    for_the_layer_below,
+]
+
+
+@pytest.mark.parametrize("k", [2, 8])  # of eight examples
+@pytest.mark.parametrize("loss", OTHERS, ids=lambda f: f.__name__)
+def test_other_divisions_are_not_told(loss, k):
+    step = make_step(loss, optax.sgd(0.1), accumulate=k)
     step(step.init(W), BATCH)  # where warnings are errors

@@ -36,7 +36,6 @@ _PARTS = frozenset(
 _OF_ARRAYS = _PARTS | frozenset(
     "reduce_sum dot_general broadcast_in_dim transpose concatenate slice rev".split()
 )
-_SUMS = frozenset(("reduce_sum", "dot_general"))
 
 
 class Examined:
@@ -153,7 +152,7 @@ class _Kinds:
                 continue
             self.varies.update(eqn.outvars)
             name, inner = eqn.primitive.name, nested(eqn)
-            if name in _SUMS and eqn.outvars[0].aval.size == 1:
+            if _is_over_examples(eqn):
                 self.sums.update(eqn.outvars)
             elif name in _OF_ARRAYS and moving <= self.sums:
                 self.sums.update(eqn.outvars)
@@ -195,6 +194,8 @@ def _divisions(
             waiting.extend(eqn.invars)
         for body in inner.bodies if inner else ():
             ends = zip(body.jaxpr.outvars, body.results, strict=True)
+            # What a loop stacks is of one example each, perhaps.
+            ends = ((v, k) for v, k in ends if v.aval.shape == var.aval.shape)
             for end in [v for v, k in ends if k is not None and eqn.outvars[k] is var]:
                 inside = kinds.within(body, eqn)
                 found, reached = _divisions(body.jaxpr, end, inside, here)
@@ -202,6 +203,14 @@ def _divisions(
                 operands = zip(body.jaxpr.invars, body.operands, strict=True)
                 waiting += [eqn.invars[k] for i, k in operands if i in reached]
     return lines, inputs
+
+
+def _is_over_examples(eqn: Any) -> bool:
+    """Tell a sum that makes one number, and not of the entries of one example."""
+    (out, *_), axes = eqn.outvars, eqn.params.get("axes", ())
+    if eqn.primitive.name == "reduce_sum":
+        return not out.aval.shape or (out.aval.size == 1 and 0 in axes)
+    return eqn.primitive.name == "dot_general" and not out.aval.shape
 
 
 def _divisor(eqn: Any) -> Any:
