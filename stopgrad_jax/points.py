@@ -198,11 +198,10 @@ def edit(
         traced = program.traced
         refuse_rules(program, addresses, called)
         refuse_differentiated(program, addresses, function_name(fun), called)
-        functions = {
-            k: edits[address]
-            for address in addresses
-            for k in program.targets_of([address])
-        }
+        functions: dict[int, Callable[..., Any]] = {}
+        for address in addresses:  # "h" and `sg.point("h")` are alike, and two edits
+            places = program.targets_of([address]) - functions.keys()
+            functions.update((k, edits[address]) for k in sorted(places)[:1])
         leaves = list(traced.leaves)
         for address in addresses:
             _edit_places(program, address, "argument", leaves, edits[address])

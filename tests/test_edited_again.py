@@ -180,3 +180,38 @@ def test_sharing_lines_is_for_what_nobody_reads():
     before = str(jax.make_jaxpr(f)(X))
     sg.flow(f)(X)
     assert str(jax.make_jaxpr(f)(X)) == before
+
+
+def tree(x):
+    t = sg.name({"a": x, "b": x * 2}, "t")
+    return t["a"] + t["b"] * 10
+
+
+def raised(t):
+    return {k: v + 1.0 for k, v in t.items()}
+
+
+def test_a_leaf_is_edited_after_its_tree_where_that_comes_first():
+    x = jnp.float32(1.0)
+    times = lambda v: v * 100.0
+    assert sg.edit(tree, {"t": lambda t: t, "t/a": times})(x) == 120
+    assert sg.edit(tree, {"t": raised, "t/*": times})(x) == 200 + 3000
+    assert sg.edit(tree, {"t/*": times, "t": raised})(x) == 101 + 2010
+    assert sg.edit(tree, {"t": raised, "t/a": times, "t/*": lambda v: -v})(x) == -230
+    stopped = {"t": lambda t: t, "t/a": jax.lax.stop_gradient}
+    assert jax.grad(sg.edit(tree, stopped))(x) == 20
+
+    def scanned(x):
+        return jax.lax.scan(lambda c, _: (c + tree(x), None), 0.0 * x, None, length=3)[
+            0
+        ]
+
+    assert jax.grad(sg.edit(scanned, stopped))(x) == 60
+
+
+def test_two_addresses_of_one_point_are_two_edits_in_their_order():
+    f = lambda x: sg.name(x**2, "h") * 3.0
+    more, times = (lambda h: h + 1.0), (lambda h: h * 10.0)
+    x = jnp.float32(2.0)
+    assert sg.edit(f, {"h": more, sg.point("h"): times})(x) == 150
+    assert sg.edit(f, {sg.point("h"): times, "h": more})(x) == 123

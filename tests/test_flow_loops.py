@@ -211,3 +211,50 @@ def test_what_only_goes_round_a_loop_ends_where_it_leaves(f, reason, loop):
             sg.gradients(f, xs, unconnected_gradients="error")(x, x + 1)
     with pytest.raises(AssertionError, match=reason):
         sg.assert_gradient(f, "b", args=(x, x + 1))
+
+
+def turns(drive, w):
+    """A comparison hands its operand on, and the fraction goes round."""
+
+    def body(state, _):
+        phase, total = state
+        phase = jnp.where(phase < 0, 0.0, phase)
+        turns, phase = jnp.divmod(phase + drive, 1.0)
+        return (phase, total + jnp.where(turns > 0, w, 0.0)), None
+
+    start = jnp.zeros(3, jnp.float32), jnp.zeros(3, jnp.float32)
+    return jax.lax.scan(body, start, None, length=5)[0][1].sum()
+
+
+def test_a_comparison_on_the_way_round_is_no_end():
+    x = f32(0.3, 0.5, 0.9)
+    assert not np.any(jax.grad(turns)(x, x + 1))
+    told = str(sg.flow(turns)(x, x + 1).explain("drive"))
+    assert "sign and round, in jnp.divmod" in told
+    assert "phase < 0" not in told
+
+
+def distilled(teacher, student):
+    p, q = jax.tree.map(jax.nn.softmax, (teacher, student))
+    return -jnp.sum(lax.stop_gradient(p) * jnp.log(q))
+
+
+def of_the_student(teacher, student):
+    logits = {"t": teacher, "s": lax.stop_gradient(teacher) + student}
+    q = {k: jax.nn.log_softmax(v) for k, v in logits.items()}
+    return jnp.sum(lax.stop_gradient(q["t"]) * q["s"])
+
+
+def in_few_bits(teacher, student):
+    few = lambda z: sg.quantize.fake_quant(z, -1.0, 1.0, num_bits=4)
+    q = jax.tree.map(few, {"t": teacher, "s": student})
+    return jnp.sum((q["s"] - lax.stop_gradient(q["t"])) ** 2)
+
+
+@pytest.mark.parametrize("f", [distilled, of_the_student, in_few_bits])
+def test_one_expression_for_several_arrays_ends_none_that_it_hands_on(f):
+    """Softmax stops its maximum, and the one that is stopped later is no other."""
+    x = f32(0.3, 0.5, 0.9)
+    flow = sg.flow(f)(x, x + 1)
+    assert flow.cuts
+    assert all("stop_gradient(" in cut.site.expr for cut in flow.cuts)

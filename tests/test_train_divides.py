@@ -72,6 +72,12 @@ def counted_in_a_jitted_function(w, batch):
     return jnp.sum(jnp.where(batch[2], squares(w, batch), 0.0) / count)
 
 
+def guarded(w, batch):
+    count = jnp.sum(batch[2].astype(jnp.float32))
+    count = jnp.where(count > 0, count, 1.0)
+    return jnp.sum(jnp.where(count > 0, squares(w, batch) * batch[2] / count, 0.0))
+
+
 def importance(w, batch):
     weights = jnp.exp(batch[0] @ w / 4)
     return jnp.sum(batch[1] * (weights / jnp.sum(weights)))
@@ -100,6 +106,7 @@ DIVIDES = [
     by_a_reciprocal,
     in_a_jitted_function,
     counted_in_a_jitted_function,
+    guarded,
     importance,
     in_a_rule,
 ]

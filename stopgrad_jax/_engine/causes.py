@@ -172,24 +172,23 @@ class Analysis:
         return list(self._cuts())
 
     def _cuts(self) -> Iterator[Cut]:
-        found = [cut for group in self._expressions() for cut in self._cuts_in(group)]
+        found = list(self._in_each_expression())
         ended = self.reached(self.value, self.sinks)
         ended &= ~self.reached(self.tangent, self.sinks)
-        self._nowhere = ended & ~_union(cut.lost for cut in found)
+        self._nowhere = ended & ~_union(cut.lost for cut in found if not cut.is_quiet)
         if self._nowhere:
-            found += [c for group in self._expressions() for c in self._cuts_in(group)]
+            known = {cut.op for cut in found}
+            found += [c for c in self._in_each_expression() if c.op not in known]
             found.sort(key=lambda cut: cut.op)
         yield from found
 
-    def _expressions(self) -> Iterator[range]:
-        return self._runs(range(len(self.graph.ops)), lambda op: op.path.spots)
-
-    def _cuts_in(self, group: range) -> Iterator[Cut]:
-        lost, types = self._gone(group)
-        if lost and any(self.graph.ops[k].path.library for k in lost):
-            yield from self._in_library(group, lost)
-        elif lost:
-            yield self._cut(group, lost, types)
+    def _in_each_expression(self) -> Iterator[Cut]:
+        for group in self._runs(range(len(self.graph.ops)), lambda op: op.path.spots):
+            lost, types = self._gone(group)
+            if lost and any(self.graph.ops[k].path.library for k in lost):
+                yield from self._in_library(group, lost)
+            elif lost:
+                yield self._cut(group, lost, types)
 
     def _runs(self, ops: range, key: Callable[[Op], Any]) -> Iterator[range]:
         """Cut a range of operations where the key changes; without one, at each."""
@@ -289,9 +288,8 @@ class Analysis:
         if op.overwrites:
             left = self.reached(self.tangent, used)
             return self.reached(self.tangent, graph.feeds[used[0]]) & ~left
-        entered = self._entered(used)
-        passed = {s for v in entered for s in graph.grads[v]}
-        rest = {s for v in entered for s in graph.feeds[v]} - passed
+        passed = {s for v in used for s in graph.grads[v]}
+        rest = {s for v in used for s in graph.feeds[v]} - passed
         # What an integer is made of ends at it, whatever the other results are.
         exact = (v for v in used if not self._carries(v))
         rest |= {s for v in exact for s in graph.feeds[v]}
@@ -307,16 +305,10 @@ class Analysis:
     def _passed(self, leaving: list[Value]) -> Bits:
         """Sources that leave an expression by its results."""
         if not self._nowhere:
-            return self.reached(self.tangent, self._entered(leaving))
-        left = (self.tangent[v] for v in leaving)
-        return functools.reduce(int.__and__, left, -1 if leaving else 0)
-
-    def _entered(self, values: list[Value]) -> list[Value]:
-        """Those that a gradient comes back to; all, where it comes to none.
-
-        What the others hand on is no way out of an operation, as of a loop's rule.
-        """
-        return [v for v in values if self.arrives[v]] or values
+            return self.reached(self.tangent, leaving)
+        # By all that are computed from them: the others may lead nowhere.
+        ends = (self.value[v] & ~self.tangent[v] for v in leaving)
+        return ~_union(ends) if leaving else 0
 
     @functools.cached_property
     def _around_gates(self) -> dict[Any, Bits]:

@@ -178,12 +178,16 @@ def edited_operation(
     return [same_type(x, v.aval, name, line) for x, v in pairs]
 
 
+_Tree = tuple[int, str, Sequence[str]]  # of an address: a tree that it selects
+
+
 class NamedEdits:
     """Edits of values; a named tree is edited when its last leaf is there."""
 
     def __init__(self, edits: Edits) -> None:
         self._edits = edits
-        self._waiting: dict[tuple[int, str, Sequence[str]], dict[Any, Any]] = {}
+        self._waiting: dict[_Tree, dict[Any, Any]] = {}
+        self._later: dict[_Tree, list[tuple[int, Found, Any, Any]]] = {}
 
     def apply(self, match: Match, values: Sequence[Any]) -> dict[Any, Any]:
         """Return the new values of variables that this equation completes."""
@@ -194,16 +198,26 @@ class NamedEdits:
 
     def applied(self, found: Found, eqn: Any, var: Any, value: Any) -> dict[Any, Any]:
         """Return the new values of variables that this one completes."""
+        return self._applied(0, found, eqn, var, value)
+
+    def _applied(
+        self, start: int, found: Found, eqn: Any, var: Any, value: Any
+    ) -> dict[Any, Any]:
         new = {var: value}
-        for hit in found.hits:
+        for k, hit in enumerate(found.hits[start:], start):
             if hit.operation or hit.target not in self._edits:
                 continue
             tree = (hit.target, hit.root, hit.parts)
             values = self._waiting.setdefault(tree, {})
             values[var] = new[var]
-            if len(values) == len(hit.parts):
-                self._waiting.pop(tree)
-                new |= self._edited(found, eqn, hit, values)
+            if len(values) < len(hit.parts):
+                # What else is to happen to this leaf comes after the edit of its tree.
+                self._later.setdefault(tree, []).append((k + 1, found, eqn, var))
+                return new
+            self._waiting.pop(tree)
+            new |= self._edited(found, eqn, hit, values)
+            for later in self._later.pop(tree, ()):
+                new |= self._applied(*later, new[later[-1]])
         return new
 
     def _edited(

@@ -152,9 +152,11 @@ class _Kinds:
                 continue
             self.varies.update(eqn.outvars)
             name, inner = eqn.primitive.name, nested(eqn)
+            if name == "select_n":  # one of several, whatever tells which
+                moving -= set(eqn.invars[:1])
             if _is_over_examples(eqn):
                 self.sums.update(eqn.outvars)
-            elif name in _OF_ARRAYS and moving <= self.sums:
+            elif name in _OF_ARRAYS and moving and moving <= self.sums:
                 self.sums.update(eqn.outvars)
             for body in inner.bodies if inner else ():
                 known = self.within(body, eqn)
