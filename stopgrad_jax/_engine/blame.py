@@ -116,7 +116,7 @@ def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
     An infinity that a nested program puts in on purpose is no birth, unless nothing
     else explains the targets.
     """
-    way = find_way(level, targets)
+    way = find_way(runner, level, targets)
     put_in: list[Birth] = []
     for entry in sorted(way.born, key=lambda e: level.maker[e.value]):
         birth = _inside(runner, way, entry, "birth")
@@ -192,7 +192,7 @@ class Way:
         return not any(is_nan(values[e.value], e.index) for e in made_by)
 
 
-def find_way(level: Level, targets: Iterable[Entry]) -> Way:
+def find_way(runner: Runner, level: Level, targets: Iterable[Entry]) -> Way:
     way, waiting = Way(level), list(targets)
     while waiting:
         entry = waiting.pop()
@@ -203,6 +203,7 @@ def find_way(level: Level, targets: Iterable[Entry]) -> Way:
             continue
         op = level.ops[level.maker[entry.value]]
         guilty = Suspects(level, op, entry).guilty()
+        guilty = guilty or _came_in(runner, level, op, entry)
         way.before[entry] = guilty
         if not guilty:
             way.born.append(entry)
@@ -210,6 +211,32 @@ def find_way(level: Level, targets: Iterable[Entry]) -> Way:
             way.after.setdefault(earlier, entry)
         waiting += guilty
     return way
+
+
+def _came_in(runner: Runner, level: Level, op: Op, entry: Entry) -> list[Entry]:
+    """Return the operands that a program inside of an operation only takes on.
+
+    Every ordinary number in their place may be outside of its domain.
+    """
+    operands = level.read(op)
+    if not any(map(count, operands)):
+        return []
+    inner = runner.enter(level, op, operands, entry.index)
+    targets = inner_targets(level, op, inner, entry) if inner else []
+    if inner is None or not targets:
+        return []
+    way, found = find_way(runner, inner, targets), dict[Entry, None]()
+    for given in () if way.born else way.given:
+        if given.value not in inner.given:  # an infinity that it puts in on purpose
+            continue
+        value = op.reads[inner.given[given.value]]
+        x = level.values[value]
+        alike = np.shape(x) == np.shape(inner.values[given.value])
+        if alike and is_bad(x, given.index):
+            found[Entry(value, given.index)] = None
+        elif (first := first_entry(level, value)) is not None:
+            found[first] = None
+    return list(found)
 
 
 # Inside an operation --------------------------------------------------------------

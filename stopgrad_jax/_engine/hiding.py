@@ -221,7 +221,7 @@ def _reader(runner: Runner, level: Level, op: Op, entry: Entry) -> Op:
     inner = runner.enter(level, op, level.read(op), entry.index)
     if inner is None:
         return op
-    way = find_way(inner, inner_targets(level, op, inner, entry))
+    way = find_way(runner, inner, inner_targets(level, op, inner, entry))
     for given in way.given:
         if given.value in inner.given and given in way.after:
             after = way.after[given]
