@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as words
@@ -153,7 +154,7 @@ class _Kinds:
             self.varies.update(eqn.outvars)
             name, inner = eqn.primitive.name, nested(eqn)
             if name == "select_n":  # one of several, whatever tells which
-                moving -= set(eqn.invars[:1])
+                moving = {v for v in moving if v is not eqn.invars[0]}
             if _is_over_examples(eqn):
                 self.sums.update(eqn.outvars)
             elif name in _OF_ARRAYS and moving and moving <= self.sums:
@@ -219,10 +220,12 @@ def _divisor(eqn: Any) -> Any:
     """What an operation divides by, or None."""
     if eqn.primitive.name == "div":
         return eqn.invars[1]
-    exponent = eqn.params.get("y") if eqn.primitive.name == "integer_pow" else None
-    if eqn.primitive.name == "pow" and not _is_variable(eqn.invars[1]):
+    exponent: Any = 0
+    if eqn.primitive.name == "integer_pow":
+        exponent = eqn.params["y"]
+    elif eqn.primitive.name == "pow" and not _is_variable(eqn.invars[1]):
         exponent = eqn.invars[1].val
-    return eqn.invars[0] if exponent is not None and exponent < 0 else None
+    return eqn.invars[0] if np.real(exponent) < 0 else None
 
 
 def _is_variable(atom: Any) -> bool:
