@@ -76,6 +76,7 @@ STOPPED = "stop_gradient, on purpose"
 STOPPED_BY_EDIT = "stop_gradient, put in by the edit of {address}"
 # A custom rule was asked, and its tangents or cotangents do not depend on what comes.
 RULE_RETURNS_ZERO = "the custom rule of {name} returns zero"
+FOR_SOME = " for some of its results"  # the gradient goes on by another one
 # `with_backward` got None for it or zeros; `transform_gradient` zeros, whatever comes.
 BACKWARD_RETURNS_NONE = "the backward function returns None or zeros for it"
 TRANSFORMED_TO_ZERO = "the function given to {name} returns zeros for it"

@@ -77,7 +77,7 @@ FLOORS = [
     {"_engine/rewrite", "_engine/select", "_engine/dependence"},
     {"_engine/graph"},
     {"_engine/naming"},
-    {"_engine/causes", "_engine/unfold", "_engine/dropped"},
+    {"_engine/causes", "_engine/unfold", "_engine/dropped", "_engine/towards"},
     {"_engine/refuse", "_engine/given", "_engine/differentiate"},
     {"points", "query", "gates", "cotangents", "substitution", "trees", "freezing"},
     {"estimators/__init__", "estimators/inputs"},

@@ -94,8 +94,6 @@ class Analysis:
         self.value = graph.forward(self._start, graph.feeds)
         self.arrives = graph.backward(self.sinks, graph.grads)
         self.used = graph.backward(self.sinks, graph.feeds)
-        # Sources that end somewhere on the way, and in no expression that was found.
-        self._nowhere: Bits = 0
 
     def reached(self, bits: Sequence[Bits], sinks: Iterable[Value]) -> Bits:
         """Return the sources that reach any of the sinks."""
@@ -169,18 +167,7 @@ class Analysis:
     @functools.cached_property
     def cuts(self) -> list[Cut]:
         """All cuts on the way to the sinks, in program order."""
-        return list(self._cuts())
-
-    def _cuts(self) -> Iterator[Cut]:
-        found = list(self._in_each_expression())
-        ended = self.reached(self.value, self.sinks)
-        ended &= ~self.reached(self.tangent, self.sinks)
-        self._nowhere = ended & ~_union(cut.lost for cut in found if not cut.is_quiet)
-        if self._nowhere:
-            known = {cut.op for cut in found}
-            found += [c for c in self._in_each_expression() if c.op not in known]
-            found.sort(key=lambda cut: cut.op)
-        yield from found
+        return list(self._in_each_expression())
 
     def _in_each_expression(self) -> Iterator[Cut]:
         for group in self._runs(range(len(self.graph.ops)), lambda op: op.path.spots):
@@ -212,15 +199,34 @@ class Analysis:
         if not lost:
             return {}, set()
         leaving = [v for k in group for v in ops[k].values if self._leaves(v, group)]
-        gone = _union(lost.values()) & ~self._passed(leaving)
-        if not gone:  # an integer may go on beside what has a gradient, as in top_k
-            leaving = [v for v in leaving if not self._carries(v)]
-            ends = {self.graph.maker[v] for v in leaving}
-            gone = _union(bits for k, bits in lost.items() if k in ends)
-        types = {str(self.graph.avals[v].dtype) for v in leaving}
-        exact = not any(map(self._carries, leaving))
-        lost = {k: bits & gone for k, bits in lost.items() if bits & gone}
-        return lost, types if exact else set()
+        # An integer may go on beside what has a gradient, as in top_k.
+        for exact in (False, True):
+            ends = [v for v in leaving if self._carries(v) is not exact]
+            ended = self._ended_before(ends, group)
+            gone = {k: bits & ended.get(k, 0) for k, bits in lost.items()}
+            gone = {k: bits for k, bits in gone.items() if bits}
+            if gone:
+                types = {str(self.graph.avals[v].dtype) for v in ends}
+                return gone, types if exact else set()
+        return {}, set()
+
+    def _ended_before(self, ends: list[Value], group: range) -> dict[int, Bits]:
+        """Say which sources have ended where an operation of an expression returns.
+
+        Of those that do not leave by one of the values in `ends`, on the way to it.
+        """
+        graph, found = self.graph, dict[int, Bits]()
+        waiting = [(v, self.value[v]) for v in ends]
+        seen = dict[Value, Bits]()
+        while waiting:
+            value, bits = waiting.pop()
+            number = graph.maker[value]
+            bits &= self.value[value] & ~self.tangent[value] & ~seen.get(value, 0)
+            if bits and number in group:
+                seen[value] = seen.get(value, 0) | bits
+                found[number] = found.get(number, 0) | bits
+                waiting += ((s, bits) for s in graph.feeds[value])
+        return found
 
     def _in_library(self, group: range, lost: dict[int, Bits]) -> Iterator[Cut]:
         """Yield the cuts in a call of another library: its own expressions."""
@@ -239,8 +245,9 @@ class Analysis:
         """Make the cut that the operations in `lost` are, of an expression."""
         ops, first = self.graph.ops, min(lost)
         ends = [ops[k] for k in sorted(lost)]
-        reason, words, brief = why(ends, types, self.graph)
         bits, path, edit = _union(lost.values()), ops[first].path, ""
+        partly = any(self.tangent[v] & bits for op in ends for v in op.values)
+        reason, words, brief = why(ends, types, self.graph, partly)
         if reason == "stop_gradient" and (edit := self._edited(ops[first])):
             words, brief = _words.STOPPED_BY_EDIT.format(address=edit), "by an edit"
         return Cut(reason, words, brief, first, group, bits, path, edit)
@@ -275,7 +282,7 @@ class Analysis:
         used = [v for v in op.values if self._is_used(v)]
         if not used or op.join:
             return 0
-        lost = self._lost_in_each(used) if self._nowhere else self._lost_in(used, op)
+        lost = self._lost_in(used, op)
         if lost and is_of_package(op.eqn) and not op.overwrites:
             # The gate tells what a `with_backward` passes by.
             around = self._around_gates.get(tuple(op.path.spots), 0)
@@ -283,32 +290,13 @@ class Analysis:
         return lost
 
     def _lost_in(self, used: list[Value], op: Op) -> Bits:
-        """Sources that come to an operation, and leave it by none of its results."""
+        """Sources that come to an operation, and do not leave it by some result."""
         graph = self.graph
         if op.overwrites:
             left = self.reached(self.tangent, used)
             return self.reached(self.tangent, graph.feeds[used[0]]) & ~left
-        passed = {s for v in used for s in graph.grads[v]}
-        rest = {s for v in used for s in graph.feeds[v]} - passed
-        # What an integer is made of ends at it, whatever the other results are.
-        exact = (v for v in used if not self._carries(v))
-        rest |= {s for v in exact for s in graph.feeds[v]}
-        return self.reached(self.tangent, rest)
-
-    def _lost_in_each(self, used: list[Value]) -> Bits:
-        """The same of those that leave by results from where they lead nowhere."""
-        pairs = ((self.graph.feeds[v], self.tangent[v]) for v in used)
-        return self._nowhere & _union(
-            self.reached(self.tangent, feeds) & ~left for feeds, left in pairs
-        )
-
-    def _passed(self, leaving: list[Value]) -> Bits:
-        """Sources that leave an expression by its results."""
-        if not self._nowhere:
-            return self.reached(self.tangent, leaving)
-        # By all that are computed from them: the others may lead nowhere.
-        ends = (self.value[v] & ~self.tangent[v] for v in leaving)
-        return ~_union(ends) if leaving else 0
+        come = ((v, self.reached(self.tangent, graph.feeds[v])) for v in used)
+        return _union(bits & ~self.tangent[v] for v, bits in come)
 
     @functools.cached_property
     def _around_gates(self) -> dict[Any, Bits]:
@@ -325,13 +313,16 @@ def _union(bits: Iterable[Bits]) -> Bits:
     return functools.reduce(int.__or__, bits, 0)
 
 
-def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str]:
+def why(
+    ops: Sequence[Op], exact: set[str], graph: Graph, partly: bool
+) -> tuple[str, str, str]:
     """Return the reason for which a gradient ends in an expression, and its words.
 
     Args:
       ops: the operations at which it ends.
       exact: the dtypes of what the expression returns, if none carries a gradient.
       graph: what they are of.
+      partly: whether it goes on by another one of their results.
     """
     op = ops[0]
     if op.held:
@@ -351,6 +342,7 @@ def why(ops: Sequence[Op], exact: set[str], graph: Graph) -> tuple[str, str, str
         if _jax.kind_of(op.eqn) in _jax.CUSTOM:
             at = printed_place(_jax.rule_site(op.eqn))
             words = _words.RULE_RETURNS_ZERO.format(name=_jax.call_name(op.eqn))
+            words += _words.FOR_SOME if partly else ""
             words += f" ({at})" if at else ""
             return "zero_rule", words, "its rule returns zero"
         if rule := _jax.gate_name(op.eqn):

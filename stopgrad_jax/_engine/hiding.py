@@ -14,7 +14,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .blame import Birth, Entry, Frame, find_way, inner_targets
-from .entries import count, is_bad, is_inexact, nonfinite, ordinary, wide
+from .entries import FILLS, count, is_bad, is_inexact, nonfinite, ordinary, wide
 from .levels import Level, Op
 from .nested import nested
 from .roles import COTANGENT, VALUE
@@ -163,24 +163,38 @@ def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> s
             continue
         if set(op.writes) & tainted:
             continue
-        operands = [
-            ordinary(level.values[k]) if k in tainted else level.values[k]
-            for k in op.reads
-        ]
-        without = op.run(*operands)
-        results = zip(op.writes, without, op.lives, strict=True)
         # What is handed to the backward pass only is not seen in the value.
-        inexact = [(k, x) for k, x, lives in results if lives and is_inexact(x)]
-        reached = {k for k, x in inexact if _cleared(level.values[k], x)}
+        pairs = zip(op.writes, op.lives, strict=True)
+        live = {k for k, lives in pairs if lives and is_inexact(level.values[k])}
+        reached = _reached(level, op, tainted, live)
         tainted |= reached
-        if inexact and not reached:
+        shown = any(not nonfinite(level.values[k]).all() for k in live)
+        if shown and not reached:
             found += _inner(runner, level, op, tainted)
     return tainted
 
 
+def _reached(level: Level, op: Op, tainted: set[int], live: set[int]) -> set[int]:
+    """The results of an operation that tainted operands make nonfinite.
+
+    With some ordinary numbers in their place entries of them are finite.
+    """
+    reached, bad = set[int](), {k for k in live if count(level.values[k])}
+    for fill in FILLS if bad else ():
+        operands = [
+            ordinary(level.values[k], fill=fill) if k in tainted else level.values[k]
+            for k in op.reads
+        ]
+        results = zip(op.writes, op.run(*operands), strict=True)
+        reached |= {k for k, x in results if k in bad and _cleared(level.values[k], x)}
+        if reached == bad:
+            break
+    return reached
+
+
 def _cleared(x: Any, without: Any) -> bool:
     """Whether some nonfinite entries are finite without what makes them so."""
-    return bool((nonfinite(x) & ~nonfinite(without)).any()) if count(x) else False
+    return bool((nonfinite(x) & ~nonfinite(without)).any())
 
 
 def _inner(runner: Runner, level: Level, op: Op, tainted: set[int]) -> list[Op]:

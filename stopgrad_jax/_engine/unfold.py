@@ -348,44 +348,6 @@ def _joins(eqn: Any, inner: Nested) -> bool:
     return len(inner.bodies) > 1 or may_run_no_round(eqn, inner)
 
 
-def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
-    """Return the graph with rules asked about those results that a gradient comes to.
-
-    Custom rules with symbolic zeros are told which of their results that are.
-    """
-    asked = [k for k, op in enumerate(graph.ops) if op.is_told and _has_several(op)]
-    if not asked:
-        return graph
-    graph, rules, sinks = graph.copied(asked), Rules(), list(sinks)
-    for _ in range(_ROUNDS):
-        arrives, changed = graph.backward(sinks, graph.grads), False
-        # From the last: what comes to a rule depends on those that follow it.
-        for op in map(graph.ops.__getitem__, reversed(asked)):
-            cotangents = sum(1 << k for k, v in enumerate(op.values) if arrives[v])
-            if cotangents == op.cotangents:
-                continue
-            op.cotangents = cotangents
-            answer, op.refuses = rules.by_source(op.eqn, op.moving, cotangents)
-            op.always = answer.always
-            before = [graph.grads[value] for value in op.values]
-            for value, bits in zip(op.values, answer.dependence, strict=False):
-                grads = [x for k, x in enumerate(op.inputs) if bits >> k & 1]
-                graph.grads[value] = _values(grads)
-            if before != [graph.grads[value] for value in op.values]:
-                arrives, changed = graph.backward(sinks, graph.grads), True
-        if not changed:
-            break
-    return graph
-
-
-_ROUNDS = 8  # in a loop, the rules that follow one may be those before it
-
-
-def _has_several(op: Op) -> bool:
-    floats = [v for v in op.eqn.outvars if _jax.is_differentiable(v.aval)]
-    return bool(op.eqn.params.get("symbolic_zeros")) and len(floats) > 1
-
-
 def _divided(
     own: Sequence[Bits] | None, plans: Sequence[Plan | None]
 ) -> list[Sequence[Bits] | None]:

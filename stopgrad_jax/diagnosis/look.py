@@ -17,9 +17,10 @@ from stopgrad_jax._engine.dropped import dropped
 from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.labels import Labels, Spot
 from stopgrad_jax._engine.select import Program, look_up
+from stopgrad_jax._engine.towards import towards
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
-from stopgrad_jax._engine.unfold import towards, unfold
+from stopgrad_jax._engine.unfold import unfold
 from stopgrad_jax._errors import AddressError, beats
 
 from .fold import Folded, Leaf, fold
