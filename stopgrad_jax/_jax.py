@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,13 @@ from jax.interpreters import partial_eval as pe
 from ._jax_closures import is_filled, tracers_in
 from ._jax_closures import variable_of as variable_of
 from ._jax_closures import variable_under as variable_under
+from ._jax_evaluate import as_called as as_called
+from ._jax_evaluate import at_line_of as at_line_of
+from ._jax_evaluate import at_source_of as at_source_of
+from ._jax_evaluate import bind as bind
+from ._jax_evaluate import evaluate as evaluate
+from ._jax_evaluate import in_an_edit as in_an_edit
+from ._jax_evaluate import is_tracing as is_tracing
 from ._jax_kinds import is_entrywise as is_entrywise
 from ._jax_kinds import is_primitive as is_primitive
 from ._jax_kinds import static_arguments as static_arguments
@@ -128,45 +135,9 @@ def closed_over(closed: Any) -> tuple[Jaxpr, list[Any]]:
     return Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, effects, info), list(consts)
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Run a jaxpr's equations with their own source lines and name stacks."""
-    return jax.core.eval_jaxpr(jaxpr, consts, *args)
-
-
 def inputs_used(jaxpr: Any) -> list[bool]:
     """Tell of each input of a jaxpr whether a result is computed from it."""
     return pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
-
-
-def bind(eqn: Any, *operands: Any) -> list[Any]:
-    """Run one equation on other operands, with its own source line and scope."""
-    with at_source_of(eqn):
-        params = eqn.primitive.get_bind_params(eqn.params)
-        out = eqn.primitive.bind(*operands, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-@contextlib.contextmanager
-def at_source_of(eqn: Any) -> Iterator[None]:
-    """Trace what follows at this equation's source line and in its scope."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    traceback = eqn.source_info.traceback
-    with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
-        yield
-
-
-@contextlib.contextmanager
-def at_line_of(eqn: Any) -> Iterator[None]:
-    """Trace what follows at this equation's source line."""
-    with source_info_util.user_context(eqn.source_info.traceback):
-        yield
-
-
-@contextlib.contextmanager
-def in_an_edit(eqn: Any) -> Iterator[None]:
-    """Trace at this equation's line what is put in the place of its value."""
-    with at_line_of(eqn), source_info_util.transform_name_stack("edit"):
-        yield
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
@@ -455,14 +426,6 @@ def rule_site(eqn: Any) -> str:
 
 
 # Traces -------------------------------------------------------------------------
-
-
-def is_tracing() -> bool:
-    """Tell whether results are being staged into a program, not computed now.
-
-    Only speed hangs on it: without the function, nothing is shared between runs.
-    """
-    return getattr(core, "unsafe_am_i_under_a_jit_DO_NOT_USE", lambda: False)()
 
 
 def is_no_reverse(error: Exception) -> bool:

@@ -23,6 +23,7 @@ FLOORS = [
         "_jax_closures",
         "_words",
     },
+    {"_jax_evaluate"},
     {"_jax"},
     {"_address", "_edge", "_checks"},
     {"_where", "_engine/as_written"},

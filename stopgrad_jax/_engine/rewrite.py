@@ -7,6 +7,7 @@ runs, so that custom rules, kernels, shardings and policies stay as they are.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ class Rewriter:
             slices[id(match.eqn)] = match, slice(start, end)
         edits = NamedEdits(self._actions.edits)
 
+        called = _jax.as_called(jaxpr.eqns)
         wanted = jaxpr.eqns if eqns is None else eqns
         wanted, groups = self._replaced(plan, wanted)
         for run in self._runs.cut(wanted, {**slices, **groups}, jaxpr.outvars):
@@ -100,7 +102,9 @@ class Rewriter:
                 match, mine = slices[id(run.eqns[0])]
                 operands = [_read(env, atom) for atom in match.eqn.invars]
                 given = perturbations[mine]
-                out, captured[mine] = self._match(match, operands, given, token)
+                run_as = called.get(id(match.eqn), match.eqn)
+                same = operands, given, token
+                out, captured[mine] = self._match(match, run_as, *same)
                 env |= zip(match.eqn.outvars, out, strict=True)
                 if match.own:
                     env |= edits.apply(match, out)
@@ -156,21 +160,30 @@ class Rewriter:
         return new
 
     def _match(
-        self, match: Match, operands: list[Any], perturbations: Any, token: Any
+        self,
+        match: Match,
+        run_as: Any,
+        operands: list[Any],
+        perturbations: Any,
+        token: Any,
     ) -> tuple[list[Any], list[Any]]:
-        """Evaluate an equation with what is done inside it and to its results."""
+        """Evaluate an equation with what is done inside it and to its results.
+
+        On the same operands, and with nothing done inside, `run_as` is run instead.
+        """
         eqn, actions, split = match.eqn, self._actions, len(match.inside)
         inside, own = perturbations[:split], perturbations[split:]
         captured: list[Any] = [None] * split
         functions = operation_edits(match, actions.edits)
         busy = any(map(self._is_busy, match.inside, inside))
 
-        def original(*operands: Any) -> list[Any]:
+        def original(*new: Any) -> list[Any]:
             nonlocal captured
             if not busy:
-                return _jax.bind(eqn, *operands)
+                same = all(map(operator.is_, new, operands))
+                return _jax.bind(run_as if same else eqn, *new)
             with _jax.at_source_of(eqn):
-                out, captured = self._rebuilt(match, list(operands), inside, token)
+                out, captured = self._rebuilt(match, list(new), inside, token)
             return out
 
         if functions:

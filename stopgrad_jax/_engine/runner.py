@@ -68,12 +68,13 @@ class Runner:
             return literal
 
         roles = value_equations(jaxpr, live) if not context.backward else {}
+        called = _jax.as_called(jaxpr.eqns)
         for index, eqn in enumerate(jaxpr.eqns):
             reads = [number(atom) for atom in eqn.invars]
             role = VALUE if index in roles else ""
             back = context.backward and any(k in level.cotangents for k in reads)
             writes = level.run(
-                self._run(eqn, shards),
+                self._run(called.get(id(eqn), eqn), shards),
                 reads,
                 eqn=eqn,
                 path=self._labels.path(eqn, context.path),

@@ -115,11 +115,17 @@ def _evaluate(run: Run, *values: Any) -> list[Any]:
 def _blocks(
     eqns: Sequence[Any], is_end: Callable[[Any, Any], bool]
 ) -> Iterator[list[Any]]:
-    """Cut equations after each one that `is_end` says of it and the next one."""
+    """Cut equations after each one that `is_end` says of it and the next one.
+
+    A block that is too long is not cut within one call.
+    """
     block = []
     for eqn, following in itertools.zip_longest(eqns, eqns[1:]):
         block.append(eqn)
-        if len(block) == _LONGEST or is_end(eqn, following):
+        whole = len(block) < _LONGEST or (
+            following and _jax.are_inlined(eqn, following)
+        )
+        if not whole or is_end(eqn, following):
             yield block
             block = []
     if block:
