@@ -136,8 +136,8 @@ def op(
         (`"sigmoid"` is each `logistic`). A primitive's own name means it alone.
       within: only in the function or `jax.named_scope` of this name; a path of scopes,
         with wildcards as in other addresses: `"Block_*"`, `"Net/**/Dense_0"`.
-      nth: of the matches, in program order, one by its index or several by a slice. A
-        match in a loop of JAX is one.
+      nth: of the matches, in the order of JAX's program, one by its index or several by
+        a slice. A match in a loop of JAX is one; `lax.cond` has the false branch first.
 
     Returns:
       An address. It raises `AddressError` where nothing matches, or `nth` none of it.

@@ -75,3 +75,35 @@ def test_only_arguments_are_named_where_only_arguments_are_taken():
         sg.find_nonfinite(loss, "q")(*ARGS)
     with pytest.raises(TypeError, match=r'write: one of "x"$'):
         sg.find_nonfinite(lambda x, n: x * n, "n")(1.0, 2)
+
+
+def two_losses(p):
+    kl = jnp.sum(p["b"] ** 2)
+    return {"total": jnp.sum(p["a"] ** 2) + kl, "kl": kl}
+
+
+BY_AN_OUTPUT = {
+    "flow": lambda p: sg.flow(two_losses, xs="return/kl")(p),
+    "explain": lambda p: sg.flow(two_losses)(p).explain("return/kl"),
+    "focus": lambda p: sg.flow(two_losses)(p).focus("return/kl"),
+    "connected": lambda p: sg.flow(two_losses)(p).connected("return/kl"),
+    "between": lambda p: sg.flow(two_losses)(p).between("return/kl", "return"),
+    "assert_gradient": lambda p: sg.assert_gradient(two_losses, "return/kl")(p),
+    "assert_no_gradient": lambda p: sg.assert_no_gradient(two_losses, "return/kl")(p),
+}
+
+
+@pytest.mark.parametrize("verb", BY_AN_OUTPUT)
+def test_an_output_is_nothing_to_differentiate_by(verb):
+    """The value before it is returned trains; what is returned leads nowhere."""
+    p = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(sg.AddressError, match="must be arguments or values inside"):
+        BY_AN_OUTPUT[verb](p)
+    sg.assert_gradient(two_losses, sg.var("kl"), ys="return/total", args=(p,))
+
+
+def test_a_mistyped_source_suggests_no_output():
+    p = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(sg.AddressError) as raised:
+        sg.flow(two_losses)(p).explain("retrn/kl")
+    assert "return/" not in str(raised.value).partition("got:")[2]

@@ -85,13 +85,13 @@ def refuse_outputs(
     program: Program,
     addresses: Iterable[Address],
     called: str,
-    stats: bool = False,
+    what: str = "xs and stop_gradients",
+    ys: bool = True,
 ) -> None:
     """The function's output is what is differentiated, not what by.
 
-    `stats`: they are those of `make_step`, which differentiates the loss alone.
+    `ys`: the call takes what is differentiated, too.
     """
-    what = "stats" if stats else "xs and stop_gradients"
     named = "a name for the value before it is returned"
     for address in addresses:
         if isinstance(address, str) and address.split("/")[0] == RETURN:
@@ -100,6 +100,6 @@ def refuse_outputs(
                     called,
                     f"{what} must be arguments or values inside {program.traced.name}",
                     f'"{address}", its output',
-                    named if stats else f'ys="{address}", or {named}',
+                    f'ys="{address}", or {named}' if ys else named,
                 )
             )

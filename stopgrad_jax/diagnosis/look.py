@@ -16,11 +16,13 @@ from stopgrad_jax._engine.differentiate import needed_for, places, try_gradient
 from stopgrad_jax._engine.dropped import dropped
 from stopgrad_jax._engine.graph import Value
 from stopgrad_jax._engine.labels import Labels, Spot
+from stopgrad_jax._engine.refuse import refuse_outputs
 from stopgrad_jax._engine.select import Program, look_up
 from stopgrad_jax._engine.towards import towards
 from stopgrad_jax._engine.trace import Static, Traced
 from stopgrad_jax._engine.trace import Value as Place
 from stopgrad_jax._engine.unfold import unfold
+from stopgrad_jax._engine.wanted import Wanted
 from stopgrad_jax._errors import AddressError, beats
 
 from .fold import Folded, Leaf, fold
@@ -55,7 +57,10 @@ class Look:
         """Look the addresses up and follow the gradient."""
         self.traced, self.labels, self.called = traced, labels, called
         self.xs, self.ys, self.internals = xs, ys, internals
-        program = look_up(traced, [*(xs or ()), *(ys or ())], called)
+        by = dict.fromkeys(xs or (), Wanted(("argument", "point")))
+        program = look_up(traced, [*by, *(ys or ())], called, by)
+        what = "what is looked at" if (told := called.startswith("flow.")) else "xs"
+        refuse_outputs(program, by, called, what, ys=not told)
         self._program = program
         self._ends = list(self._outputs_asked(program))
         asked = list(self._asked(program))

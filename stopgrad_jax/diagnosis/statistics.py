@@ -142,7 +142,8 @@ def measured(
     by = dataclasses.replace(TO_DIFFERENTIATE_BY, moving=True)
     wanted = dict.fromkeys(asked, TO_DIFFERENTIATE) | dict.fromkeys(addresses, by)
     program = look_up(traced, [*addresses, *asked], called, wanted)
-    refuse_outputs(program, addresses, called, stats=has_aux)
+    what = {"what": "stats", "ys": False} if has_aux else {}
+    refuse_outputs(program, addresses, called, **what)
     refuse_loops(program, [*addresses, *asked], called)
     refuse_rules(program, [*addresses, *asked], called)
     refuse_factors(program, addresses, called)
