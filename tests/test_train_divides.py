@@ -97,7 +97,29 @@ def in_a_rule(w, batch):
     return mean(squares(w, batch), batch[2].astype(jnp.float32))
 
 
+def one_after_another(w, batch):
+    def body(sums, example):
+        x, y, keep = example
+        return (sums[0] + keep * (x @ w - y) ** 2, sums[1] + keep), None
+
+    (total, count), _ = jax.lax.scan(body, (0.0, 0.0), batch)
+    return total / count
+
+
+def in_a_loop_of_python(w, batch):
+    x, y, keep = batch
+    total = sum(keep[k] * (x[k] @ w - y[k]) ** 2 for k in range(len(y)))
+    return total / sum(keep[k] for k in range(len(y)))
+
+
+def by_what_was_added_up(w, batch):
+    return jnp.sum(squares(w, batch) * batch[2]) / jnp.cumsum(batch[2])[-1]
+
+
 DIVIDES = [
+    one_after_another,
+    in_a_loop_of_python,
+    by_what_was_added_up,
     inside_the_sum,
     by_weights,
     by_weights_of_a_product,
@@ -183,7 +205,25 @@ def of_a_constant_choice(w, batch):
     return jnp.mean(jnp.real(jax.lax.pow(scores + 3j, jnp.complex64(-1j))))
 
 
+def counted_one_after_another(w, batch):
+    """The number of examples, whatever is in them."""
+
+    def body(sums, example):
+        x, y, _ = example
+        return (sums[0] + (x @ w - y) ** 2, sums[1] + 1.0), None
+
+    (total, count), _ = jax.lax.scan(body, (0.0, 0.0), batch)
+    return total / count
+
+
+def added_up_in_python(w, batch):
+    x, y, _ = batch
+    return sum((x[k] @ w - y[k]) ** 2 for k in range(len(y))) / len(y)
+
+
 OTHERS = [
+    counted_one_after_another,
+    added_up_in_python,
     of_a_constant_choice,
     by_its_own_length,
     by_its_own_score,

@@ -151,20 +151,37 @@ class _Kinds:
             moving = {v for v in eqn.invars if _is_variable(v) and v in self.varies}
             if not moving:
                 continue
-            self.varies.update(eqn.outvars)
             name, inner = eqn.primitive.name, nested(eqn)
+            bodies = inner.bodies if inner else ()
+            if len(bodies) != 1:  # else it depends on what comes of the one body
+                self.varies.update(eqn.outvars)
             if name == "select_n":  # one of several, whatever tells which
                 moving = {v for v in moving if v is not eqn.invars[0]}
             if _is_over_examples(eqn):
                 self.sums.update(eqn.outvars)
             elif name in _OF_ARRAYS and moving and moving <= self.sums:
                 self.sums.update(eqn.outvars)
-            for body in inner.bodies if inner else ():
-                known = self.within(body, eqn)
-                known.follow(body.jaxpr)
+            for body in bodies:
+                known = self._inside(body, eqn)
                 for end, k in zip(body.jaxpr.outvars, body.results, strict=True):
-                    if k is not None and _is_variable(end) and end in known.sums:
+                    if k is None or not _is_variable(end):
+                        continue
+                    if end in known.varies:
+                        self.varies.add(eqn.outvars[k])
+                    if end in known.sums:
                         self.sums.add(eqn.outvars[k])
+
+    def _inside(self, body: Body, eqn: Any) -> _Kinds:
+        """What is known of the values of a body, after as many rounds as it takes."""
+        known = self.within(body, eqn)
+        while True:
+            known.follow(body.jaxpr)
+            ends = ((body.jaxpr.outvars[i], j) for i, j in body.feedback)
+            moving = (j for end, j in ends if _is_variable(end) and end in known.varies)
+            fed = {body.jaxpr.invars[j] for j in moving} - known.varies
+            if not fed:
+                return known
+            known.varies.update(fed)
 
 
 def _divisions(
