@@ -1,8 +1,9 @@
 """Where gradients end although their values go on, and why.
 
 A *cut* is an expression of the user's code that a gradient enters and does not leave,
-while its value does. What JAX or a library stops inside a call that passes the
-gradient on as a whole (softmax subtracts a stopped maximum) is none.
+while its value does, or does not leave by one of its results. What JAX or a library
+stops inside a call that passes the gradient on as a whole (softmax subtracts a stopped
+maximum) is none.
 """
 
 from __future__ import annotations
