@@ -62,7 +62,7 @@ FLOORS = [
     {"_engine/shards", "_engine/trial", "_engine/ignored", "_engine/followed"},
     {"_engine/levels"},
     {"_engine/runner", "_engine/suspects"},
-    {"_engine/rounds"},
+    {"_engine/rounds", "_engine/chosen"},
     {"_engine/gated", "_engine/variables", "_engine/blame", "_engine/declared"},
     {"_engine/handed", "_engine/operations", "_engine/hiding", "_engine/raised"},
     {"_engine/routes", "_engine/origins"},

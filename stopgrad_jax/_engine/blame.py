@@ -20,6 +20,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .chosen import choosers
 from .entries import (
     Index,
     count,
@@ -119,6 +120,8 @@ def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
     way = find_way(runner, level, targets)
     put_in: list[Birth] = []
     for entry in sorted(way.born, key=lambda e: level.maker[e.value]):
+        if other := _chosen(runner, level, {entry: []}):
+            return other
         birth = _inside(runner, way, entry, "birth")
         if birth.kind != "taken":
             return birth
@@ -128,6 +131,8 @@ def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
     if harm:
         entry = min(harm, key=lambda e: level.maker[e.value])
         return _inside(runner, way, entry, "harm")
+    if other := _chosen(runner, level, way.before):
+        return other
     if put_in:
         return put_in[0]
     takers = [way.after[e] for e in way.given if e in way.after]
@@ -139,6 +144,15 @@ def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
     while entry in way.after and _hands_on(runner, level, entry):
         entry = way.after[entry]
     return _inside(runner, way, entry, "taken")
+
+
+def _chosen(
+    runner: Runner, level: Level, before: dict[Entry, list[Entry]]
+) -> Birth | None:
+    """Return the birth of another nan because of which one was chosen, if it is one."""
+    nans = choosers(level, before)
+    birth = find(runner, level, nans) if nans else None
+    return birth if birth is not None and birth.kind == "birth" else None
 
 
 def _hands_on(runner: Runner, level: Level, entry: Entry) -> bool:
