@@ -19,8 +19,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .apart import operands_of
-from .computed import all_that_flows
+from .computed import all_that_flows, computed_from
 from .connect import Bits, may_run_no_round
 from .linear import is_linear
 from .nested import Body, Nested, nested
@@ -95,7 +94,7 @@ class _Absent:
             state: _State = _LIVE if _LIVE in operands else _OTHER
             return [state] * len(eqn.outvars)
         every = [(1 << len(operands)) - 1] * len(eqn.outvars)
-        if (reads := operands_of(eqn)) == every:
+        if (reads := computed_from(eqn)) == every:
             return [self._result(eqn, operands)] * len(eqn.outvars)
         return [
             functools.reduce(

@@ -6,23 +6,51 @@ cotangents are values there, and may be compared, rounded and counted with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .apart import operands_of
 from .connect import Bits, Reach, apply, rounds, union
-from .nested import Body, Nested
+from .nested import Body, Nested, nested
+
+# (equation) -> for each result, the operands (as bits) that it is computed from
+_Read = Callable[[Any], Sequence[Bits]]
 
 
-def all_that_flows(jaxpr: Any) -> Sequence[Bits]:
-    """For each result of a program, the inputs (as bits) that it is computed from."""
-    return _Computed(_everything).summary(jaxpr).results
+def all_that_flows(jaxpr: Any, by_gate: _Read | None = None) -> Sequence[Bits]:
+    """For each result of a program, the inputs (as bits) that it is computed from.
+
+    With `by_gate`, a gate counts as what that says of it, and not as the values that
+    it returns.
+    """
+
+    def read(eqn: Any, moved: Bits | None) -> Sequence[Bits]:
+        if eqn.primitive.name == "custom_lin":
+            raise TypeError("a custom_vjp has no forward rule to read")
+        return computed_from(eqn, by_gate)
+
+    return _Computed(read).summary(jaxpr).results
 
 
-def _everything(eqn: Any, moved: Bits | None) -> list[Bits]:
-    if eqn.primitive.name == "custom_lin":
-        raise TypeError("a custom_vjp has no forward rule to read")
+def computed_from(eqn: Any, by_gate: _Read | None = None) -> Sequence[Bits]:
+    """For each result of an equation, the operands (as bits) of which its value is.
+
+    A gate's are its first operands, one by one, and those of a custom rule are what
+    its function computes, whatever a derivative of them would be.
+    """
+    if eqn.primitive.name in GATES:
+        if by_gate is not None:
+            return by_gate(eqn)
+        of_its_own = eqn.primitive.name == "pullback" and eqn.params["rule"].linear
+        if not of_its_own:
+            return [1 << k for k in range(len(eqn.outvars))]
+    inner = nested(eqn)
+    if inner is not None and inner.rule:
+        return all_that_flows(inner.bodies[0].jaxpr, by_gate)
     return operands_of(eqn)
+
+
+GATES = ("gate", "pullback")  # a value's, and a tangent's
 
 
 class _Computed(Reach):

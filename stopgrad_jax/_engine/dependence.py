@@ -13,7 +13,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .absent import cotangents_needed
-from .computed import all_that_flows
+from .computed import all_that_flows, computed_from
 from .connect import Bits, union
 from .linear import restricted
 from .nested import nested
@@ -31,12 +31,15 @@ class Answer:
       refuses: the operands (as bits) by which the rule cannot be differentiated; they
         count in `dependence`.
       always: it raises as soon as one of these moves, not only where a gradient comes.
+      reads: for each result, the operands (as bits) whose values its derivative is
+        computed with; empty where that is not known.
     """
 
     dependence: Sequence[Bits]
     masks: bool = False
     refuses: Bits = 0
     always: bool = False
+    reads: Sequence[Bits] = ()
 
 
 class Rules:
@@ -129,13 +132,7 @@ class Rules:
             pattern = _pattern(bits & source for bits in moving)
             answers.append(self.answer(eqn, pattern, cotangents))
             refuses |= source if answers[-1].refuses else 0
-        pairs = zip(*(answer.dependence for answer in answers), strict=True)
-        return Answer(
-            [union(bits) for bits in pairs],
-            any(answer.masks for answer in answers),
-            together.refuses,
-            any(answer.always for answer in answers),
-        ), refuses
+        return _united(answers, together.refuses), refuses
 
 
 def _pattern(moving: Iterable[Bits]) -> Bits:
@@ -191,13 +188,23 @@ def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
         return answer
     # Some operands may be to blame, and others not: `igamma(a, x)` by x alone.
     alone = [_ask_together(eqn, [k], results) for k in moved]
-    pairs = zip(*(each.dependence for each in alone), strict=True)
+    return _united(alone, union(each.refuses for each in alone))
+
+
+def _united(answers: Sequence[Answer], refuses: Bits) -> Answer:
+    """Return what holds where any of these does."""
+    known = all(answer.reads for answer in answers)
     return Answer(
-        [union(bits) for bits in pairs],
-        any(each.masks for each in alone),
-        union(each.refuses for each in alone),
-        any(each.always for each in alone),
+        _merged(answer.dependence for answer in answers),
+        any(answer.masks for answer in answers),
+        refuses,
+        any(answer.always for answer in answers),
+        _merged(answer.reads for answer in answers) if known else (),
     )
+
+
+def _merged(tables: Iterable[Sequence[Bits]]) -> list[Bits]:
+    return [union(bits) for bits in zip(*tables, strict=True)]
 
 
 def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
@@ -250,20 +257,39 @@ def _ask_forward(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     moves = tuple(avals[k] for k in moved)
     jaxpr = _jax.traced_at(eqn, tangents, avals, moves)
     skip = len(jaxpr.invars) - len(moves)
-    table = [0] * len(eqn.outvars)
-    for k, bits in zip(results, all_that_flows(jaxpr), strict=True):
+    table, reads = [0] * len(eqn.outvars), [0] * len(eqn.outvars)
+    for k, bits in zip(results, all_that_flows(jaxpr, _transposed), strict=True):
         table[k] = sum(1 << i for j, i in enumerate(moved) if bits >> skip + j & 1)
-    return Answer(table, _is_masked(eqn, jaxpr, len(moves)))
+        reads[k] = bits & (1 << skip) - 1
+    return Answer(table, _is_masked(eqn, jaxpr, len(moves)), reads=reads)
+
+
+def _transposed(eqn: Any) -> Sequence[Bits]:
+    """For each tangent that a gate returns, the operands its cotangent goes to.
+
+    A rule that calls one with its tangents has another transpose than its values say.
+    """
+    first, count = 0, eqn.params.get("count", 0)
+    if eqn.primitive.name == "gate":
+        first, count = eqn.params["split"]
+    sources = [k for k in _moved(eqn, None) if first <= k < first + count]
+    results = list(range(len(eqn.outvars)))
+    try:
+        return _ask_reverse(eqn, sources, results).dependence
+    except Exception:  # whatever the rule raises
+        return computed_from(eqn)
 
 
 def _ask_reverse(eqn: Any, moved: list[int], results: list[int]) -> Answer:
     jaxpr, consts = _jax.opened(_transpose(eqn, moved, results))
     needed = cotangents_needed(jaxpr, consts, len(results))
-    table = [0] * len(eqn.outvars)
-    for i, bits in zip(moved, needed, strict=True):
+    table, reads = [0] * len(eqn.outvars), [0] * len(eqn.outvars)
+    for i, bits, read in zip(moved, needed, all_that_flows(jaxpr), strict=True):
         for j, k in enumerate(results):
-            table[k] |= (bits >> j & 1) << i
-    return Answer(table, _is_masked(eqn, jaxpr, len(results)))
+            if bits >> j & 1:
+                table[k] |= 1 << i
+                reads[k] |= read & (1 << len(eqn.invars)) - 1
+    return Answer(table, _is_masked(eqn, jaxpr, len(results)), reads=reads)
 
 
 def _transpose(eqn: Any, moved: list[int], results: list[int]) -> Any:

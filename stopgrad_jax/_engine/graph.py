@@ -115,7 +115,8 @@ class Graph:
         new = Graph()
         new.__dict__.update(self.__dict__)
         new.__dict__.pop("followers", None)
-        new.ops, new.grads = list(self.ops), list(self.grads)
+        new.__dict__.pop("readers", None)
+        new.ops, new.grads, new.feeds = list(self.ops), [*self.grads], [*self.feeds]
         for k in ops:
             new.ops[k] = copy.copy(self.ops[k])
         return new

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import stopgrad_jax._jax as _jax
 
 from .dependence import Rules
+from .fed import feeds_of
 from .graph import Graph, Op, Value
 
 
@@ -31,10 +32,13 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
             answer, op.refuses = rules.by_source(op.eqn, op.moving, cotangents)
             op.always = answer.always
             before = [new.grads[value] for value in op.values]
-            for value, bits in zip(op.values, answer.dependence, strict=False):
+            fed = feeds_of(graph, op.eqn, op.inputs, answer)
+            asked_of = zip(op.values, answer.dependence, fed, strict=False)
+            for value, bits, feeds in asked_of:
                 come = (x for k, x in enumerate(op.inputs) if bits >> k & 1)
                 grads = tuple(dict.fromkeys(x for x in come if x is not None))
                 new.grads[value] = grads if arrives[value] else graph.grads[value]
+                new.feeds[value] = feeds if arrives[value] else graph.feeds[value]
             if before != [new.grads[value] for value in op.values]:
                 arrives, changed = new.backward(sinks, new.grads), True
         if not changed:

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import stopgrad_jax._jax as _jax
 
-from .apart import operands_of
 from .connect import Bits, Moves, Reach, may_run_no_round, read
 from .decided import Decided
 from .dependence import Answer, Rules, chosen
+from .fed import feeds_of
 from .graph import Graph, Op, Value
 from .labels import Labels, Path
 from .nested import Body, Nested
@@ -188,12 +188,12 @@ class _Unfolding:
             passes = self._rules.moving(eqn)
         op.overwrites = kept is not None
         results: list[Value | None] = []
-        for var, bits, reads in zip(eqn.outvars, passes, operands_of(eqn), strict=True):
+        feeds = feeds_of(self.graph, eqn, inputs, answer)
+        for var, bits, fed in zip(eqn.outvars, passes, feeds, strict=True):
             grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
             if kept is not None:
                 grads = kept
-            feeds = [x for k, x in enumerate(inputs) if reads >> k & 1]
-            results.append(self._result(op, var.aval, grads, feeds))
+            results.append(self._result(op, var.aval, grads, fed))
             if moves and carries(var.aval) and _jax.kind_of(eqn) == "custom_vjp_call":
                 self.graph.moves[op.values[-1]] = _values(inputs)
                 self._moves[op.values[-1]] = True
