@@ -223,10 +223,10 @@ def leaves_like(tree: Any, like: Any) -> list[Any]:
     """
     if tree is None:
         return [None] * len(jax.tree.leaves(like))
+    if jax.tree_util.all_leaves([like]):  # not so an empty container, nor None
+        return [tree]
     is_child = lambda node: node is not like  # noqa: E731
     children, structure = jax.tree.flatten(like, is_leaf=is_child)
-    if jax.tree_util.treedef_is_leaf(structure):
-        return [tree]
     parts = structure.flatten_up_to(tree)
     pairs = zip(parts, children, strict=True)
     return [leaf for part, child in pairs for leaf in leaves_like(part, child)]

@@ -295,7 +295,7 @@ def _given(x: Any, params: Any, trains: list[bool]) -> Any:
             return x(*map(whole, args), **kwargs)
 
         return of_whole
-    if jax.tree_util.treedef_is_leaf(structure) or not _is_like(x, params):
+    if jax.tree_util.all_leaves([params]) or not _is_like(x, params):
         return x
     return _masked(structure, leaves_like(x, params), trains)
 

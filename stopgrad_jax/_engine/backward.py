@@ -112,7 +112,17 @@ def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
                 "None",
             )
         )
-    ct, leaf = jnp.asarray(ct), jnp.asarray(leaf)
+    leaf = jnp.asarray(leaf)
+    if not jax.tree.leaves(ct):  # an empty container
+        raise TypeError(
+            beats(
+                called,
+                f"the cotangent of argument {number} is {type_of(leaf)}, as its value",
+                f"{ct!r:.60}, which holds no array",
+                "None, where nothing flows",
+            )
+        )
+    ct = jnp.asarray(ct)
     real = jnp.iscomplexobj(leaf) or not jnp.iscomplexobj(ct)
     if getattr(ct, "weak_type", False) and real:
         ct = ct.astype(leaf.dtype)
