@@ -108,6 +108,8 @@ def is_address(x: Any) -> bool:
 def point(name: str) -> Point:
     """Address the named point `name`, where an argument has the same name.
 
+    A name with wildcards yields a dict {name: value}, as in other addresses.
+
     Example:
         >>> import stopgrad_jax as sg
         >>> sg.gradients(lambda h: 3.0 * sg.name(h**2, "h"), sg.point("h"))(2.0)
@@ -284,10 +286,10 @@ def require_one_meaning(text: str, matched: list[str], called: str) -> None:
 
 
 def prefixes(path: str) -> Iterator[str]:
-    """Yield `a`, `a/b`, `a/b/c` for `a/b/c`."""
-    parts = path.split("/")
-    for end in range(1, len(parts) + 1):
-        yield "/".join(parts[:end])
+    """Yield `a`, `a/b`, `a/b/c` for `a/b/c`; a "/" in a quoted key separates nothing."""
+    bare = _QUOTED.sub(lambda found: "_" * len(found[0]), path)
+    for end in re.finditer(r"/|\Z", bare):
+        yield path[: end.start()]
 
 
 def nearest(

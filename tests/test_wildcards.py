@@ -147,3 +147,74 @@ def test_the_order_of_suggestions():
     with pytest.raises(sg.AddressError, match='write: one of "p/w"'):
         sg.gradients(loss, "p/ww")(PARAMS, X)
     assert jax.tree.leaves(sg.gradients(loss, "p/*")(PARAMS, X))
+
+
+# Patterns over points ---------------------------------------------------------------
+
+
+def two(x):
+    return jnp.sum(sg.name(x, "e0") * sg.name(x * 2.0, "e1")) + sg.name(x, "h")
+
+
+POINTS = [("e*", {"e0", "e1"}), ("*", {"e0", "e1", "h"}), ("h*", {"h"})]
+
+
+@pytest.mark.parametrize(("pattern", "keys"), POINTS)
+def test_a_pattern_of_points_means_what_the_string_means(pattern, keys):
+    point = sg.point(pattern)
+    # By hand, of a * b + c at (3, 6, 3).
+    slopes = {"e0": 6.0, "e1": 3.0, "h": 1.0}
+    values = {"e0": 3.0, "e1": 6.0, "h": 3.0}
+    expected = {key: slopes[key] for key in keys}
+    assert sg.gradients(two, point)(3.0) == expected
+    assert sg.gradients(two, [point])(3.0) == [expected]
+    assert sg.capture(two, point)(3.0)[1] == {point: {k: values[k] for k in keys}}
+    assert set(sg.gradient_stats(two, point)(3.0)) == keys
+    zeros = dict.fromkeys(keys, 0.0)
+    grads = jax.grad(sg.perturb(two, point))({point: zeros}, 3.0)
+    assert grads == {point: expected}
+
+
+def test_an_edit_and_a_stop_at_a_pattern_of_points():
+    doubled = sg.edit(two, {sg.point("e*"): lambda x: 2.0 * x})
+    assert doubled(3.0) == 4 * 18.0 + 3.0
+    assert sg.gradients(two, 0, stop_gradients=sg.point("e*"))(3.0) == 1.0
+    ys = {"e0": 5.0, "e1": 7.0}
+    got = sg.gradients(two, 0, ys=sg.point("e*"), grad_ys=ys)(3.0)
+    assert got == 5.0 + 2.0 * 7.0
+
+
+def test_a_pattern_of_points_passes_over_an_argument_of_that_name():
+    f = lambda e0: sg.name(e0 * 3.0, "e0") * sg.name(e0, "e1")
+    with pytest.raises(sg.AddressError, match="must mean one thing"):
+        sg.gradients(f, "e*")(2.0)
+    assert sg.gradients(f, sg.point("e*"))(2.0) == {"e0": 2.0, "e1": 6.0}
+
+
+@pytest.mark.parametrize("fun", [two, lambda x: x * 2.0], ids=["points", "none"])
+def test_a_pattern_of_points_that_matches_nothing(fun):
+    with pytest.raises(sg.AddressError, match=r"must match an argument") as caught:
+        sg.gradients(fun, sg.point("q*"))(3.0)
+    (write,) = re.findall(r"write: (.*)", str(caught.value))
+    assert "q*" not in write  # a name holds no wildcard
+
+
+# Beside a key that holds "/" --------------------------------------------------------
+
+BESIDE = {"w": 1.0, "a/b": {"c": 1.0}, "a": {"b": {"d": 1.0}}}
+
+
+def every_leaf(p):
+    return sum(jax.tree.leaves(p))
+
+
+@pytest.mark.parametrize("at", ["p/x", "p/ab", "p/a/c", "p/['a/b']/x", "p/a/*x", "a/b"])
+@pytest.mark.parametrize("verb", [sg.gradients, sg.capture, sg.gradient_stats])
+def test_a_path_that_matches_nothing_beside_one_that_means_two(at, verb):
+    with pytest.raises(sg.AddressError, match="must match an argument") as caught:
+        verb(every_leaf, at)(BESIDE)
+    message = str(caught.value)
+    assert f'address "{at}"' in message
+    (write,) = re.findall(r"write: one of (.*)", message)
+    for each in write.split(", "):
+        verb(every_leaf, each.strip('"'))(BESIDE)  # raises nothing

@@ -53,7 +53,8 @@ class Matched:
     @property
     def tree(self) -> Any:
         """The selected tree; for a pattern, a dict of them."""
-        if isinstance(self.address, str) and has_wildcard(self.address):
+        name = self.address.name if isinstance(self.address, Point) else self.address
+        if isinstance(name, str) and has_wildcard(name):
             return self.places
         (tree,) = self.places.values()
         return tree
@@ -186,6 +187,8 @@ def _working(
         target = _target(address)
         finder = _Finder(traced, found.targets, found.plan, "", looked)
         edge, inside = finder.selected(address)
+        if len(edge) > 1 and not has_wildcard(str(address)):
+            continue  # a path that means two places
         if not wanted.fits(program, list((edge | inside).values())):
             continue
         if isinstance(target, Var):
@@ -336,6 +339,7 @@ class _Finder:
         `wanted` is for what the error says to write instead.
         """
         edge, inside = self.selected(address)
+        require_one_meaning(str(address), list(edge), self._called)
         both = edge.keys() & inside.keys()
         if both:
             name = next(iter(both))
@@ -367,9 +371,7 @@ class _Finder:
         if has_wildcard(text):
             outputs = text.startswith(RETURN)
             known = dict(self._edges(self._traced.named, outputs))
-        matched = matching(text, known)
-        require_one_meaning(text, matched, self._called)
-        return {path: known[path] for path in matched}
+        return {path: known[path] for path in matching(text, known)}
 
     def _edges(
         self, roots: dict[str, Any], outputs: bool = True

@@ -21,6 +21,7 @@ from stopgrad_jax._address import (
     Op,
     Point,
     Var,
+    has_wildcard,
     matches_scope,
     nearest,
     nodes,
@@ -111,7 +112,8 @@ class Unmatched:
         if isinstance(address, Point):
             near = self.working(map(Point, nearest(address.name, names)))
             near = near or self.working(map(Point, names))
-            write = _one_of(near) if near else f'sg.name(value, "{address.name}")'
+            new = "h" if has_wildcard(address.name) else address.name
+            write = _one_of(near) if near else f'sg.name(value, "{new}")'
             return came, write
         known, text = [*self._edges, *names], str(address)
         labels = self.look(Var(text)).labels if isinstance(address, str) else []
