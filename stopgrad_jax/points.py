@@ -232,7 +232,8 @@ def perturb(
 
     Returns:
       A function of (perturbations, *args): a dict {address: an array like the value},
-      structured as `capture` returns the values.
+      structured as `capture` returns the values. A PRNG key stays as it is: its
+      perturbation is zeros.
 
     Raises:
       AddressError: an address matches nothing, or more than one kind of thing.

@@ -85,3 +85,53 @@ def test_a_known_zero_leaves_no_instruction():
     plain = instructions(lambda x: (x**2) ** 3, X)
     assert instructions(lambda x: P({"h": 0.0}, x), X) == plain
     assert instructions(lambda x: P({"h": jnp.zeros(())}, x), X) == plain
+
+
+# A tree that holds a key ------------------------------------------------------------
+
+KEYS = {
+    "key": lambda: jax.random.key(0),
+    "keys": lambda: jax.random.split(jax.random.key(1), 3),
+    "rbg": lambda: jax.random.key(2, impl="rbg"),
+}
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("at", ["p", "h", sg.point("h")], ids=str)
+def test_a_key_stays_as_it_is(at, key, run):
+    tree = {"w": jnp.float32([1.0, 2.0]), "k": key(), "n": jnp.int32(2)}
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+
+    def noisy(p):
+        p = sg.name(p, "h")
+        first = p["k"].ravel()[0]
+        return jnp.sum(p["w"] ** p["n"]) + jax.random.normal(first)
+
+    perturbed = sg.perturb(noisy, at)
+    noise = jax.random.normal(tree["k"].ravel()[0])
+
+    def moved(w):
+        return perturbed({at: {**zeros, "w": w}}, tree) - noise
+
+    # sum((w + d) ** 2) at w = (1, 2), by d: 2 (w + d)
+    np.testing.assert_allclose(run(moved)(zeros["w"]), 5.0, rtol=1e-5)
+    np.testing.assert_allclose(run(moved)(jnp.float32([1.0, 0.0])), 8.0, rtol=1e-5)
+    np.testing.assert_allclose(run(jax.grad(moved))(zeros["w"]), [2.0, 4.0])
+    assert run(perturbed)({at: zeros}, tree) == run(noisy)(tree)
+
+
+def test_a_key_that_is_returned_stays_as_it_is():
+    tree = {"w": jnp.float32(1.0), "k": jax.random.key(3)}
+    d = {"w": jnp.float32(0.5), "k": jnp.zeros_like(tree["k"])}
+    out = sg.perturb(lambda p: p, "return")({"return": d}, tree)
+    assert out["w"] == 1.5
+    assert out["k"] == tree["k"]
+
+
+@pytest.mark.parametrize("at", ["k", "return/k"])
+def test_nothing_can_be_added_to_a_key(at):
+    key = jax.random.key(0)
+    f = lambda k: {"k": k, "x": jax.random.normal(k)}
+    with pytest.raises(TypeError, match=r"PRNG key[\s\S]*write: .*sg\.edit"):
+        sg.perturb(f, at)({at: jax.random.key(7)}, key)
+    assert sg.perturb(f, at)({at: jnp.zeros_like(key)}, key)["x"] == f(key)["x"]

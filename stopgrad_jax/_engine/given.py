@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, Address, nodes
@@ -150,9 +151,29 @@ def perturbations_by_place(
             p = _jax.number_like(p, aval)
             if not hasattr(p, "dtype") or type_of(p) != type_of(aval):
                 raise _wrong(called, address, type_of(aval), p, aval)
+            if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+                _require_zero(p, called, address)  # of which there is no sum
+                continue
             with _jax.at_width_of(aval):
                 given[place] = p if place not in given else given[place] + p
     return given
+
+
+def _require_zero(key: Any, called: str, address: Address) -> None:
+    """Refuse what is known to be no zero for a PRNG key, which stays as it is."""
+    if _jax.is_traced(key):
+        return
+    with jax.ensure_compile_time_eval():  # it is known in a `jax.jit`, too
+        is_zero = not np.any(np.asarray(jax.random.key_data(key)))
+    if not is_zero:
+        raise TypeError(
+            beats(
+                called,
+                f"nothing can be added to a PRNG key: for {address!r} it is zeros",
+                f"{type_of(key)} that is not",
+                "jax.numpy.zeros_like(key); sg.edit, for another key",
+            )
+        )
 
 
 def _wrong(
