@@ -286,7 +286,7 @@ def require_one_meaning(text: str, matched: list[str], called: str) -> None:
 
 
 def prefixes(path: str) -> Iterator[str]:
-    """Yield `a`, `a/b`, `a/b/c` for `a/b/c`; a "/" in a quoted key separates nothing."""
+    """Yield `a`, `a/b`, `a/b/c` for `a/b/c`; a quoted key is one level."""
     bare = _QUOTED.sub(lambda found: "_" * len(found[0]), path)
     for end in re.finditer(r"/|\Z", bare):
         yield path[: end.start()]

@@ -110,7 +110,8 @@ def warn(message: str) -> None:
 class Check(Generic[P]):
     """A check that is made, and has yet to be called with the function's arguments.
 
-    Like a coroutine that is never awaited, one that is never called warns.
+    Like a coroutine that is never awaited, one that is never called warns. As with a
+    function, a copy is the same one, and in a class it is a method.
     """
 
     def __init__(self, fun: Callable[P, Any], called: str, check: Callable[P, None]):
@@ -124,6 +125,18 @@ class Check(Generic[P]):
         """Check the function at these arguments."""
         self._asked = True
         self._check(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Bind as a function does: a call of the method is a call of this."""
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __copy__(self) -> Check[P]:
+        """Return this: a call of a copy is its call."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Check[P]:
+        """Return this, likewise."""
+        return self
 
     def drop(self) -> None:
         """Give it up: what it was made for has failed."""

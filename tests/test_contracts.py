@@ -1,6 +1,10 @@
 """One-line contracts: when they hold, when they fail, and what they say then."""
 
+import copy
+import functools
+import gc
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +131,70 @@ def test_a_prevented_gradient_is_told_with_its_place():
     with pytest.raises(TypeError, match="labels are data") as raised:
         jax.grad(loss, 1)(1.0, 2.0)
     assert phrase in str(raised.value)
+
+
+# As functions are -------------------------------------------------------------------
+
+CONTRACTS = {
+    "assert_gradient": functools.partial(sg.assert_gradient, xs="w"),
+    "assert_no_gradient": functools.partial(sg.assert_no_gradient, xs="w"),
+    "check_gradients": sg.check_gradients,
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_contract_is_a_method(name):
+    class Net:
+        scale = 2.0
+
+        @CONTRACTS[name]
+        def check(self, w):
+            assert self.scale == 2.0
+            stopped = jax.lax.stop_gradient(w)
+            return self.scale * (stopped if name == "assert_no_gradient" else w)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Net().check(1.0)
+        Net().check(w=1.0)
+        Net.check(Net(), 1.0)  # as an attribute of the class it is itself
+        del Net
+        gc.collect()
+
+
+def test_a_method_whose_contract_is_broken():
+    class Net:
+        @functools.partial(sg.assert_gradient, xs="w")
+        def check(self, w):
+            return jnp.round(w)
+
+    with pytest.raises(AssertionError, match="w: expected a gradient"):
+        Net().check(1.0)
+
+
+def test_a_method_that_is_never_called_warns():
+    contract = sg.assert_gradient(lambda self, w: w, "w")
+    bound = contract.__get__(object())
+    del bound
+    with pytest.warns(RuntimeWarning, match="never called"):
+        del contract
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_call_of_a_copy_counts(name, copied):
+    def f(w):
+        return jax.lax.stop_gradient(w) * 2.0 if name == "assert_no_gradient" else w
+
+    contract = CONTRACTS[name](f)
+    other = copied(contract)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other(1.0)
+        del contract, other
+        gc.collect()
+    contract = CONTRACTS[name](f)
+    other = copied(contract)
+    with pytest.warns(RuntimeWarning, match="never called") as caught:
+        del contract, other
+    assert len(caught) == 1
