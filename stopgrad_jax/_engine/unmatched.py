@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
@@ -85,6 +85,11 @@ class Unmatched:
         asked = f"{asked}: address {written(address)}"
         if isinstance(address, Var) and self.variables is not None:
             return self.variables.no_variable(address, asked)
+        if address in ("", Point("")):
+            arguments, names = map(quoted, (self.traced.arguments, self.search.names))
+            write = self._any(points=isinstance(address, Point))
+            came = f'""; arguments {arguments}, points {names}'
+            return AddressError(beats(asked, "an address is not empty", came, write))
         if isinstance(address, Op):
             kinds = "a function, or a primitive, of"
             came, write = self._operation(address)
@@ -168,11 +173,13 @@ class Unmatched:
             return came, _one_of(write) if write else self._any()
         return None
 
-    def _any(self) -> str:
-        """Say all that an address of a value can be here."""
+    def _any(self, points: bool = False) -> str:
+        """Say all that an address of a value, or only of a point, can be here."""
         names = [n for n in self.search.names if n not in self.search.buried]
         paths = map(self._clear, [*self.traced.arguments, *names, RETURN])
-        works = self.working(paths)
+        works = self.working(map(Point, names) if points else paths)
+        if points and not works:
+            return 'sg.name(value, "h"), for there to be a point'
         return _one_of(works, near=True) if works else "another address"
 
     def _clear(self, path: str) -> Address:
@@ -242,11 +249,7 @@ class Unmatched:
     def _operation(self, op: Op) -> Told:
         search, number = self.search, self.targets.index(op)
         if number in search.hidden:
-            return (
-                "matches in the body of a custom rule only, where it is not looked for "
-                f"({search.hidden[number]})",
-                "sg.op of the function that has the rule",
-            )
+            return self._in_rules(search.hidden[number])
         if number in search.taken:
             line = search.taken[number]
             came = f"calls whose derivative has been taken already only ({line})"
@@ -272,6 +275,16 @@ class Unmatched:
         works = works or self.working(map(Op, rest))
         guessed = (*names,) != op.names
         return came, _one_of(works[:3], guessed) if works else "another function"
+
+    def _in_rules(self, rules: Mapping[tuple[str, ...], str]) -> Told:
+        """Matches that only custom rules hold: their names, and a line of each."""
+        lines = ", ".join(dict.fromkeys(line for line in rules.values() if line))
+        came = "matches in the body of a custom rule only, where it is not looked for"
+        came += f" ({lines})" if lines else ""
+        works = self.working(Op(name) for names in rules for name in names)
+        mine = ([a for a in map(Op, names) if a in works][:1] for names in rules)
+        write = list(dict.fromkeys(address for each in mine for address in each))
+        return came, _one_of(write) if write else _OF_THE_RULE
 
     def _same(self, op: Op) -> list[Any]:
         """Return the address without modules in front: sg.op("jax.nn.gelu")."""
@@ -340,6 +353,7 @@ def _callers(eqns: Sequence[Any]) -> list[str]:
     return [called(c)[0] for c in reversed(codes) if not _jax.is_own(c.co_filename)]
 
 
+_OF_THE_RULE = "sg.op of the function that has the rule"
 _CALLS = ("jit", *_jax.CUSTOM)  # what they call has a name of its own
 
 

@@ -39,14 +39,16 @@ class _Context:
     rule: bool = False
     dynamic: bool = False
     differentiated: bool = False
+    rule_names: tuple[str, ...] = ()  # of the function whose rule it is, the outermost
 
 
 class Search:
     """Look for `targets`, and remember every name on the way for error messages.
 
-    `hidden` maps a target to the line of a match in the body of a custom rule, where
-    operations are not looked for, `taken` to that of a call of which a derivative has
-    been taken, `outside` to the scopes of matches that are not within its own.
+    `hidden` maps a target to the custom rules with a match in their body, where
+    operations are not looked for (names of the function, and a line), `taken` to the
+    line of a call of which a derivative has been taken, `outside` to the scopes of
+    matches that are not within its own.
     `opaque` maps primitives that hold a program which cannot be searched to a line,
     `unreachable` wanted names in them to where that is. `fun` is the function
     searched, `anywhere` see `Variables`, `named` see `Parameters`.
@@ -62,7 +64,7 @@ class Search:
         self.targets, self._handed = targets, named or {}
         self.names: dict[str, None] = {}
         self.ops: dict[str, None] = {}
-        self.hidden: dict[int, str] = {}
+        self.hidden: dict[int, dict[tuple[str, ...], str]] = {}
         self.taken: dict[int, str] = {}
         self.outside: dict[int, dict[str, None]] = {}
         self.opaque: dict[str, str] = {}
@@ -243,7 +245,8 @@ class Search:
     def _is_hidden(self, target: int, eqn: Any, context: _Context) -> bool:
         """Tell whether it is in the body of a custom rule, and remember that."""
         if context.rule:
-            self.hidden.setdefault(target, _jax.line_of(eqn))
+            rules = self.hidden.setdefault(target, {})
+            rules.setdefault(context.rule_names, _jax.line_of(eqn))
         return context.rule
 
     def _around(self, eqn: Any, context: _Context) -> tuple[str, frozenset[str]]:
@@ -266,7 +269,13 @@ class Search:
             context.rule or inner.rule,
             context.dynamic or inner.dynamic,
             self._differentiated(eqn, context),
+            context.rule_names or self._rule_names(eqn, inner),
         )
+
+    def _rule_names(self, eqn: Any, inner: Nested) -> tuple[str, ...]:
+        """What the function of a custom rule may be addressed by."""
+        name = _jax.call_name(eqn) if inner.rule and self._ops else None
+        return (name, eqn.primitive.name) if name else ()
 
     @staticmethod
     def _differentiated(eqn: Any, context: _Context) -> bool:
