@@ -6,6 +6,10 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import jax
+import numpy as np
+
+from ._address import leaf_paths
 from ._errors import beats, function_name, type_of
 
 
@@ -50,6 +54,40 @@ def shown(x: Any, most: int = 60) -> str:
     else:
         text = " ".join(repr(x).split())
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def require_arrays(tree: Any, called: str, what: str, instead: str = "") -> None:
+    """Refuse leaves that a compiled program cannot take: most often a string."""
+    leaves = jax.tree.leaves(tree)
+    wrong = next((k for k, x in enumerate(leaves) if not _is_array(x)), None)
+    if wrong is None:
+        return
+    path = leaf_paths(tree)[wrong]
+    came = f"{leaves[wrong]!r:.40} ({type(leaves[wrong]).__name__})"
+    raise TypeError(
+        beats(
+            called,
+            f"a {what}, which the compiled program is given",
+            came + (f' at "{path}"' if path else ""),
+            instead
+            or "a batch without it: what does not change is bound before, as by "
+            "make_step(functools.partial(loss, ...), ...)",
+        )
+    )
+
+
+def _is_array(x: Any) -> bool:
+    if isinstance(x, jax.Array | bool | int | float | complex | jax.ShapeDtypeStruct):
+        return True
+    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biufc":
+        return True
+    if hasattr(x, "__jax_array__"):
+        return True
+    try:
+        jax.typeof(x)
+    except TypeError:
+        return False
+    return True
 
 
 def require_call(fun: Callable[..., Any], args: tuple[Any, ...], called: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import printed
+from stopgrad_jax._checks import require_arrays
 from stopgrad_jax._engine.trace import is_traceable
 from stopgrad_jax._errors import beats, function_name, type_of
 
@@ -86,6 +87,8 @@ class Runner:
 
     def one(self, batch: Any) -> Any:
         """Take one step; return its metrics."""
+        called = "fit(step, state, batches)"
+        require_arrays(batch, called, "batch of arrays and numbers")
         return self._run(batch, batch, None, 0)
 
     def many(self, batches: Any, first: int, length: int) -> Any:

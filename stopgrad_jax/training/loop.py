@@ -174,6 +174,8 @@ def _source(batches: Any, steps: int) -> tuple[Any, Iterator[Any] | None]:
         return given, None
     if callable(batches):
         return batches, None
+    if isinstance(batches, dict):  # whose keys are no batches
+        _refuse_leaf(batches)
     try:
         return given, iter(batches)
     except TypeError:
@@ -195,6 +197,21 @@ def _are_arrays(batches: Any) -> bool:
         return False  # no node of a pytree: jax.tree.leaves warns of iterators
     leaves = jax.tree.leaves(batches, is_leaf=lambda x: hasattr(x, "__next__"))
     return bool(leaves) and all(isinstance(x, array) for x in leaves)
+
+
+def _refuse_leaf(batches: Any) -> None:
+    """Name a leaf that keeps a tree from being arrays of batches."""
+    for path, leaf in zip(leaf_paths(batches), jax.tree.leaves(batches), strict=True):
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise TypeError(
+                beats(
+                    CALLED,
+                    "a tree of batches holds arrays with a leading axis of batches",
+                    f'{leaf!r:.40} ({type(leaf).__name__}) at "{path}"',
+                    "arrays alone: what does not change is bound before, as by "
+                    "make_step(functools.partial(loss, ...), ...)",
+                )
+            )
 
 
 def _check_arrays(batches: Any, steps: int) -> None:

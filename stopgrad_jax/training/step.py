@@ -10,6 +10,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as words
+from stopgrad_jax._checks import require_arrays
 from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, function_name
 from stopgrad_jax._where import Where
@@ -100,7 +101,8 @@ class Step:
           (the new state, metrics), see `make_step`.
 
         Raises:
-          TypeError: `state` is no state, or the loss is not as `make_step` wants it.
+          TypeError: `state` is no state, a leaf of the batch is no array (a string), or
+            the loss is not as `make_step` wants it.
           ValueError: a state or batch that does not fit, see `make_step`.
           RuntimeError: the state was used up by an earlier step.
         """
@@ -172,6 +174,7 @@ class Step:
             if self._watch.freezes:
                 if batch is _NO_BATCH:
                     raise ValueError(beats("step.init(params)", *words.NO_EXAMPLE))
+                _require_arrays(batch, key, "step.init(params, batch, key)")
                 trained, rest = layout.split(leaves)
                 layout = self._watch.frozen(layout, trained, rest, batch, key)
             self._layouts[seen] = layout
@@ -223,6 +226,7 @@ class Step:
                     "or make_step(..., donate=False)",
                 )
             )
+        _require_arrays(batch, key, "step(state, batch, key)")
         layout = self._layout(state.params, batch, key)
         trained, rest = layout.split(leaves)
         return layout, (trained, rest, state.opt_state, state.step, batch, key)
@@ -259,6 +263,12 @@ class Step:
             donated = (0, 2, 3) if donate else ()
             self._programs[which] = jax.jit(train_step, donate_argnums=donated, **out)
         return self._programs[which]
+
+
+def _require_arrays(batch: Any, key: Any, called: str) -> None:
+    if not jax.config.jax_disable_jit:  # type: ignore
+        require_arrays(batch, called, "batch of arrays and numbers")
+        require_arrays(key, called, "PRNG key", "jax.random.key(0)")
 
 
 def _nothing_trains(called: str, params: Any) -> Exception:
