@@ -24,13 +24,16 @@ from ._address import (
     Var,
     has_wildcard,
     is_address,
+    joined,
     leaf_paths,
     matching,
     nodes,
     paths_of,
+    printed,
     require_one_meaning,
 )
-from ._errors import AddressError, beats, function_name, quoted, shortened
+from ._checks import shown
+from ._errors import AddressError, beats, function_name, quoted
 
 Where = Any  # an address, a list of them, a boolean (prefix) pytree, or a predicate
 
@@ -137,33 +140,44 @@ def _tops(
     require_one_meaning(wanted, tops, called)
     if not tops:
         leaves = quoted(path for path, _ in _leaves(tree))
-        known = dict.fromkeys(_selectable(tree)) or known
+        able = dict.fromkeys(_selectable(tree, negated))
+        known = able if able or negated else known
+        sign = "!" if negated else ""
         raise AddressError(
             beats(
                 called,
                 "where must match a path of the tree",
                 f'"{wanted}", which matches nothing; '
-                + (f"paths are {leaves}" if known else "the tree is one leaf"),
-                _instead(wanted, list(known)) if known else "the call without where",
+                + ("the tree is one leaf" if leaves == '""' else f"paths are {leaves}"),
+                _instead(wanted, list(known), sign)
+                if known
+                else "the call without where",
             )
         )
     return negated, set(tops)
 
 
-def _selectable(tree: Any) -> Iterator[str]:
-    """Yield the paths below which a leaf carries a gradient."""
-    for above, leaf in zip(paths_of(tree), jax.tree.leaves(tree), strict=True):
-        if _jax.carries_gradient(leaf):
-            yield from above
+def _selectable(tree: Any, negated: bool) -> Iterator[str]:
+    """Yield the paths below which, or but for which, a leaf carries a gradient."""
+    every = paths_of(tree)
+    pairs = zip(every, jax.tree.leaves(tree), strict=True)
+    carry = [above for above, leaf in pairs if _jax.carries_gradient(leaf)]
+    for path in dict.fromkeys(path for above in every for path in above):
+        if any((path in above) != negated for above in carry):
+            yield path
 
 
-def _instead(wanted: str, known: list[str]) -> str:
+def _instead(wanted: str, known: list[str], sign: str) -> str:
+    def listed(paths: list[str], most: int = 3) -> str:
+        return quoted([sign + path for path in paths], most)
+
     if has_wildcard(wanted):
         deeper = matching(f"**/{wanted}", known)
-        return f'"**/{wanted}"' if deeper else "a pattern such as " + quoted(known[:3])
+        write = "a pattern such as " + listed(known[:3])
+        return f'"{sign}**/{wanted}"' if deeper else write
     ends = [p for p in known if p.endswith("/" + wanted)]
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
-    return quoted([*ends, *near] or known, most=3)
+    return listed([*ends, *near] or known)
 
 
 def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
@@ -171,14 +185,32 @@ def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
     expected += "tree of booleans with the structure of the tree or a prefix of it"
     try:
         every = jax.tree.leaves(jax.tree.broadcast(mask, tree))
-    except ValueError as error:
-        came = shortened(error)
+    except ValueError:
+        came = _mismatch(mask, tree, "")
         raise ValueError(beats(called, expected, came, "sg.mask(tree, path)")) from None
     wrong = [x for x in every if not isinstance(x, bool) and not _is_bool(x)]
     if wrong:
         came = f"{wrong[0]!r:.60} of type {type(wrong[0]).__name__}"
         raise TypeError(beats(called, expected, came, "sg.mask(tree, path)"))
     return [bool(x) for x in every]
+
+
+def _mismatch(mask: Any, tree: Any, path: str) -> str:
+    """Say where a tree of booleans is no prefix, outermost first."""
+    if jax.tree_util.all_leaves([mask]):
+        return ""
+    flat = [
+        jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda node, x=x: node is not x)
+        for x in (mask, tree)
+    ]
+    (ours, own), (theirs, other) = flat
+    at = f' at "{path}"' if path else ""
+    if own != other:
+        return f"{shown(mask)}{at}, where the tree is {shown(tree)}"
+    for (key, one), (_, two) in zip(ours, theirs, strict=True):
+        if key and (told := _mismatch(one, two, joined(path, printed(key)))):
+            return told
+    return ""
 
 
 def _is_bool(x: Any) -> bool:

@@ -151,7 +151,8 @@ def others(entries: int, type_of: str) -> str:
     """Count the other nonfinite entries of an argument."""
     if not entries:
         return f"the only nonfinite entry of {type_of}"
-    return f"and {entries} other entries of {type_of} are nonfinite"
+    which = "1 other entry" if entries == 1 else f"{entries} other entries"
+    return f"and {which} of {type_of} {'is' if entries == 1 else 'are'} nonfinite"
 
 
 def hidden(expressions: str) -> str:

@@ -193,7 +193,7 @@ def edit(
     @functools.wraps(fun)
     def edited(*args: P.args, **kwargs: P.kwargs) -> T:
         traced = refusing(trace(fun, args, kwargs), called)
-        wanted = dict.fromkeys(addresses, Wanted(rules=False, taken=False))
+        wanted = dict.fromkeys(addresses, Wanted(rules=False, taken=False, traced=True))
         program = look_up(traced, addresses, called, wanted)
         traced = program.traced
         refuse_rules(program, addresses, called)
@@ -308,7 +308,9 @@ def _edit_places(
                 beats(
                     f'edit of "{path}"',
                     "an edit must be of an array or a float",
-                    "a Python value, which is not traced",
+                    "a Python value, which is not traced"
+                    if jax.tree.leaves(tree)
+                    else "a tree without leaves",
                     "a call with that value instead",
                 )
             )

@@ -26,7 +26,8 @@ FLOORS = [
     {"_jax_evaluate"},
     {"_jax"},
     {"_address", "_edge"},
-    {"_where", "_checks", "_engine/as_written"},
+    {"_checks"},
+    {"_where", "_engine/as_written"},
     {"_engine/watched"},
     {
         "_engine/trace",

@@ -145,10 +145,8 @@ def look_up(
             if op.nth is not None:
                 plan = _chosen(plan, found, op, called)
     finder = _Finder(found.traced, found.targets, plan, called, looked)
-    wanted = wanted or {}
-    matched = {
-        a: Matched(a, finder.find(a, wanted.get(a, ANYTHING))) for a in addresses
-    }
+    takes = {a: (wanted or {}).get(a, ANYTHING) for a in addresses}
+    matched = {a: Matched(a, finder.find(a, takes[a])) for a in addresses}
     return Program(found.traced, plan, found.targets, matched)
 
 
@@ -187,9 +185,10 @@ def _working(
         target = _target(address)
         finder = _Finder(traced, found.targets, found.plan, "", looked)
         edge, inside = finder.selected(address)
-        if len(edge) > 1 and not has_wildcard(str(address)):
-            continue  # a path that means two places
-        if not wanted.fits(program, list((edge | inside).values())):
+        is_output = f"{address}/".startswith(RETURN + "/")  # also where it is no array
+        is_two = len(edge) > 1 and not has_wildcard(str(address))
+        fits = wanted.fits(program, list((edge | inside).values()))
+        if is_two or not fits or (is_output and "output" not in wanted.kinds):
             continue
         if isinstance(target, Var):
             number = found.targets.index(target)

@@ -63,6 +63,7 @@ class Unmatched:
     variables: Looked | None
     working: Callable[..., list[Any]]
     look: Callable[[Var], Looked]
+    kinds: Sequence[str] = ("argument", "output", "point")  # of places that are taken
 
     def suggesting(self, wanted: Any) -> Unmatched:
         """Return this for a call that takes only what is `wanted`."""
@@ -77,7 +78,11 @@ class Unmatched:
             return looked(self.look(var))
 
         return dataclasses.replace(
-            self, variables=variables, working=working, look=look
+            self,
+            variables=variables,
+            working=working,
+            look=look,
+            kinds=[kind for kind in self.kinds if kind in wanted.kinds],
         )
 
     def no_match(self, address: Address, asked: str) -> AddressError:
@@ -94,7 +99,9 @@ class Unmatched:
             kinds = "a function, or a primitive, of"
             came, write = self._operation(address)
         else:
-            kinds = "an argument, an output or a named point of"
+            taken = ("point",) if isinstance(address, Point) else self.kinds
+            *first, last = (_KINDS[kind] for kind in taken)
+            kinds = f"{', '.join(first)} or {last} of" if first else f"{last} of"
             came, write = self._value(address)
         expected = f"it must match {kinds} {self.traced.name}"
         return AddressError(beats(asked, expected, folded(came), folded(write)))
@@ -353,6 +360,7 @@ def _callers(eqns: Sequence[Any]) -> list[str]:
     return [called(c)[0] for c in reversed(codes) if not _jax.is_own(c.co_filename)]
 
 
+_KINDS = {"argument": "an argument", "output": "an output", "point": "a named point"}
 _OF_THE_RULE = "sg.op of the function that has the rule"
 _CALLS = ("jit", *_jax.CUSTOM)  # what they call has a name of its own
 

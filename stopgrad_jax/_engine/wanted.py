@@ -25,6 +25,7 @@ class Wanted:
       taken: also values whose derivative has been taken already.
       floats: real floating point only.
       moving: at least one of them carries a gradient.
+      traced: each tree that is selected holds one.
     """
 
     kinds: Sequence[str] = ("argument", "point", "output")
@@ -33,10 +34,12 @@ class Wanted:
     taken: bool = True
     floats: bool = False
     moving: bool = False
+    traced: bool = False
 
-    def fits(self, program: Any, tree: Any) -> bool:
+    def fits(self, program: Any, trees: Sequence[Any]) -> bool:
         """Tell whether a call takes what an address selects."""
-        places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
+        every = [list(map(_is_value, jax.tree.leaves(tree))) for tree in trees]
+        places = [v for v in jax.tree.leaves(trees) if _is_value(v)]
         types = [program.types[v] for v in places]
         points = [program.plan.found[v.index] for v in places if v.kind == "point"]
         return (
@@ -45,6 +48,7 @@ class Wanted:
             and (self.rules or not any(p.rule for p in points))
             and (self.taken or not any(p.differentiated for p in points))
             and (not self.floats or all(map(_is_float, types)))
+            and (not self.traced or all(map(any, every)))
             and (not self.moving or any(map(_jax.is_differentiable, types)))
         )
 
@@ -52,6 +56,10 @@ class Wanted:
 ANYTHING = Wanted()
 TO_DIFFERENTIATE_BY = Wanted(("argument", "point"), loops=False, rules=False)
 TO_DIFFERENTIATE = Wanted(loops=False, rules=False, floats=True, moving=True)
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Value)
 
 
 def _is_float(aval: Any) -> bool:
