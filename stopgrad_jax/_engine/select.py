@@ -53,8 +53,8 @@ class Matched:
     @property
     def tree(self) -> Any:
         """The selected tree; for a pattern, a dict of them."""
-        name = self.address.name if isinstance(self.address, Point) else self.address
-        if isinstance(name, str) and has_wildcard(name):
+        at = self.address.name if isinstance(self.address, Point) else self.address
+        if isinstance(at, str) and has_wildcard(at):
             return self.places
         (tree,) = self.places.values()
         return tree
@@ -177,18 +177,17 @@ def _working(
     traced: Traced, addresses: Sequence[Address], wanted: Wanted
 ) -> list[Address]:
     """Return those of some addresses that select something, and one thing only."""
-    found = _searched(traced, addresses)
+    found, works = _searched(traced, addresses), []
     looked = _looked(found)
     program = Program(found.traced, found.plan, found.targets, {})
-    works = []
     for address in addresses:
         target = _target(address)
         finder = _Finder(traced, found.targets, found.plan, "", looked)
         edge, inside = finder.selected(address)
-        is_output = f"{address}/".startswith(RETURN + "/")  # also where it is no array
-        is_two = len(edge) > 1 and not has_wildcard(str(address))
-        fits = wanted.fits(program, list((edge | inside).values()))
-        if is_two or not fits or (is_output and "output" not in wanted.kinds):
+        odd = len(edge) > 1 and not has_wildcard(str(address))  # it means two places
+        if f"{address}/".startswith(RETURN + "/"):  # also where it is no array
+            odd |= "output" not in wanted.kinds
+        if odd or not wanted.fits(program, [*(edge | inside).values()]):
             continue
         if isinstance(target, Var):
             number = found.targets.index(target)
