@@ -79,21 +79,25 @@ def as_called(eqns: Sequence[Any]) -> dict[int, Any]:
     """
     if is_tracing():
         return {}
-    casts = {
-        eqn.outvars[0]: eqn
-        for eqn in eqns
-        if eqn.primitive is convert_element_type_p and eqn.invars[0].aval.dtype == bool
-    }
-    products = (eqn for eqn in eqns if casts and eqn.primitive is mul_p)
-    pairs = ((eqn, k) for eqn in products for k in range(2))
-    return {
-        id(eqn): _product(eqn, k)
-        for eqn, k in pairs
-        if not isinstance(eqn.invars[k], core.Literal)
-        and (cast := casts.get(eqn.invars[k])) is not None
-        and are_inlined(cast, eqn)
-        and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
-    }
+    casts, found = dict[Any, Any](), dict[int, Any]()
+    for eqn in eqns:
+        read = [v for v in eqn.invars if not isinstance(v, core.Literal) and v in casts]
+        if eqn.primitive is convert_element_type_p and _is_boolean(eqn.invars[0]):
+            casts[eqn.outvars[0]] = eqn
+        elif read and eqn.primitive is mul_p and _is_inexact(eqn.outvars[0]):
+            # A derivative has products with the same cast: they are no such calls.
+            cast = casts.pop(read[0])
+            if are_inlined(cast, eqn):
+                found[id(eqn)] = _product(eqn, eqn.invars.index(read[0]))
+    return found
+
+
+def _is_boolean(atom: Any) -> bool:
+    return atom.aval.dtype == bool
+
+
+def _is_inexact(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
 
 
 def _product(eqn: Any, k: int) -> Any:

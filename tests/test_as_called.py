@@ -146,3 +146,27 @@ def test_nothing_is_called_in_what_is_compiled():
     edited = sg.edit(clipped, {sg.var("masked"): lambda v: v})
     programs = [str(jax.make_jaxpr(g)(*ARGUMENTS)) for g in (edited, clipped)]
     assert [p.count("multiply") for p in programs] == [0, 0]
+
+
+def by_hand(w):
+    z = w * (w > 0)
+    return jnp.sum(jnp.where(z > 0, jnp.sqrt(z), 0.0))
+
+
+def normalized(w):
+    mask = w > 0
+    h = w * mask
+    return jnp.sum(jnp.where(mask, h / jnp.sqrt(jnp.sum(h * h)) + jnp.log(h), 0.0))
+
+
+def weighed_twice(w):
+    return jnp.sum(jnp.sqrt(w * (w > 0)) * (w > 0))
+
+
+@pytest.mark.parametrize("f", [by_hand, normalized, weighed_twice])
+def test_a_product_of_a_derivative_is_no_such_call(f):
+    """Without `jit` the gradient is nan, and it is found."""
+    w = f32(1.0, -1.0)
+    assert np.isfinite(f(w))
+    assert np.isnan(jax.grad(f)(w)[1])
+    assert sg.find_nonfinite(f)(w) is not None
