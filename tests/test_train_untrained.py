@@ -44,6 +44,10 @@ def unused(p, x):
     return base(p, x)
 
 
+def clipped(p, x):
+    return base(sg.clip_gradient_norm(p, 1e3), x)
+
+
 def cast(p, x):
     return base(p, x + p["u"].astype(jnp.int32))
 
@@ -79,6 +83,7 @@ CAUSES = {
     stopped: "stop_gradient, on purpose",
     rounded: "the derivative of round is zero almost everywhere",
     unused: "the loss is not computed from it",
+    clipped: "the loss is not computed from it",
     cast: "astype returns int32, integers carry no gradient",
     compared: "a bool carries no gradient",
     chosen: r"argmax returns int32, integers carry no gradient",
