@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import jax
-import numpy as np
 
 from ._address import leaf_paths
 from ._errors import beats, function_name, type_of
@@ -77,11 +76,7 @@ def require_arrays(tree: Any, called: str, what: str, instead: str = "") -> None
 
 
 def _is_array(x: Any) -> bool:
-    if isinstance(x, jax.Array | bool | int | float | complex | jax.ShapeDtypeStruct):
-        return True
-    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biufc":
-        return True
-    if hasattr(x, "__jax_array__"):
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct) or hasattr(x, "__jax_array__"):
         return True
     try:
         jax.typeof(x)

@@ -32,7 +32,6 @@ def raises(kind, message, ask):
         (2, 'arguments "params", "x"'),
         ("0/v", 'arguments "params", "x"'),
         ("params/**/bias", 'points "hidden"'),
-        ("return/loss", " or a named point of f"),
         (sg.point("x"), 'points "hidden"'),
         (sg.op("tann"), 'write: sg.op("tanh")'),
     ],
@@ -44,6 +43,21 @@ def test_unknown_addresses(address, message):
     raises(LookupError, message, lambda: sg.gradients(f, 0, ys=address)(*ARGS))
     stops = {"stop_gradients": address}
     raises(LookupError, message, lambda: sg.gradients(f, 0, **stops)(*ARGS))
+
+
+def test_what_an_address_may_be_is_said_of_the_call():
+    """An output is nothing to differentiate by."""
+    any_of = "must match an argument, an output or a named point of f"
+    for ask in (
+        lambda: sg.capture(f, "return/loss")(*ARGS),
+        lambda: sg.edit(f, {"return/loss": abs})(*ARGS),
+        lambda: sg.gradients(f, 0, ys="return/loss")(*ARGS),
+    ):
+        raises(sg.AddressError, any_of, ask)
+    by = "must match an argument or a named point of f"
+    stops = {"stop_gradients": "return/loss"}
+    raises(sg.AddressError, by, lambda: sg.gradients(f, "return/loss")(*ARGS))
+    raises(sg.AddressError, by, lambda: sg.gradients(f, 0, **stops)(*ARGS))
 
 
 def test_an_address_that_means_two_things():

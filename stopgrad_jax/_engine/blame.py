@@ -24,16 +24,13 @@ from .chosen import choosers
 from .entries import (
     Index,
     count,
-    index_of,
     is_bad,
     is_nan,
     known,
-    places,
-    wide,
 )
 from .levels import Level, Op
 from .runner import Runner
-from .suspects import Entry, Suspects, cleaned
+from .suspects import Entry, Suspects, cleaned, first_entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,16 +169,6 @@ def targets_of(level: Level, results: Iterable[int]) -> list[Entry]:
     """Return the first nonfinite entry of each of these results of a level."""
     numbers = [k for result in results for k in level.outputs[result]]
     return [entry for k in numbers if (entry := first_entry(level, k)) is not None]
-
-
-def first_entry(level: Level, value: int) -> Entry | None:
-    """Return the first nan of a value, or else the first inf."""
-    x = level.values[value]
-    if not count(x):
-        return None
-    nan = np.flatnonzero(np.isnan(wide(x)))
-    number = nan[0] if len(nan) else places(x)[0]
-    return Entry(value, index_of(number, np.shape(x)))
 
 
 # The way back in one level --------------------------------------------------------

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .entries import FILLS, index_of, is_inexact, is_nan, ordinary, wide
+from .entries import FILLS, has_nan, is_inexact, is_nan, ordinary
 from .levels import Level, Op
-from .suspects import Entry
+from .suspects import Entry, first_entry
 
 
 def choosers(level: Level, before: Mapping[Entry, Sequence[Entry]]) -> list[Entry]:
@@ -30,7 +30,7 @@ def choosers(level: Level, before: Mapping[Entry, Sequence[Entry]]) -> list[Entr
         position, same = op.writes.index(entry.value), {e.value for e in made_by}
         runs = (_run(level, op, nans, between, same, fill) for fill in FILLS)
         if any(not is_nan(out[position], entry.index) for out in runs):
-            return [_entry(level, value, entry) for value in nans]
+            return [e for k in nans if (e := _entry(level, k, entry)) is not None]
     return []
 
 
@@ -45,7 +45,7 @@ def _compared(level: Level, op: Op) -> tuple[list[int], list[Op]]:
         between[number] = None
         for k in level.ops[number].reads:
             x = level.values[k]
-            if is_inexact(x) and np.isnan(wide(x)).any():
+            if has_nan(x):
                 nans[k] = None
             elif k not in waiting:
                 waiting.append(k)
@@ -74,11 +74,10 @@ def _run(
     return op.run(*[other.get(k, level.values[k]) for k in op.reads])
 
 
-def _entry(level: Level, value: int, like: Entry) -> Entry:
+def _entry(level: Level, value: int, like: Entry) -> Entry | None:
     """Return the nan at the same place of a value, or its first one."""
     x = level.values[value]
-    shape = np.shape(level.values[like.value])
-    if np.shape(x) == shape and is_nan(x, like.index):
+    alike = np.shape(x) == np.shape(level.values[like.value])
+    if alike and is_nan(x, like.index):
         return Entry(value, like.index)
-    number = int(np.flatnonzero(np.isnan(wide(x)))[0])
-    return Entry(value, index_of(number, np.shape(x)))
+    return first_entry(level, value)

@@ -29,6 +29,16 @@ class Entry(NamedTuple):
     index: Index  # type: ignore[reportIncompatibleMethodOverride]
 
 
+def first_entry(level: Level, value: int) -> Entry | None:
+    """Return the first nan of a value, or else the first inf."""
+    x = level.values[value]
+    if not count(x):
+        return None
+    nan = np.flatnonzero(np.isnan(wide(x)))
+    number = nan[0] if len(nan) else places(x)[0]
+    return Entry(value, index_of(number, np.shape(x)))
+
+
 class Suspects:
     """The nonfinite operands of an operation of which one result is nonfinite."""
 
