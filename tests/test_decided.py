@@ -48,6 +48,12 @@ ALWAYS_W = {
     "in a branch": lambda x, w: lax.cond(
         w[0] > 0, lambda: jnp.where(True, w, x), lambda: 2 * w
     ),
+    "compared numbers": jitted(lambda d, x, w: jnp.where(d > 0, w, x), 0.5),
+    "a difference": jitted(lambda d, x, w: jnp.where(3.0 - d > 2.5, x, w), 0.5),
+    "an infinity": jitted(lambda d, x, w: jnp.where(d - d == 0, x, w), jnp.inf),
+    "an integer as a number": jitted(
+        lambda d, x, w: jnp.where(d.astype(float) >= 1, w, x), 1
+    ),
     "both ways": lambda x, w: jnp.where(True, jnp.where(False, x, w), x),
 }
 
@@ -115,6 +121,12 @@ BOTH = {
     ),
     "handed in": lambda x, w: jax.jit(lambda d, x, w: jnp.where(d, w, x))(x > 0, x, w),
     "computed": lambda x, w: jnp.where(jnp.sum(x) > 0, w, x),
+    "a number carried": lambda x, w: lax.fori_loop(
+        0,
+        2,
+        lambda k, c: (c[0] + 1.0, c[1] + jnp.where(c[0] < 0.5, w, x)),
+        (0.0, 0 * x),
+    )[1],
 }
 
 
@@ -170,3 +182,12 @@ def test_references_are_written_in_any_branch():
         return jnp.sum(body(w, x))
 
     assert sg.flow(fun, xs="w")(X, W).inputs[0].status == "flows"
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("f", [jnp.var, jnp.std], ids=lambda f: f.__name__)
+def test_a_variance_selects_nothing_by_what_it_is_of(f, ddof):
+    """Its comparison is of the number of entries and of `ddof`."""
+    fun = lambda x, w: jnp.sum(f(x * w, ddof=ddof))
+    assert np.all(jax.grad(fun)(X, W))
+    assert "can get a gradient." in str(sg.flow(fun)(X, W).explain("x"))

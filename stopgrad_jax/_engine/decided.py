@@ -2,8 +2,9 @@
 
 `jax.lax.select(True, x, y)` has the constant at the selection itself. `jnp.where(True,
 x, y)` hands it to a jitted function. Here a program is written so that its selections
-have it themselves. Only single booleans and integers are followed, and only into what
-runs once where it is called: what a loop carries is another value in the next round.
+have it themselves, as `jnp.var` with the literal 0 in its comparison. Only single real
+numbers are followed, and only into what runs once where it is called: what a loop
+carries is another value in the next round.
 A branch of a `cond` that a constant rules out still counts, as in TensorFlow: its
 values get zeros.
 """
@@ -60,10 +61,10 @@ class Decided:
 
 
 def _is_constant(atom: Any) -> bool:
-    """Tell a literal that is one boolean or integer."""
+    """Tell a literal that is one boolean, integer or real number."""
     if not isinstance(atom, _jax.Literal) or np.ndim(atom.val):
         return False
-    return np.asarray(atom.val).dtype.kind in "biu"
+    return np.asarray(atom.val).dtype.kind in "biuf"
 
 
 def _written(jaxpr: Any, given: Mapping[Any, Any]) -> Any:
@@ -90,18 +91,20 @@ def _folded(eqn: Any) -> Any:
     if fold is None or not all(map(_is_constant, eqn.invars)):
         return None
     dtype = eqn.outvars[0].aval.dtype
-    if dtype not in (bool, *map(np.dtype, _INTEGERS)):
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf":
         return None
-    value = np.asarray(fold(*(np.asarray(atom.val) for atom in eqn.invars)))
-    value = value.astype(dtype)
+    with np.errstate(all="ignore"):  # as in JAX
+        value = np.asarray(fold(*(np.asarray(atom.val) for atom in eqn.invars)))
+        value = value.astype(dtype)
     return _jax.Literal(value, jax.typeof(value))
 
 
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-# What lies between a constant and what it decides, in `jnp.where`.
+# What lies between a constant and what it decides, in `jnp.where` and `jnp.var`.
 _FOLDS: Mapping[str, Callable[..., Any]] = {
     "broadcast_in_dim": lambda x: x,
     "convert_element_type": lambda x: x,
-    "ne": np.not_equal,
+    "sub": np.subtract,
+    **{"eq": np.equal, "ne": np.not_equal},
+    **{"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
     "not": np.invert,
 }
