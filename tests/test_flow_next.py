@@ -45,7 +45,6 @@ ASKED = {
     "a part with a star in its name": ("params/odd/c*", None),
     "a pattern": ("params/**/*h*", None),
     "several": (["params", "x"], None),
-    "an output": ("return", '"return"'),
     "a point's name": ("code", '"code"'),
     "a point": (sg.point("code"), 'sg.point("code")'),
     "a pattern of points": ("cod*", '"cod*"'),
