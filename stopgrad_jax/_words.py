@@ -252,8 +252,8 @@ OTHER = "{name} has no finite result in {dtype} for these operands"
 # The operand is smaller than any normal number of its dtype, and not zero.
 SUBNORMAL = "{name} of a subnormal {dtype} (below {tiny:.3g}): XLA may take it for 0"
 # An error was raised while the function ran, and so it is, step by step.
-RUNS = "the function must run to its end: it raised by itself"
-CALL_IT = "the call without find_nonfinite, which raises the same, and mend that first"
+RUNS = "{what} must run to its end: it raised by itself"
+CALL_IT = "{what} without find_nonfinite, which raises the same, and mend that first"
 # What `check_gradients` says ----------------------------------------------------------
 # The differences of a rule's own function over several distances agree with one
 # another, by more than they are unsure of, on something else than the rule says.

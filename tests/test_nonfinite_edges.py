@@ -111,6 +111,50 @@ def test_the_same_function_where_it_does_not_raise(function):
     assert sg.find_nonfinite(function)(jnp.float32(x)) is None
 
 
+@jax.custom_vjp
+def guarded(x):
+    return x
+
+
+def stop_at_infinity(g):
+    if not np.all(np.isfinite(g)):
+        raise GaveUp("the gradient is infinite")
+    return g
+
+
+def guard_backward(_, g):
+    shape = jax.ShapeDtypeStruct(g.shape, g.dtype)
+    return (jax.pure_callback(stop_at_infinity, shape, g),)
+
+
+guarded.defvjp(lambda x: (x, None), guard_backward)
+
+
+def guarded_root(x):
+    return jnp.sqrt(guarded(x))
+
+
+def guarded_steps(x):
+    return jax.lax.scan(lambda c, _: (jnp.sqrt(guarded(c)), None), x, length=2)[0]
+
+
+@pytest.mark.parametrize("function", [guarded_root, guarded_steps])
+@pytest.mark.parametrize("changed", [lambda f: f, jax.jit, jax.checkpoint])
+def test_a_gradient_that_raises_is_not_said_to_be_the_function(function, changed):
+    function = changed(function)
+    with pytest.raises(RuntimeError) as caught:
+        sg.find_nonfinite(function)(jnp.float32(0.0))
+    text = str(caught.value)
+    assert "the gradient must run to its end: it raised by itself" in text
+    assert "GaveUp: the gradient is infinite" in text
+    assert "in guarded(" in text
+    assert "write: jax.grad of it without find_nonfinite" in text
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the gradient is infinite"):
+        jax.block_until_ready(jax.grad(function)(jnp.float32(0.0)))
+    assert sg.find_nonfinite(function, xs=())(jnp.float32(0.0)) is None
+    assert sg.find_nonfinite(function)(jnp.float32(1.0)) is None
+
+
 # Many devices -------------------------------------------------------------------------
 
 
