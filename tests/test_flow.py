@@ -154,6 +154,18 @@ def test_a_dead_relu_is_no_structural_zero():
     assert statuses(flow) == {"w": "flows"}
 
 
+def test_a_relu_that_a_residual_goes_round_is_no_reason():
+    def loss(w, v):
+        h = jax.nn.relu(w)
+        h = h + jnp.maximum(h * v, 0.0)
+        return jnp.sum(h)
+
+    first, second = str(sg.flow(loss)(2.0, 3.0).explain()).split("\n\n")
+    line = loss.__code__.co_firstlineno + 1
+    assert f"inputs: relu, line {line}." in first
+    assert f"inputs: maximum, line {line + 1}." in second
+
+
 @pytest.mark.parametrize(
     "fun",
     [

@@ -78,6 +78,8 @@ CHOSEN = [
 
 @pytest.mark.parametrize("f", CHOSEN, ids=lambda f: f.__name__)
 def test_what_was_compared_is_named(f):
+    if f is with_bounds and jax.__version_info__ < (0, 11):
+        pytest.skip("JAX gives -inf there")
     assert np.isnan(f(X))
     assert not np.isnan(f(X + 1))  # so it is the root, and no constant
     found = str(sg.find_nonfinite(f, ())(X))

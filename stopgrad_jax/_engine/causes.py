@@ -154,16 +154,25 @@ class Analysis:
         moving = self.reached(self.moving, (v for v in values if v is not None))
         return moving | max(op.refuses, 0)
 
-    def lost_on_the_way(self, source: Bits, bits: Sequence[Bits]) -> list[Op]:
-        """Operations at which a source is lost in these bits, and not in `tangent`."""
-        graph, out = self.graph, []
-        for op in graph.ops:
-            for v in op.values:
-                passes = self.tangent[v] & source & ~bits[v] and self.arrives[v]
-                if passes and any(bits[s] & source for s in graph.grads[v]):
-                    out.append(op)
-                    break
-        return out
+    def masking(self, source: Bits) -> list[Op]:
+        """The relus, maxima and choices of case that all ways of a source go through.
+
+        One that a residual goes round is none: not all gradient is lost there.
+        """
+        graph, bits, behind = self.graph, self.unmasked, [0] * len(self.graph.maker)
+        waiting = list(self.sinks)
+        for value in waiting:
+            behind[value] = source
+        while waiting:
+            value = waiting.pop()
+            behind[value] &= self.tangent[value] & ~bits[value]
+            for before in graph.grads[value] if behind[value] else ():
+                more = behind[value] & ~behind[before] & self.tangent[before]
+                if more & ~bits[before]:
+                    behind[before] |= more
+                    waiting.append(before)
+        lost = lambda v: any(bits[s] & behind[v] for s in graph.grads[v])
+        return [op for op in graph.ops if any(map(lost, op.values))]
 
     @functools.cached_property
     def cuts(self) -> list[Cut]:

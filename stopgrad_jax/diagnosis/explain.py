@@ -52,7 +52,7 @@ def said(look: Look, row: Folded) -> str:
     masked = row.bits & ~analysis.reached(analysis.unmasked, analysis.sinks)
     if masked != row.bits:  # of the first layers of a relu network it is true, and idle
         return _words.CAN_GET.format(through=through)
-    ops = analysis.lost_on_the_way(masked, analysis.unmasked)
+    ops = analysis.masking(masked)
     names = list(dict.fromkeys(_mask(look, op) for op in ops))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     operations = f"{', '.join(names[:3])}{more}"
@@ -88,10 +88,14 @@ def _through(look: Look, row: Folded) -> str:
 
 
 def _mask(look: Look, op: Op) -> str:
+    name = op.name
+    if op.path.library:  # what its variables are called tells the user nothing
+        name = _jax.call_name(op.eqn) or _jax.kind_of(op.eqn)
     if op.spot is None:
-        return op.name
+        return name
     here = op.spot.file == look.file
-    return f"{op.name}, line {op.spot.frame.line}" if here else _placed(op)
+    place = f", line {op.spot.frame.line}" if here else f" ({op.spot.place})"
+    return name + place
 
 
 def _placed(op: Op) -> str:
