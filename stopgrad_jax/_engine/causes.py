@@ -171,7 +171,10 @@ class Analysis:
                 if more & ~bits[before]:
                     behind[before] |= more
                     waiting.append(before)
-        lost = lambda v: any(bits[s] & behind[v] for s in graph.grads[v])
+
+        def lost(value: Value) -> bool:
+            return any(bits[s] & behind[value] for s in graph.grads[value])
+
         return [op for op in graph.ops if any(map(lost, op.values))]
 
     @functools.cached_property
