@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import models
+import optax
 import pytest
 from jax import lax
 
@@ -164,6 +165,14 @@ def test_a_relu_that_a_residual_goes_round_is_no_reason():
     line = loss.__code__.co_firstlineno + 1
     assert f"inputs: relu, line {line}." in first
     assert f"inputs: maximum, line {line + 1}." in second
+
+
+def test_what_another_library_calls_a_relu_is_not_told():
+    """It hands it to `tree.map`, which is no reason for a zero."""
+    fun = lambda w: jnp.sum(optax.projections.projection_non_negative(w))
+    line = inspect.currentframe().f_lineno - 1
+    (first, *_) = str(sg.flow(fun)(2.0).explain("w")).split("\n")
+    assert first.endswith(f"may be zero at some inputs: relu, line {line}.")
 
 
 @pytest.mark.parametrize(

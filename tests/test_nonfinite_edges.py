@@ -148,7 +148,7 @@ def test_a_gradient_that_raises_is_not_said_to_be_the_function(function, changed
     assert "the gradient must run to its end: it raised by itself" in text
     assert "GaveUp: the gradient is infinite" in text
     assert "in guarded(" in text
-    assert "write: jax.grad of it without find_nonfinite" in text
+    assert "write: the gradient without find_nonfinite" in text
     with pytest.raises(jax.errors.JaxRuntimeError, match="the gradient is infinite"):
         jax.block_until_ready(jax.grad(function)(jnp.float32(0.0)))
     assert sg.find_nonfinite(function, xs=())(jnp.float32(0.0)) is None

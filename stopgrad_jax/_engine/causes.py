@@ -160,17 +160,13 @@ class Analysis:
         One that a residual goes round is none: not all gradient is lost there.
         """
         graph, bits, behind = self.graph, self.unmasked, [0] * len(self.graph.maker)
-        waiting = list(self.sinks)
-        for value in waiting:
-            behind[value] = source
+        waiting = [(sink, source) for sink in self.sinks]
         while waiting:
-            value = waiting.pop()
-            behind[value] &= self.tangent[value] & ~bits[value]
-            for before in graph.grads[value] if behind[value] else ():
-                more = behind[value] & ~behind[before] & self.tangent[before]
-                if more & ~bits[before]:
-                    behind[before] |= more
-                    waiting.append(before)
+            value, more = waiting.pop()
+            more &= self.tangent[value] & ~bits[value] & ~behind[value]
+            if more:
+                behind[value] |= more
+                waiting += ((before, more) for before in graph.grads[value])
 
         def lost(value: Value) -> bool:
             return any(bits[s] & behind[value] for s in graph.grads[value])

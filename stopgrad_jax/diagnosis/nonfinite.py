@@ -119,7 +119,7 @@ def _of_function(program: Program, runner: Runner, called: str) -> Exception | N
     came = _jax_errors.message_of(error)
     if spot is not None:
         came += f"\n          at {spot.place}, in {spot.expression}"
-    value = program.direction == "forward"
-    runs = _words.RUNS.format(what="the function" if value else "the gradient")
-    call = _words.CALL_IT.format(what="the call" if value else "jax.grad of it")
+    of_value = program.direction == "forward"
+    runs = _words.RUNS.format(what="the function" if of_value else "the gradient")
+    call = _words.CALL_IT.format(what="the call" if of_value else "the gradient")
     return RuntimeError(beats(called, runs, came, call))
