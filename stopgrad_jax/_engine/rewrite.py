@@ -176,11 +176,12 @@ class Rewriter:
         captured: list[Any] = [None] * split
         functions = operation_edits(match, actions.edits)
         busy = any(map(self._is_busy, match.inside, inside))
+        given = list(operands)  # a rule may hold `original` for longer than these live
 
         def original(*new: Any) -> list[Any]:
             nonlocal captured
             if not busy:
-                same = all(map(operator.is_, new, operands))
+                same = len(new) == len(given) and all(map(operator.is_, new, given))
                 return _jax.bind(run_as if same else eqn, *new)
             with _jax.at_source_of(eqn):
                 out, captured = self._rebuilt(match, list(new), inside, token)
@@ -194,6 +195,8 @@ class Rewriter:
                 out = edited_operation(found.name, found.line, called, *same)
         else:
             out = original(*operands)
+        done, captured = captured, []
+        given.clear()
         for k, (found, perturbation) in enumerate(zip(match.own, own, strict=True)):
             if token is not None and not actions.holds.isdisjoint(found.targets):
                 out[k] = hold(out[k], token)
@@ -202,8 +205,8 @@ class Rewriter:
             elif perturbation is not None:
                 move = perturb if actions.once else shift
                 out[k] = move(out[k], perturbation)
-            captured.append(out[k] if actions.slot(found).captured else None)
-        return out, captured
+            done.append(out[k] if actions.slot(found).captured else None)
+        return out, done
 
     def _is_busy(self, found: Found, perturbation: Any) -> bool:
         actions = self._actions
