@@ -338,3 +338,58 @@ def test_a_stopped_part_has_a_column_only_for_what_it_trains():
     cells = {row.path: tuple(row.terms.values()) for row in flow.inputs}
     assert cells["p/code"] == ("unused", "flows")
     assert cells["p/enc"] == ("flows", "cut")
+
+
+X = jnp.ones(3)
+
+
+def half_stopped(w, x):
+    data = jnp.mean((x * w) ** 2)
+    reg = jnp.sum(jax.lax.stop_gradient(w) ** 2)
+    return data + 0.1 * reg + jax.lax.stop_gradient(jnp.sum(jnp.abs(w)))
+
+
+def half_rounded(w, x):
+    data = jnp.mean((x * w) ** 2)
+    steps = jnp.sum(jnp.floor(w) * x)
+    return (data - 3.0 * steps) / 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (half_stopped, {"data": "flows", "reg": "cut", "stopped": "cut"}),
+        (half_rounded, {"data": "flows", "steps": "cut"}),
+    ],
+)
+def test_a_part_that_trains_nothing_is_a_column(loss, expected):
+    (row,) = (i for i in sg.flow(loss, xs="w")(X, X).inputs if i.path == "w")
+    cells = {n if n.isidentifier() else "stopped": c for n, c in row.terms.items()}
+    assert cells == expected
+    assert row.status == "flows"
+
+
+def test_a_part_of_data_alone_is_no_column():
+    def loss(w, x):
+        data, other = jnp.mean((x * w) ** 2), jnp.sum(jnp.round(x))
+        return data + jnp.sum(w) + other
+
+    (row,) = (i for i in sg.flow(loss, xs="w")(X, X).inputs if i.path == "w")
+    assert row.terms == {"data": "flows", "jnp.sum(w)": "flows"}
+
+
+def two_of_one_name(w, x):
+    h = jnp.tanh(x * w)
+    h = h * 2
+    data, extra = jnp.mean(h**2), jnp.sum(jnp.sin(w))
+    return extra + data
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_what_one_variable_trains_is_told_as_for_all_of_them(nth):
+    asked = [sg.var("h", nth=0), sg.var("h", nth=1)]
+    flow = sg.flow(two_of_one_name, xs=asked)(X, X)
+    assert "through" not in str(flow.explain())  # there is one part that they reach
+    flow = sg.flow(two_of_one_name, xs=[*asked, "w"])(X, X)
+    assert "h (f32[3]): can get a gradient, through data only." in str(flow.explain())
+    assert str(flow.explain(asked[nth])).splitlines()[0] in str(flow.explain())

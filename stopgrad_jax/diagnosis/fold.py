@@ -92,3 +92,20 @@ def _folded(path: str, leaves: list[Leaf], fate: Callable[[Leaf], Any]) -> Any:
                 yield from (Folded(leaf.path, [leaf]) for leaf in group)
             else:
                 yield from _folded(inner, group, fate)
+
+
+_COLUMNS, _WIDEST = 8, 72  # of the table, at most; characters of their names
+
+
+def fold_outputs(
+    outputs: list[tuple[str, list[Value]]],
+) -> list[tuple[str, list[Value]]]:
+    """Put outputs together by subtree until the table can show them."""
+    deepest = max(name.count("/") for name, _ in outputs) if outputs else 0
+    for depth in range(deepest + 1, 0, -1):
+        out: dict[str, list[Value]] = {}
+        for name, values in outputs:
+            out.setdefault("/".join(name.split("/")[:depth]), []).extend(values)
+        if len(out) <= _COLUMNS and sum(map(len, out)) <= _WIDEST:
+            return list(out.items()) if len(out) > 1 else []
+    return []

@@ -19,13 +19,13 @@ from stopgrad_jax._engine.labels import Labels, Spot
 from stopgrad_jax._engine.refuse import refuse_outputs
 from stopgrad_jax._engine.select import Program, look_up
 from stopgrad_jax._engine.towards import towards
-from stopgrad_jax._engine.trace import Static, Traced
+from stopgrad_jax._engine.trace import Traced
 from stopgrad_jax._engine.trace import Value as Place
 from stopgrad_jax._engine.unfold import unfold
 from stopgrad_jax._engine.wanted import Wanted
 from stopgrad_jax._errors import AddressError, beats
 
-from .fold import Folded, Leaf, fold
+from .fold import Folded, Leaf, fold, fold_outputs
 from .grouping import Grouping
 from .steps import Layout, Row, lay_out
 from .terms import terms
@@ -58,7 +58,9 @@ class Look:
         self.traced, self.labels, self.called = traced, labels, called
         self.xs, self.ys, self.internals = xs, ys, internals
         by = dict.fromkeys(xs or (), Wanted(("argument", "point")))
-        program = look_up(traced, [*by, *(ys or ())], called, by)
+        kept = base if base is not None and base.ys == ys else None
+        beside = kept.xs or () if kept else ()
+        program = look_up(traced, [*by, *beside, *(ys or ())], called, by)
         what = "what is looked at" if (told := called.startswith("flow.")) else "xs"
         refuse_outputs(program, by, called, what, ys=not told)
         self._program = program
@@ -66,14 +68,14 @@ class Look:
         asked = list(self._asked(program))
         self._bits = {place: bit for _, _, place, bit, *_ in asked}
         if base is not None and base.serves(self):
-            self.graph = base.graph
+            self.graph, same = base.graph, True
         else:
+            same = False
             moved = [self._bits.get(place, 0) for place in places(program)]
             needed = needed_for(program, [place for _, place in self._ends])
             self.graph = unfold(
                 program.traced.jaxpr, labels, program.plan, moved=moved, needed=needed
             )
-        self._terms = base.terms if base is not None and base.ys == ys else None
         values = {
             "argument": self.graph.inputs,
             "output": self.graph.outputs,
@@ -101,6 +103,17 @@ class Look:
             if leaf.bit:
                 sources[leaf.bit.bit_length() - 1] = leaf.values
         self.analysis = Analysis(self.graph, sources, sinks)
+        # In another graph its values have other numbers, and only its inputs are kept.
+        self._terms = kept.terms if kept and same else None
+        self._beside: dict[Value, str] = {}
+        if kept and not same:
+            trees = [program.matched[x].places for x in beside] or [traced.arguments]
+            for root, tree in (pair for each in trees for pair in each.items()):
+                for path, place in _ends(tree, root):
+                    value = value_at(place)
+                    floats = _jax.is_differentiable(program.types[place])
+                    if value is not None and floats:
+                        self._beside[value] = path
         self._tried: dict[int, tuple[bool, str]] = {}
         self._raised: dict[Any, str] = {}
 
@@ -198,14 +211,17 @@ class Look:
     def terms(self) -> list[tuple[str, list[Value]]]:
         """The columns of the table: outputs, or what the one output is a sum of."""
         if self._terms is not None:
-            return self._terms  # values have the same numbers in every graph of it
+            return self._terms
         if len(self.outputs) != 1:
-            return _folded(self.outputs)
+            return fold_outputs(self.outputs)
         if not self.outputs[0][1]:
             return []
         inputs = {leaf.value: leaf.path for leaf in self.leaves if leaf.bit}
-        (sink,) = self.analysis.sinks
-        return terms(self.analysis, sink, inputs)
+        analysis, (sink,) = self.analysis, self.analysis.sinks
+        if self._beside:
+            inputs = {**self._beside, **inputs}
+            analysis = Analysis(self.graph, [[v] for v in inputs], [sink])
+        return terms(analysis, sink, inputs)
 
     def word(self, bits: int, values: Iterable[Value]) -> str:
         """Say how some values fare with some inputs.
@@ -364,27 +380,10 @@ class Look:
         return self._plain.first + self.grouping.group_of[op]
 
 
-_COLUMNS, _WIDEST = 8, 72  # of the table, at most; characters of their names
-
-
-def _folded(outputs: list[tuple[str, list[Value]]]) -> list[tuple[str, list[Value]]]:
-    """Put outputs together by subtree until the table can show them."""
-    deepest = max(name.count("/") for name, _ in outputs) if outputs else 0
-    for depth in range(deepest + 1, 0, -1):
-        out: dict[str, list[Value]] = {}
-        for name, values in outputs:
-            out.setdefault("/".join(name.split("/")[:depth]), []).extend(values)
-        if len(out) <= _COLUMNS and sum(map(len, out)) <= _WIDEST:
-            return list(out.items()) if len(out) > 1 else []
-    return []
-
-
 def _ends(tree: Any, root: str) -> Iterator[tuple[str, Place]]:
     for path, node in nodes(tree, root):
         if isinstance(node, Place):
             yield path, node
-        elif isinstance(node, Static):
-            continue
 
 
 def require_outputs(look: Look) -> None:

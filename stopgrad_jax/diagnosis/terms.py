@@ -2,7 +2,8 @@
 
 From the output backwards, as long as an operation is linear in what is differentiated:
 sums part, and means, weights and casts are passed. A part that was given to a variable
-is named by it, any other one by its expression in the source.
+is named by it, any other one by its expression in the source. A part that is computed
+from what is differentiated and trains none of it is a column too: it says "cut".
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stopgrad_jax._engine.syntax import is_within
 
 _COLUMNS = 8  # at most
 _LONGEST = 32  # characters of an expression
+_ADDS = {"add", "sub", "add_any"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,21 @@ def terms(
     `inputs` holds the paths of what is differentiated by.
     """
     graph = analysis.graph
+    if not analysis.tangent[sink]:
+        return []
     parts = _told_apart(graph, list(_Sum(analysis, inputs).parts(sink)))
     shape = graph.avals[sink].shape
-    alike = all(p.named and graph.avals[p.value].shape == shape for p in parts)
+
+    def is_alike(part: Part) -> bool:
+        return part.named and graph.avals[part.value].shape == shape
+
+    parts = [
+        part
+        for part in parts
+        if analysis.tangent[part.value]
+        or ((not shape or is_alike(part)) and not _is_of_another(graph, part, parts))
+    ]
+    alike = all(map(is_alike, parts))
     if not parts[1:] or (shape and not alike) or not _independent(analysis, parts):
         return []
     out: dict[str, list[Value]] = {}
@@ -102,9 +116,7 @@ class _Sum:
         op, value = self._maker(value), self._graph.original(value)
         if op is None or op.join or op.held:
             return []
-        moving = self._analysis.tangent
-        moved = [k for k, v in enumerate(op.inputs) if v is not None and moving[v]]
-        moved = [k for k in moved if op.inputs[k] in self._graph.grads[value]]
+        moved = self._moved(op, value)
         operands = list(dict.fromkeys(op.inputs[k] for k in moved))
         shapes = [self._graph.avals[v].shape for v in operands if v is not None]
         # A bias is no part of a loss, nor is what is broadcast to the others.
@@ -115,6 +127,19 @@ class _Sum:
             return []
         linear = self._is_linear(op, moved)
         return [v for v in operands if v is not None] if linear else []
+
+    def _moved(self, op: Op, value: Value) -> list[int]:
+        """Return which operands make a value move; of a part that is cut, change it."""
+        analysis, graph = self._analysis, self._graph
+        pairs = [(k, v) for k, v in enumerate(op.inputs) if v is not None]
+        reached = [(k, v) for k, v in pairs if analysis.value[v]]
+        if analysis.tangent[value] and op.eqn.primitive.name not in _ADDS:
+            grads = graph.grads[value]
+            return [k for k, v in reached if analysis.tangent[v] and v in grads]
+        floats = _jax.is_differentiable
+        return [
+            k for k, v in reached if floats(graph.avals[v]) and v in graph.feeds[value]
+        ]
 
     def _is_linear(self, op: Op, moved: list[int]) -> bool:
         """Tell whether an operation is linear in operands; in all, so it is in each.
@@ -271,6 +296,12 @@ def _returned_name(op: Op, spot: Spot) -> tuple[str, Any] | None:
         if inner.expression:
             return inner.expression[:_LONGEST], inner.position
     return None
+
+
+def _is_of_another(graph: Graph, part: Part, parts: Sequence[Part]) -> bool:
+    """Tell whether a part is another one's value, as in `x + stop_gradient(q - x)`."""
+    before = graph.backward([part.value], graph.feeds)
+    return any(before[p.value] for p in parts if p.value != part.value)
 
 
 def _independent(analysis: Analysis, parts: Sequence[Part]) -> bool:
