@@ -30,6 +30,7 @@ from ._jax_evaluate import bind as bind
 from ._jax_evaluate import evaluate as evaluate
 from ._jax_evaluate import in_an_edit as in_an_edit
 from ._jax_evaluate import is_tracing as is_tracing
+from ._jax_kinds import NOT_PRIMITIVES as NOT_PRIMITIVES
 from ._jax_kinds import is_entrywise as is_entrywise
 from ._jax_kinds import is_primitive as is_primitive
 from ._jax_kinds import static_arguments as static_arguments
@@ -285,10 +286,15 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
     return same_rank(eqn.invars, body.invars) - num_carry, num_carry
 
 
+def jit_name(eqn: Any) -> str | None:
+    """Name of the function a `jit` equation calls; None for any other equation."""
+    return eqn.params["name"] if eqn.primitive.name == "jit" else None
+
+
 def call_name(eqn: Any) -> str | None:
     """Name of the function a `jit` or custom-rule equation calls."""
     if eqn.primitive.name == "jit":
-        return eqn.params["name"]
+        return jit_name(eqn)
     if kind_of(eqn) in CUSTOM:
         debug_info = opened(params_of(eqn)["call_jaxpr"])[0].debug_info
         return debug_info.func_src_info.split(" at ")[0] if debug_info else None
@@ -312,6 +318,17 @@ def gate_name(eqn: Any) -> str:
 
 
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+NAMED = ("jit", *CUSTOM)  # what they call has a name of its own
+
+
+def has_own_jvp(eqn: Any) -> bool:
+    """Tell the call of a `custom_jvp`."""
+    return kind_of(eqn) == CUSTOM[0]
+
+
+def has_own_vjp(eqn: Any) -> bool:
+    """Tell the call of a `custom_vjp`."""
+    return kind_of(eqn) == CUSTOM[1]
 
 
 def sees_which_move(eqn: Any) -> bool:
@@ -392,13 +409,18 @@ def _is_jax_closure(f: Any) -> bool:
     return callable(f) and module == "jax._src.interpreters.partial_eval"
 
 
+def returns_tree(eqn: Any) -> bool:
+    """Tell what returns the arrays of whatever its function returns."""
+    return eqn.primitive.name in ("jit", "scan")
+
+
 def result_paths(eqn: Any) -> tuple[str, ...] | None:
     """Return where each result of a `jit` or `scan` is in what its function returns.
 
     `"[0]"` and so on; None where JAX does not tell. A result that is only handed
     through is missing.
     """
-    if eqn.primitive.name not in ("jit", "scan"):
+    if not returns_tree(eqn):
         return None
     debug_info = opened(eqn.params["jaxpr"])[0].debug_info
     paths = getattr(debug_info, "result_paths", None)

@@ -21,6 +21,10 @@ _PRIMITIVES = frozenset(
 )
 
 
+# Functions of JAX with the name of a primitive that they are not: `jnp.max`.
+NOT_PRIMITIVES = frozenset({"max", "min", "logistic", "cond"})
+
+
 def is_primitive(name: str) -> bool:
     """Tell the name of a primitive of JAX's own."""
     return name in _PRIMITIVES

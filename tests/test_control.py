@@ -1,6 +1,7 @@
 """Control flow: what is made anew is what was, and its rounds are its run."""
 
 import collections
+import pathlib
 import re
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import stopgrad_jax as sg
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.wiring import Extras
@@ -229,3 +231,20 @@ def test_a_value_may_be_a_tree_of_arrays(name):
         assert not np.array_equal(out[0][1], own[1][0])
     else:
         same([x[1] for x in out], own[1])
+
+
+NAMES = (
+    "scan while cond jit closed_call remat2 shard_map custom_jvp_call custom_vjp_call"
+)
+
+
+def test_no_other_file_knows_a_primitive_by_its_name():
+    package = pathlib.Path(sg.__file__).parent
+    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in NAMES.split()))
+    know = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if quoted.search(path.read_text())
+    }
+    doors = {name for name in know if name.startswith("_jax")}
+    assert know - doors == {"_engine/control.py"}

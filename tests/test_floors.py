@@ -26,12 +26,12 @@ FLOORS = [
     {"_jax_evaluate"},
     {"_jax"},
     {"_address", "_edge"},
-    {"_checks"},
-    {"_where", "_engine/as_written"},
+    {"_checks", "_engine/crossing"},
+    {"_where", "_engine/as_written", "_engine/wiring"},
     {"_engine/watched"},
     {
         "_engine/trace",
-        "_engine/nested",
+        "_engine/control",
         "_engine/perturbation",
         "_engine/signature",
         "_engine/bindings",
@@ -46,7 +46,6 @@ FLOORS = [
         "_engine/slope",
         "_engine/references",
         "_engine/apart",
-        "_engine/rebuild",
     },
     {
         "_engine/decided",

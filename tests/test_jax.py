@@ -11,7 +11,7 @@ import pytest
 from programs import f32, layer, mesh
 
 from stopgrad_jax import _jax, _jax_errors
-from stopgrad_jax._engine.nested import nested
+from stopgrad_jax._engine.control import control
 
 P = jax.sharding.PartitionSpec
 
@@ -48,7 +48,7 @@ def test_scan_arity():
 )
 def test_nested_equations_are_known_and_wired(fun, name):
     (eqn,) = [e for e in eqns(fun, f32(1.0)[0]) if _jax.kind_of(e) == name]
-    inner = nested(eqn)
+    inner = control(eqn)
     assert inner is not None
     for body in inner.bodies:
         for k, var in zip(body.operands, body.jaxpr.invars, strict=True):

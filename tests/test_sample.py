@@ -170,6 +170,8 @@ def test_top_k_mask(dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_zeros_of_either_sign_are_equal(dtype, run):
     tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    if not jnp.array(tiny, dtype) > 0:  # some processors take it for zero
+        tiny = float(jnp.finfo(dtype).tiny)
 
     def marked(*x, k=1):
         row = jnp.array(x, dtype)

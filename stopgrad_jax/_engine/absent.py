@@ -20,11 +20,12 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .computed import all_that_flows, computed_from
-from .connect import Bits, may_run_no_round
+from .connect import Bits
+from .control import Control, control
 from .linear import is_linear
-from .nested import Body, Nested, nested
 from .references import carries, is_about_refs
 from .signature import signature
+from .wiring import Body
 
 # A value all of whose numbers are this one, or one of which just this is known: that
 # it has nothing to do with a cotangent that comes, or that it may have.
@@ -87,7 +88,7 @@ class _Absent:
         return [_read(env, atom) for atom in jaxpr.outvars]
 
     def _results(self, eqn: Any, operands: Sequence[_State]) -> list[_State]:
-        inner = nested(eqn)
+        inner = control(eqn)
         if inner is not None:
             return self._nested(eqn, inner, operands)
         if not any(isinstance(x, float) for x in operands):
@@ -142,15 +143,15 @@ class _Absent:
         return self._linear[key]
 
     def _nested(
-        self, eqn: Any, inner: Nested, operands: Sequence[_State]
+        self, eqn: Any, inner: Control, operands: Sequence[_State]
     ) -> list[_State]:
         results: list[_State | None] = [None] * len(eqn.outvars)
-        name, runs = eqn.primitive.name, eqn.params.get("length") != 0
+        by_branch, runs = inner.decides == "branch", not inner.is_empty
         bodies = list(inner.bodies)
-        if name == "cond" and isinstance(operands[0], float):
+        if by_branch and isinstance(operands[0], float):
             bodies = [bodies[int(operands[0])]]
         decided: _State = _OTHER
-        if name == "cond" and len(bodies) > 1:
+        if by_branch and len(bodies) > 1:
             decided = operands[0]
         for body in reversed(bodies):  # a loop's condition after what it carries
             inputs = [operands[k] for k in body.operands]
@@ -164,7 +165,7 @@ class _Absent:
             for k, state in zip(body.results, out, strict=False):
                 if k is not None:
                     results[k] = _either(results[k], state)
-            for o, back in body.feedback if may_run_no_round(eqn, inner) else ():
+            for o, back in body.feedback if inner.may_run_no_round else ():
                 if (k := body.results[o]) is not None:
                     results[k] = _either(results[k], inputs[back])
         states = list(map(_some, results))

@@ -267,7 +267,7 @@ def last_assigning(
 def _returns_several(item: Item, depth: int) -> bool:
     """Tell whether the value of the call is a container, as far as JAX tells."""
     paths = _jax.result_paths(item.eqn) if _is_direct(item, depth) else None
-    if item.eqn.primitive.name == "jit":
+    if _jax.jit_name(item.eqn) is not None:
         return paths is not None and "" not in paths
     return len(item.eqn.outvars) > 1
 
@@ -284,7 +284,7 @@ def _part(item: Item, depth: int, expression: Assigned) -> int:
         mine = [k for k, path in enumerate(paths) if path == wanted]
         if len(mine) == 1:
             return mine[0]
-    elif eqn.primitive.name not in ("jit", "scan") and not expression.below:
+    elif not _jax.returns_tree(eqn) and not expression.below:
         at = expression.position(count)
         if at is not None:
             return at

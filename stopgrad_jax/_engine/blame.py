@@ -21,6 +21,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .chosen import choosers
+from .control import control
 from .entries import (
     Index,
     count,
@@ -292,18 +293,15 @@ def _source(level: Level, value: int | None) -> tuple[int | None, Any]:
 def inner_targets(level: Level, op: Op, inner: Level, entry: Entry) -> list[Entry]:
     """Return the entry inside of an operation that one of its results comes from."""
     position, index = op.writes.index(entry.value), entry.index
-    name, shards = op.eqn.primitive.name, inner.context.shards
-    if op.body is None and name == "shard_map" and shards is not None:
+    opened = control(op.eqn) if op.body is None else None
+    shards = inner.context.shards
+    if opened and opened.on_devices and shards is not None:
         shape = np.shape(level.values[entry.value])
         index = shards.inside(position, index, shape)
     numbers = inner.outputs[position]
-    if op.body is None and name == "scan" and _is_stacked(op, position):
+    if opened and opened.is_stacked(position):
         depth = len(shards.sizes) if shards else 0
         numbers = [numbers[index[depth]]]
         index = (*index[:depth], *index[depth + 1 :])
     exact = [Entry(k, index) for k in numbers if is_bad(inner.values[k], index)]
     return exact or [e for k in numbers if (e := first_entry(inner, k)) is not None]
-
-
-def _is_stacked(op: Op, position: int) -> bool:
-    return position >= _jax.scan_arity(op.eqn)[1]

@@ -18,7 +18,7 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats
 
 from .anew import map_jaxprs, with_eqns
-from .nested import nested
+from .control import control
 from .trace import Traced
 
 _INSTEAD = (
@@ -43,7 +43,7 @@ def holds_closure(jaxpr: Any) -> bool:
     for eqn in jaxpr.eqns:
         if _jax.kind_of(eqn) in _jax.CUSTOM and _jax.closes_over_tracers(eqn):
             return True
-        inner = nested(eqn)
+        inner = control(eqn)
         if inner is not None and any(holds_closure(b.jaxpr) for b in inner.bodies):
             return True
     return False
@@ -103,7 +103,7 @@ def _reads(eqn: Any, ended: frozenset[Any]) -> bool:
             return [x for x in out if _jax.carries_gradient(x)]
 
         primals = [operands[k] for k in moved]
-        if eqn.primitive.name == "custom_jvp_call":
+        if _jax.has_own_jvp(eqn):
             return jax.jvp(function, primals, primals)
         out, pull = jax.vjp(function, *primals)
         return out, pull(out)
@@ -135,7 +135,7 @@ def _with_rule_that_raises(eqn: Any, line: str, called: str) -> Any:
         return _jax.bind(eqn, *operands)
 
     again: Callable[..., Any]
-    if eqn.primitive.name == "custom_jvp_call":
+    if _jax.has_own_jvp(eqn):
         again = jax.custom_jvp(function)
         again.defjvp(rule)
     else:

@@ -11,7 +11,8 @@ from typing import Any
 
 from .apart import operands_of
 from .connect import Bits, Reach, apply, rounds, union
-from .nested import Body, Nested, nested
+from .control import Control, control
+from .wiring import Body
 
 # (equation) -> for each result, the operands (as bits) that it is computed from
 _Read = Callable[[Any], Sequence[Bits]]
@@ -44,7 +45,7 @@ def computed_from(eqn: Any, by_gate: _Read | None = None) -> Sequence[Bits]:
         of_its_own = eqn.primitive.name == "pullback" and eqn.params["rule"].linear
         if not of_its_own:
             return [1 << k for k in range(len(eqn.outvars))]
-    inner = nested(eqn)
+    inner = control(eqn)
     if inner is not None and inner.rule:
         return all_that_flows(inner.bodies[0].jaxpr, by_gate)
     return operands_of(eqn)
@@ -59,8 +60,8 @@ class _Computed(Reach):
     def _carries(self, aval: Any) -> bool:
         return True
 
-    def _decides(self, eqn: Any, inner: Nested, operands: Sequence[Bits]) -> Bits:
-        if eqn.primitive.name == "cond":
+    def _decides(self, eqn: Any, inner: Control, operands: Sequence[Bits]) -> Bits:
+        if inner.decides == "branch":
             return operands[0]
         if not inner.dynamic:
             return 0

@@ -15,11 +15,12 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
+from .control import Control, control
 from .decided import Decided
-from .nested import Body, Nested, nested
 from .overwrite import Overwrites
 from .references import carries, is_about_refs, refs_of, touched
 from .walk import Found, Match, Plan
+from .wiring import Body
 
 Bits = int
 # (equation, the operands that move as bits, or None where it does not matter) -> for
@@ -124,9 +125,9 @@ class Moves:
         """Return a jaxpr with what constants decide, which JAX does not look at."""
         return jaxpr
 
-    def _inside(self, eqn: Any) -> Nested | None:
+    def _inside(self, eqn: Any) -> Control | None:
         """Describe an equation's inner jaxprs."""
-        return nested(eqn)
+        return control(eqn)
 
     def _left(self, operands: Sequence[Bits], left: Sequence[Bits]) -> Bits:
         """Bits of an array of which a part was overwritten: JAX does not see it."""
@@ -178,7 +179,7 @@ class Moves:
     def _nested(
         self,
         eqn: Any,
-        inner: Nested,
+        inner: Control,
         plans: Sequence[Plan | None],
         operands: Sequence[Bits],
         sources: Sequence[Bits],
@@ -186,7 +187,7 @@ class Moves:
     ) -> tuple[list[Bits], list[Bits], dict[int, Bits]]:
         results, found = [0] * len(eqn.outvars), list[Bits]()
         refs: dict[int, Bits] = {}
-        never = may_run_no_round(eqn, inner)
+        never = inner.may_run_no_round
         flags, own_flags = moving or (None, ())
         for body, plan in zip(inner.bodies, plans, strict=True):
             count = len(plan.found) if plan else 0
@@ -197,7 +198,7 @@ class Moves:
                 moved = self.entering(body, plan, moved, own_flags[:count])
                 own_flags = own_flags[count:]
             summary = self.summary(body.jaxpr, plan, moved)
-            runs = eqn.params.get("length") != 0
+            runs = not inner.is_empty
             if runs:
                 inputs = rounds(body, summary, inputs, mine)
             for k, bits in zip(body.results, summary.results, strict=True):
@@ -220,7 +221,7 @@ class Moves:
         """Whether what is summed up comes through a value of this type."""
         return carries(aval)
 
-    def _decides(self, eqn: Any, inner: Nested, operands: Sequence[Bits]) -> Bits:
+    def _decides(self, eqn: Any, inner: Control, operands: Sequence[Bits]) -> Bits:
         """Bits that come to all results through what decides which body runs."""
         return 0
 
@@ -253,8 +254,8 @@ class Reach(Moves):
     def _program(self, jaxpr: Any) -> Any:
         return self._decided.program(jaxpr)
 
-    def _inside(self, eqn: Any) -> Nested | None:
-        return self._decided.nested(eqn)
+    def _inside(self, eqn: Any) -> Control | None:
+        return self._decided.control(eqn)
 
     def matters(self, jaxpr: Any) -> bool:
         """Tell whether a jaxpr holds an equation whose rule is told what moves."""
@@ -265,7 +266,7 @@ class Reach(Moves):
         return self._holding[id(jaxpr)]
 
     def _is_told(self, eqn: Any) -> bool:
-        inner = nested(eqn)
+        inner = control(eqn)
         if inner is None or inner.rule:
             return self._by_pattern(eqn)
         return any(self.matters(body.jaxpr) for body in inner.bodies)
@@ -307,11 +308,6 @@ def rounds(
             changed |= bits != inputs[back]
             inputs[back] = bits
     return inputs
-
-
-def may_run_no_round(eqn: Any, inner: Nested) -> bool:
-    """Tell whether the results of a loop may be what it was begun with."""
-    return inner.dynamic or eqn.params.get("length") == 0
 
 
 def read(env: dict[Any, Bits], atom: Any) -> Bits:

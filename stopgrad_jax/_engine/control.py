@@ -101,6 +101,15 @@ class Control:
         """Its results may be what it was begun with."""
         return self.dynamic or self.is_empty
 
+    @property
+    def joins(self) -> bool:
+        """A result of it may be one of several values."""
+        return len(self.bodies) > 1 or self.may_run_no_round
+
+    def is_scanned(self, operand: int) -> bool:
+        """Tell an operand of which each step takes its own value."""
+        return False
+
     def is_stacked(self, result: int) -> bool:
         """Tell a result that holds one value for each step."""
         return False
@@ -178,6 +187,9 @@ class _Scan(Control):
     @property
     def is_empty(self) -> bool:
         return self.eqn.params["length"] == 0
+
+    def is_scanned(self, operand: int) -> bool:
+        return operand >= sum(self._arity)
 
     def is_stacked(self, result: int) -> bool:
         return result >= self._arity[1]

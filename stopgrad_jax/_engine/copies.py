@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 import stopgrad_jax._jax as _jax
 
-from .nested import nested, while_loop
+from .control import Control
+from .wiring import Extras
 
 Copy = Sequence[Any]  # operands
 Copies = Sequence[Copy]  # the base first
@@ -21,121 +21,61 @@ Tokens = dict[Any, jax.Array]
 Run = Callable[[Any, Sequence[Any], Copies, Tokens], list[list[Any]]]
 
 
-def around(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-    """Evaluate an equation that holds jaxprs, with `run` for these."""
-    return _AROUND.get(_jax.kind_of(eqn), _inline)(run, eqn, copies, tokens)
+@jax.tree_util.register_pytree_node_class
+class _Value:
+    """A value in each copy: what is the same as the base is handed on once.
+
+    So it is still the same one inside of a loop, a branch or a `shard_map`.
+    """
+
+    def __init__(self, copies: Sequence[Any]) -> None:
+        self.copies = list(copies)
+
+    def tree_flatten(self) -> tuple[list[Any], tuple[bool, ...]]:
+        base, *others = self.copies
+        same = tuple(x is base for x in others)
+        return [base, *(x for x in others if x is not base)], same
+
+    @classmethod
+    def tree_unflatten(cls, same: tuple[bool, ...], children: Sequence[Any]) -> _Value:
+        base, *rest = children
+        moved = iter(rest)
+        return cls([base, *(base if is_base else next(moved) for is_base in same)])
 
 
-def _inline(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-    inner = nested(eqn)
-    assert inner is not None
-    (body,) = inner.bodies
-    return run(body.jaxpr, body.consts, copies, tokens)
+def _each(value: Any) -> list[Any]:
+    return value.copies if isinstance(value, _Value) else value
 
 
-def _scan(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-    num_consts, num_carry = _jax.scan_arity(eqn)
-    jaxpr, consts = _jax.opened(eqn.params["jaxpr"])
-    first = num_consts + num_carry
-    heads = [c[:num_consts] for c in copies]
-
-    def step(carries: Any, xs: Any) -> Any:
-        parts = zip(heads, carries, _unpacked(xs, shared), strict=True)
-        outs = run(jaxpr, consts, [[*h, *c, *x] for h, c, x in parts], tokens)
-        pairs = zip(outs, carries, strict=True)
-        carry = [_typed(out[:num_carry], c) for out, c in pairs]
-        return carry, [out[num_carry:] for out in outs]
-
-    params = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    init = [[jnp.asarray(x) for x in c[num_consts:first]] for c in copies]
-    xs, shared = _packed([c[first:] for c in copies])
-    carries, ys = jax.lax.scan(step, init, xs, **params)
-    return [[*c, *y] for c, y in zip(carries, ys, strict=True)]
+def _in_each(copies: Sequence[Any]) -> list[Any]:
+    base = jnp.asarray(copies[0])
+    return [base, *(base if x is copies[0] else jnp.asarray(x) for x in copies[1:])]
 
 
-def _while(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond, body = (_jax.opened(eqn.params[key]) for key in ("cond_jaxpr", "body_jaxpr"))
-    heads = [c[n : n + m] for c in copies]
+def around(run: Run, inner: Control, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+    """Evaluate an equation that holds programs, with `run` for these."""
+    bodies = inner.bodies
+    if inner.is_call:
+        return run(bodies[0].jaxpr, bodies[0].consts, copies, tokens)
 
-    def goes_on(carries: Any) -> Any:
-        return _jax.evaluate(*cond, [*copies[0][:n], *carries[0]])[0]
+    def call(k: int, operands: Any, _: Any, tokens: Tokens) -> Any:
+        body = bodies[k]
+        values = list(map(_each, operands))
+        if body.is_condition:  # the base decides
+            base = [v[0] for v in values]
+            return [_jax.evaluate(body.jaxpr, body.consts, base)], []
+        every = list(zip(*values, strict=True)) or [()] * len(copies)
+        outs = run(body.jaxpr, body.consts, every, tokens)
+        results = [list(map(jnp.asarray, each)) for each in zip(*outs, strict=True)]
+        for out, back in body.feedback:
+            kinds = [x.dtype for x in values[back]]
+            results[out] = list(map(jnp.asarray, results[out], kinds))
+        return results, []
 
-    def step(carries: Any) -> Any:
-        every = [[*h, *c] for h, c in zip(heads, carries, strict=True)]
-        outs = run(*body, every, tokens)
-        return list(map(_typed, outs, carries))
-
-    init = [[jnp.asarray(x) for x in c[n + m :]] for c in copies]
-    return while_loop(eqn, goes_on, step, init)
-
-
-def _cond(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-    inner = nested(eqn)
-    operands, shared = _packed([c[1:] for c in copies])
-
-    def branch(body: Any) -> Callable[[Any], Any]:
-        def chosen(operands: Any) -> Any:
-            every = _unpacked(operands, shared)
-            outs = run(body.jaxpr, body.consts, every, tokens)
-            return [[jnp.asarray(x) for x in out] for out in outs]
-
-        return chosen
-
-    branches = [branch(body) for body in (inner.bodies if inner else ())]
-    return jax.lax.switch(copies[0][0], branches, operands)
-
-
-def _shard_map(run: Run, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-    jaxpr, consts = _jax.opened(eqn.params["jaxpr"])
-    specs, count = list(eqn.params["in_specs"]), len(copies)
-    operands, shared = _packed(copies)
-    moved = [[specs[k] for k, same in enumerate(keep) if not same] for keep in shared]
-
-    def body(operands: Any, tokens: Any) -> Any:
-        return run(jaxpr, consts, _unpacked(operands, shared), tokens)
-
-    return jax.shard_map(
-        body,
-        mesh=eqn.params["mesh"],
-        in_specs=([specs, *moved], PartitionSpec()),
-        out_specs=[list(eqn.params["out_specs"])] * count,
-        check_vma=eqn.params["check_vma"],
-        axis_names=eqn.params["newly_manual_axes"],
-    )(operands, tokens)
-
-
-_AROUND: dict[str, Callable[..., list[list[Any]]]] = {
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "shard_map": _shard_map,
-}
-
-
-# What is the same in a copy as in the base is handed on once, and stays the same.
-
-
-def _packed(copies: Copies) -> tuple[list[list[Any]], list[list[bool]]]:
-    base = [jnp.asarray(x) for x in copies[0]]
-    shared = [[x is y for x, y in zip(c, copies[0], strict=True)] for c in copies[1:]]
-    rest = [
-        [jnp.asarray(x) for x, same in zip(c, keep, strict=True) if not same]
-        for c, keep in zip(copies[1:], shared, strict=True)
-    ]
-    return [base, *rest], shared
-
-
-def _unpacked(packed: Any, shared: Sequence[Sequence[bool]]) -> list[list[Any]]:
-    base, *rest = packed
-    copies = [list(base)]
-    for values, keep in zip(rest, shared, strict=True):
-        moved = iter(values)
-        copies.append(
-            [x if same else next(moved) for x, same in zip(base, keep, strict=True)]
-        )
-    return copies
-
-
-def _typed(new: Sequence[Any], like: Sequence[Any]) -> list[Any]:
-    return [jnp.asarray(x, old.dtype) for x, old in zip(new, like, strict=True)]
+    values = list(map(_in_each, zip(*copies, strict=True)))
+    # What a loop carries may come to differ.
+    carried = {b.operands[k] for b in bodies for _, k in b.feedback}
+    given = [x if k in carried else _Value(x) for k, x in enumerate(values)]
+    extras = Extras(shared=tokens, lead=lambda value: _each(value)[0])
+    out, _ = inner.run(call, given, extras)
+    return [[value[k] for value in out] for k in range(len(copies))]

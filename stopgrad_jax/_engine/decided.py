@@ -21,9 +21,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .anew import reading, with_eqns
-from .nested import Nested, nested
-
-_CALLS = ("jit", "closed_call", "remat2")
+from .control import Control, control
 
 
 class Decided:
@@ -41,12 +39,10 @@ class Decided:
             self._written[key] = jaxpr, _written(jaxpr, given)
         return self._written[key][1]
 
-    def nested(self, eqn: Any) -> Nested | None:
+    def control(self, eqn: Any) -> Control | None:
         """Describe an equation's inner jaxprs, with what its literals decide."""
-        inner = nested(eqn)
-        if inner is None or inner.rule:
-            return inner
-        if _jax.kind_of(eqn) not in _CALLS:
+        inner = control(eqn)
+        if inner is None or not _is_call(inner):
             return inner
         (body,) = inner.bodies
         given = {
@@ -57,7 +53,11 @@ class Decided:
         if not given:
             return inner
         body = dataclasses.replace(body, jaxpr=self.program(body.jaxpr, given))
-        return dataclasses.replace(inner, bodies=[body])
+        return inner.with_bodies([body])
+
+
+def _is_call(inner: Control | None) -> bool:
+    return inner is not None and inner.is_call and not inner.rule
 
 
 def _is_constant(atom: Any) -> bool:
@@ -75,7 +75,7 @@ def _written(jaxpr: Any, given: Mapping[Any, Any]) -> Any:
             which = eqn.invars[0]
             if not isinstance(which, _jax.Literal) and which in known:
                 new = eqn.replace(invars=[known[which], *eqn.invars[1:]])
-        elif _jax.kind_of(eqn) in _CALLS:
+        elif _is_call(control(eqn)):
             new = reading(eqn, known)
         elif (literal := _folded(reading(eqn, known))) is not None:
             known[eqn.outvars[0]] = literal

@@ -24,10 +24,10 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .control import control
 from .copies import Copies, Copy, Tokens, around
 from .followed import constant, followed_twice, is_float, push_of, shifted
 from .ignored import without_ignored
-from .nested import nested
 from .own_stop import is_handed
 from .sites import Sites
 from .tap import handed, instead, last_digit, still, tap, weighed, where_moved
@@ -106,15 +106,16 @@ class Declared:
             return self._plain(eqn, copies, tokens)
         if name == "gate":
             return self._gate(eqn, copies, tokens)
-        if nested(eqn) is None or id(eqn) in self.sites:
+        inner = control(eqn)
+        if inner is None or id(eqn) in self.sites:
             return self._rule(eqn, copies, tokens)
-        return around(self.run, eqn, copies, tokens)
+        return around(self.run, inner, copies, tokens)
 
     def out_of_reach(self, jaxpr: Any) -> set[int]:
         """Find equations with a stop or a gate in them where nobody gets at it."""
         found = set[int]()
         for eqn in jaxpr.eqns:
-            inner = nested(eqn)
+            inner = control(eqn)
             if not self._is_special(eqn, True) or _jax.kind_of(eqn) in _SINGLE:
                 continue
             if inner is None or id(eqn) in self.sites:
@@ -142,12 +143,13 @@ class Declared:
         """
         if is_handed(eqn) or _jax.gate_name(eqn) == "with_backward":
             return True
-        if nested(eqn) is None or id(eqn) in self.sites:
+        inner = control(eqn)
+        if inner is None or id(eqn) in self.sites:
             return False
         if self.reading.quantized:
-            return self.reading.forward or _jax.kind_of(eqn) != "while"
-        inner = _equations(_jax.programs_in(eqn))
-        return any(self._is_entered(e, True) for e in inner)
+            return self.reading.forward or not inner.dynamic
+        below = _equations(_jax.programs_in(eqn))
+        return any(self._is_entered(e, True) for e in below)
 
     def _is_special(self, eqn: Any, moved: bool) -> bool:
         """Tell whether an equation is a stop, gate or asked rule, or holds one."""
@@ -159,7 +161,7 @@ class Declared:
             return moved or _is_open(eqn.params["rule"])
         if self._is_met(eqn, moved):
             return True
-        if nested(eqn) is None or id(eqn) in self.sites:
+        if control(eqn) is None or id(eqn) in self.sites:
             return self._hides(eqn, moved)
         return self.holds_special(eqn, moved)
 
@@ -264,7 +266,7 @@ class Declared:
         here = constant(out)
         moved = [here if _same(c, copies[0]) else _function(eqn, c) for c in copies[1:]]
         if key in reading.opened:
-            inner = nested(eqn)
+            inner = control(eqn)
             assert inner is not None
             (body,) = inner.bodies
             start = [constant(copies[0]), *copies[1:]]

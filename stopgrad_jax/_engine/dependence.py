@@ -15,8 +15,8 @@ import stopgrad_jax._jax as _jax
 from .absent import cotangents_needed
 from .computed import all_that_flows, computed_from
 from .connect import Bits, union
+from .control import control
 from .linear import restricted
-from .nested import nested
 from .signature import signature
 
 
@@ -69,7 +69,7 @@ class Rules:
 
         All results of a custom_vjp do, whatever its rule will return.
         """
-        if _jax.kind_of(eqn) != "custom_vjp_call":
+        if not _jax.has_own_vjp(eqn):
             return self(eqn, moved)
         everything = sum(1 << k for k in _moved(eqn, None))
         floats = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
@@ -177,7 +177,7 @@ def _ask(eqn: Any, pattern: Bits | None, cotangents: Bits | None) -> Answer:
     if not moved:
         return Answer([0] * len(eqn.outvars))
     closed = [k for k in moved if k < _hoisted(eqn)]
-    if closed and eqn.primitive.name == "custom_jvp_call":
+    if closed and _jax.has_own_jvp(eqn):
         # A custom_vjp raises here by itself. A custom_jvp is not called by JAX with
         # what its function closes over: its rule does not know, and `jax.grad` fails.
         bits = sum(1 << k for k in moved)
@@ -214,7 +214,7 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         raises = _raises(eqn, moved)
         none = [0] * len(eqn.outvars)
         return Answer(none, refuses=every if raises else 0, always=raises)
-    is_vjp = _jax.kind_of(eqn) == "custom_vjp_call"
+    is_vjp = _jax.has_own_vjp(eqn)
     asks = (_ask_forward, _ask_reverse)
     if is_vjp:
         asks = (_ask_reverse,)
@@ -330,8 +330,8 @@ def _masks(jaxpr: Any, flags: Sequence[int]) -> tuple[list[int], bool]:
 
     masked = False
     for eqn in jaxpr.eqns:
-        operands, inner = [read(atom) for atom in eqn.invars], nested(eqn)
-        if eqn.primitive.name == "jit" and inner is not None:
+        operands, inner = [read(atom) for atom in eqn.invars], control(eqn)
+        if inner is not None and _jax.jit_name(eqn) is not None:
             out, below = _masks(inner.bodies[0].jaxpr, operands)
             masked |= below
         else:

@@ -10,8 +10,8 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
+from .control import control
 from .labels import Labels, Path, Spot
-from .nested import nested
 
 # What each would do; a gate is told by the public function that made it.
 _DOES = {
@@ -41,7 +41,7 @@ def _candidates(
     for eqn in jaxpr.eqns:
         read.update(v for v in eqn.invars if not isinstance(v, _jax.Literal))
     for eqn in jaxpr.eqns:
-        inner, does = nested(eqn), _does(eqn)
+        inner, does = control(eqn), _does(eqn)
         path = labels.path(eqn, outer) if does or inner else outer
         if does and path.spots and not path.library:
             yield path.spots[-1], does, not read.isdisjoint(eqn.outvars)

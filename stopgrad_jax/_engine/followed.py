@@ -42,7 +42,7 @@ def push_of(eqn: Any, copies: Copies) -> Push:
         dots = [deltas[place] for place in moved]
         if not moved:
             return [jnp.zeros_like(x) for x in out]
-        if _jax.kind_of(eqn) != "custom_vjp_call":
+        if not _jax.has_own_vjp(eqn):
             return jax.jvp(function, here, dots)[1]
         values, pull = jax.vjp(function, *here)
         return _transposed(lambda cts: list(pull(list(cts))), values, dots)

@@ -14,9 +14,9 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .blame import Birth, Entry, Frame, find_way, inner_targets
+from .control import control
 from .entries import FILLS, count, is_bad, is_inexact, nonfinite, ordinary, wide
 from .levels import Level, Op
-from .nested import nested
 from .roles import COTANGENT, VALUE
 from .runner import Runner
 
@@ -73,7 +73,7 @@ class _Seen:
         return op.body is not None or self._holds(op.eqn)
 
     def _holds(self, eqn: Any) -> bool:
-        inner, wanted = nested(eqn), self._birth.op.eqn.primitive
+        inner, wanted = control(eqn), self._birth.op.eqn.primitive
         return inner is not None and any(
             e.primitive is wanted or self._holds(e)
             for body in inner.bodies
@@ -95,7 +95,7 @@ def read_at(
         if _is(level.values[k], constant):
             return (*outer, Frame(level, Entry(k, ()), {}))
     for op in ops:
-        inner = nested(op.eqn)
+        inner = control(op.eqn)
         bodies = [op.body] if op.body else inner.bodies if inner else []
         if not any(_holds_constant(body, constant) for body in bodies):
             continue
@@ -109,7 +109,7 @@ def read_at(
 
 
 def _holds_constant(body: Any, constant: Any) -> bool:
-    inner = (nested(eqn) for eqn in body.jaxpr.eqns)
+    inner = (control(eqn) for eqn in body.jaxpr.eqns)
     return any(_is(x, constant) for x in body.consts) or any(
         _holds_constant(b, constant) for held in inner if held for b in held.bodies
     )

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
+from .control import control
 from .copies import Copies
-from .nested import nested
 
 
 def without_ignored(eqn: Any, copies: Copies) -> Copies:
@@ -42,7 +42,7 @@ def without_ignored(eqn: Any, copies: Copies) -> Copies:
 
 
 def _used(eqn: Any) -> list[bool]:
-    inner = nested(eqn)
+    inner = control(eqn)
     assert inner is not None
     (body,) = inner.bodies
     used, inputs = [False] * len(eqn.invars), _jax.inputs_used(body.jaxpr)

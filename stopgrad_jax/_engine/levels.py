@@ -15,9 +15,9 @@ import jax
 
 from .devices import gathered
 from .labels import Path
-from .nested import Body
 from .roles import COTANGENT, is_backward
 from .shards import Shards
+from .wiring import Body
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

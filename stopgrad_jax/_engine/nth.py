@@ -10,7 +10,7 @@ from typing import Any
 from stopgrad_jax._address import Op
 from stopgrad_jax._errors import AddressError, beats
 
-from .nested import nested
+from .control import control
 from .operations import Group
 from .plan import Found, Match, Plan
 from .walk import Search, lifted
@@ -126,7 +126,7 @@ class _Only:
                     numbers[id(operation)] = next(self._number)
             own = tuple(self._kept(f, match, numbers) for f in match.own)
             own = own if any(f.hits for f in own) else ()
-            inner = nested(match.eqn)
+            inner = control(match.eqn)
             inside: tuple[Found, ...] = ()
             if inner is not None:
                 every = (found for plan in plans for found in plan.found)

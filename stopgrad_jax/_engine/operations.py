@@ -240,14 +240,10 @@ def shorter(name: str) -> list[str]:
     return [rest for rest in rests if rest]
 
 
-# Functions of JAX with the name of a primitive that they are not: `jnp.max`.
-_OTHERS = frozenset({"max", "min", "logistic", "cond"})
-
-
 def is_another(name: str) -> bool:
     """Tell a name with a module in front that is not the primitive of that name."""
     *modules, own = name.split(".")
-    return bool(modules) and own in _OTHERS and "lax" not in modules
+    return bool(modules) and own in _jax.NOT_PRIMITIVES and "lax" not in modules
 
 
 def code_in_jax(name: str) -> types.CodeType | None:

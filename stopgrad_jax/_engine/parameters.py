@@ -19,10 +19,10 @@ from .anew import map_jaxprs, naming, reading, with_eqns
 from .assignment import Unclear
 from .bindings import Function
 from .calls import Call, Calls
+from .control import control
 from .executions import Item, function_level
 from .handed import Handed, Spread
 from .labels import Labels, Spot, printed_file
-from .nested import nested
 from .origins import def_line, made_in, origin_of, path_of, spread_of
 from .roles import is_backward
 from .routes import Routes
@@ -148,7 +148,7 @@ class Parameters:
     ) -> Any:
         """Name what is found in a jaxpr; `spread` is None for a nested one."""
         eqns = [
-            map_jaxprs(eqn, self._inside) if nested(eqn) else eqn for eqn in jaxpr.eqns
+            map_jaxprs(eqn, self._inside) if control(eqn) else eqn for eqn in jaxpr.eqns
         ]
         self._every |= {*jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)}
         namings = list(self._inputs(jaxpr, origin)) if spread is None else []

@@ -9,8 +9,8 @@ from typing import Any
 
 from stopgrad_jax._address import nodes
 
-from .nested import Copies
 from .operations import Group
+from .wiring import Copies
 
 
 class PointName(str):

@@ -15,6 +15,8 @@ import jax
 
 import stopgrad_jax._jax as _jax
 
+from .control import control
+from .crossing import Slot
 from .edits import (
     Edits,
     NamedEdits,
@@ -28,9 +30,9 @@ from .edits import (
 from .operations import Group
 from .perturbation import hold, perturb, shift
 from .plan import Found, Match, Plan
-from .rebuild import Slot, rebuild
 from .reduced import summed
 from .runs import Runs
+from .wiring import Extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,19 +215,21 @@ class Rewriter:
         busy = {*actions.edits, *actions.holds, *actions.captures}
         return perturbation is not None or not busy.isdisjoint(found.targets)
 
-    def _rebuilt(self, match: Match, operands: Any, inside: Any, token: Any) -> Any:
+    def _rebuilt(self, match: Match, operands: Any, given: Any, token: Any) -> Any:
         slots = [[self._actions.slot(f) for f in plan.found] for plan in match.plans]
-        name = _jax.call_name(match.eqn) if match.eqn.primitive.name == "jit" else None
+        inner, name = control(match.eqn), _jax.jit_name(match.eqn)
+        assert inner is not None
+        extras = Extras(slots, given, token)
 
         def call(k: int, operands: Any, perturbations: Any, token: Any) -> Any:
             function = self._function(match.plans[k], name)
             return function(list(operands), list(perturbations), token)
 
         if name is None:
-            return rebuild(match.eqn, call, slots, operands, inside, token)
+            return inner.run(call, operands, extras)
         before, after = _jax.jit_shardings(match.eqn)
         operands = _constrained(operands, before)
-        out, captured = rebuild(match.eqn, call, slots, operands, inside, token)
+        out, captured = inner.run(call, operands, extras)
         return _constrained(out, after), captured
 
     def _function(self, plan: Plan, name: str | None) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
+from .control import control
 from .copies import Copies, Copy, Tokens, around
 from .declared import (
     EVERY,
@@ -25,7 +26,6 @@ from .declared import (
     times,
 )
 from .gate import gate
-from .nested import nested
 from .own_stop import is_handed
 from .rules import SCALE
 from .tap import last_digit, tap, weighed, where_moved
@@ -58,7 +58,7 @@ class Rounding(Declared):
 
     def equation(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         """Return an equation's results, which the tokens move by their rounding."""
-        name, inner, (operands, others) = _jax.kind_of(eqn), nested(eqn), copies
+        inner, (operands, others) = control(eqn), copies
         if is_handed(eqn):
             return [self._note(_passed_by(operands)), list(others)]
         if _jax.gate_name(eqn) == "with_backward":
@@ -67,10 +67,10 @@ class Rounding(Declared):
             out = _jax.bind(eqn, *constant(values), *operands[count:])
             return [list(map(tap, out, values)), list(others[:count])]
         inside = self._around or any(id(x) in self._inside for x in operands)
-        known = self.reading.forward or name != "while"
+        known = inner is not None and (self.reading.forward or not inner.dynamic)
         if inner is not None and known and not inner.rule:
             outer, self._around = self._around, inside
-            out, there = around(self.run, eqn, copies, tokens)
+            out, there = around(self.run, inner, copies, tokens)
             self._around = outer
         else:
             out, there = self._rounded(eqn, copies, tokens, inside)
@@ -79,7 +79,7 @@ class Rounding(Declared):
     def _rounded(
         self, eqn: Any, copies: Copies, tokens: Tokens, inside: bool
     ) -> list[list[Any]]:
-        (operands, others), inner = copies, nested(eqn)
+        (operands, others), inner = copies, control(eqn)
         by = times if self.reading.forward else weighed
         keys = [EVERY, id(eqn), *([INSIDE] if inside else ())]
         token = sum((tokens[k] for k in keys[1:] if k in tokens), tokens[EVERY])

@@ -12,13 +12,14 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .control import Control, control
 from .devices import gathered
 from .entries import Index
 from .labels import Labels
 from .levels import Context, Level, Op
-from .nested import Body, nested
 from .roles import COTANGENT, VALUE, is_backward, value_equations
 from .shards import Shards
+from .wiring import Body
 
 
 class Runner:
@@ -94,8 +95,9 @@ class Runner:
                 return lambda *operands: list(operands)
             types = [[v.aval for v in vs] for vs in (eqn.invars, eqn.outvars)]
             return shards.lifted(run, *types)
+        inner = control(eqn)
         # By itself it would compile each of its operations for all devices.
-        return jax.jit(run) if eqn.primitive.name == "shard_map" else run
+        return jax.jit(run) if inner and inner.on_devices else run
 
     # Opening ------------------------------------------------------------------------
 
@@ -107,27 +109,25 @@ class Runner:
         `near` is the entry that matters: of several shards, its own decides which
         branch is taken, and how often.
         """
-        eqn, name = op.eqn, op.eqn.primitive.name
-        inner, context = nested(eqn), level.context_of(op)
+        inner, context = control(op.eqn), level.context_of(op)
         if op.body is not None:
             return self._body(level, op, op.body, operands)
         if inner is None:
             return None
-        if name == "scan":
-            return self._scan(level, op, operands)
-        if name == "while":
-            return self._while(level, op, operands, near)
-        if name == "cond":
-            last = len(inner.bodies) - 1
-            index = min(max(int(_here(operands[0], context, near)), 0), last)
-            return self._body(level, op, inner.bodies[index], operands)
-        if name == "shard_map":
+        if inner.loops:
+            return self._loop(level, op, inner, operands, near)
+        if inner.on_devices:
             if context.shards:
                 return None
-            shards = Shards(eqn)
+            shards = Shards(op.eqn)
             context = dataclasses.replace(context, shards=shards)
             operands = shards.split(operands)
-        return self._body(level, op, inner.bodies[0], operands, context)
+
+        def lead(x: Any) -> Any:
+            return _here(x, context, near)
+
+        once = next(inner.rounds(operands, lambda x, _: x, lead))
+        return self._body(level, op, inner.bodies[once.body], operands, context)
 
     def _body(
         self,
@@ -151,51 +151,42 @@ class Runner:
         inner.given = {n: order[k] for n, k in inner.given.items()}
         return inner
 
-    def _scan(self, level: Level, op: Op, operands: Sequence[Any]) -> Level:
-        eqn, inner = op.eqn, Level(level.context_of(op))
-        num_consts, num_carry = _jax.scan_arity(eqn)
-        (body,) = _bodies(eqn)
-        flags, first = level.flags(op), num_consts + num_carry
-        numbers = [inner.take(operands[k], k, flags[k]) for k in range(first)]
-        consts, carry = numbers[:num_consts], numbers[num_consts:]
-        steps = range(eqn.params["length"])
-        order = reversed(steps) if eqn.params["reverse"] else steps
-        depth = _depth(inner.context)
-        stacked: dict[int, list[int]] = {}
-        run = self._jitted(body, inner.context.shards)
-        for step in order:
-            now = [
-                inner.take(_step(operands[k], step, depth), k, flags[k])
-                for k in range(first, len(operands))
-            ]
-            reads = [*consts, *carry, *now]
-            writes = self._round(inner, op, run, body, reads, step)
-            carry = writes[:num_carry]
-            stacked[step] = writes[num_carry:]
-        inner.outputs = [[k] for k in carry]
-        count = len(eqn.outvars) - num_carry
-        inner.outputs += [[stacked[step][k] for step in steps] for k in range(count)]
-        return inner
-
-    def _while(
-        self, level: Level, op: Op, operands: Sequence[Any], near: Index
+    def _loop(
+        self,
+        level: Level,
+        op: Op,
+        loop: Control,
+        operands: Sequence[Any],
+        near: Index,
     ) -> Level:
+        """Run a loop round by round; what is carried are numbers of values."""
         inner, flags = Level(level.context_of(op)), level.flags(op)
-        n, m = op.eqn.params["cond_nconsts"], op.eqn.params["body_nconsts"]
-        cond, body = _bodies(op.eqn)
-        shards = inner.context.shards
-        goes_on, run = self._jitted(cond, shards), self._jitted(body, shards)
-        numbers = [inner.take(x, k, flags[k]) for k, x in enumerate(operands)]
-        consts, carry, step = numbers[n : n + m], numbers[n + m :], 0
-        while _here(
-            goes_on(*operands[:n], *[inner.values[k] for k in carry])[0],
-            inner.context,
-            near,
-        ):
-            carry = self._round(inner, op, run, body, [*consts, *carry], step)
-            step += 1
-        inner.outputs = [[k] for k in carry]
-        return inner
+        shards, depth = inner.context.shards, _depth(inner.context)
+        runs = [self._jitted(body, shards) for body in loop.bodies]
+        # What is scanned is taken step by step.
+        numbers = [
+            k if loop.is_scanned(k) else inner.take(x, k, flags[k])
+            for k, x in enumerate(operands)
+        ]
+
+        def at(k: int, step: int) -> int:
+            return inner.take(_step(operands[k], step, depth), k, flags[k])
+
+        def lead(x: Any) -> Any:
+            return _here(x, inner.context, near)
+
+        rounds, results = loop.rounds(numbers, at, lead), None
+        while True:
+            try:
+                now = rounds.send(results)
+            except StopIteration as end:
+                inner.outputs = end.value
+                return inner
+            body, run = loop.bodies[now.body], runs[now.body]
+            if body.is_condition:
+                results = run(*[inner.values[k] for k in now.operands])
+            else:
+                results = self._round(inner, op, run, body, now.operands, now.step)
 
     @staticmethod
     def _round(
@@ -213,11 +204,6 @@ class Runner:
         run = jax.jit(lambda *operands: _jax.evaluate(jaxpr, consts, operands))
         types = [[v.aval for v in vs] for vs in (jaxpr.invars, jaxpr.outvars)]
         return shards.lifted(run, *types) if shards else run
-
-
-def _bodies(eqn: Any) -> Sequence[Body]:
-    inner = nested(eqn)
-    return inner.bodies if inner else ()
 
 
 def _depth(context: Context) -> int:

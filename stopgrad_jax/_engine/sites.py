@@ -9,6 +9,7 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
+from .control import control
 from .labels import Labels, printed_place
 
 # What has the derivative of its mean, and not of the draw that is made.
@@ -97,7 +98,7 @@ def _site(eqn: Any, labels: Labels) -> Site | None:
         return None
     if not place or _jax.is_own(place):  # a function of JAX with a rule of the user
         place = line
-    name, reverse_only = names[0] if names else "", primitive == "custom_vjp_call"
+    name, reverse_only = names[0] if names else "", _jax.has_own_vjp(eqn)
     return Site(eqn, name, name, place, frozenset(names), users, draws, reverse_only)
 
 
@@ -162,7 +163,8 @@ def _called(eqn: Any) -> list[str]:
 def _rejects(jaxpr: Any, again: bool) -> bool:
     """Tell whether a program draws at random in a loop that ends as it likes."""
     for eqn in jaxpr.eqns:
-        looped = again or _jax.kind_of(eqn) == "while"
+        inner = control(eqn)
+        looped = again or (inner is not None and inner.dynamic)
         if _jax.kind_of(eqn) in _DRAWN or (again and _jax.kind_of(eqn) in _RANDOM):
             return True
         if any(_rejects(_jax.opened(j)[0], looped) for j in _jax.programs_in(eqn)):

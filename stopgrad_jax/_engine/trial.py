@@ -14,8 +14,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
-from .nested import nested
-from .rebuild import rebuild
+from .control import control
 
 Read = Callable[[Any], Any]
 
@@ -148,14 +147,15 @@ def _around(
     eqn: Any,
     operands: Sequence[Any],
 ) -> list[Any]:
-    inner = nested(eqn)
-    bodies = inner.bodies if inner else ()
+    inner = control(eqn)
+    assert inner is not None
+    bodies = inner.bodies
 
     def call(k: int, operands: Any, *_: Any) -> tuple[list[Any], list[Any]]:
         jaxpr, consts = bodies[k].jaxpr, bodies[k].consts
         return evaluate(changes, number, spread, jaxpr, consts, operands), []
 
-    return list(rebuild(eqn, call, [[] for _ in bodies], operands, [], None)[0])
+    return list(inner.run(call, operands)[0])
 
 
 def _order(jaxpr: Any, changes: Sequence[Change]) -> list[int]:
@@ -194,7 +194,7 @@ def _order(jaxpr: Any, changes: Sequence[Change]) -> list[int]:
 
 def holds(eqn: Any, jaxpr: Any) -> bool:
     """Tell whether a jaxpr is somewhere inside an equation that can be made anew."""
-    inner = nested(eqn)
+    inner = control(eqn)
     if inner is None or inner.rule:
         return False
     return any(

@@ -8,16 +8,17 @@ from typing import Any, cast
 
 import stopgrad_jax._jax as _jax
 
-from .connect import Bits, Moves, Reach, may_run_no_round, read
+from .connect import Bits, Moves, Reach, read
+from .control import Control
 from .decided import Decided
 from .dependence import Answer, Rules, chosen
 from .fed import feeds_of
 from .graph import Graph, Op, Value
 from .labels import Labels, Path
-from .nested import Body, Nested
 from .overwrite import Overwrites
 from .references import carries, is_about_refs, reads_and_writes, refs_of
 from .walk import Found, Plan
+from .wiring import Body
 
 
 def unfold(
@@ -122,7 +123,7 @@ class _Unfolding:
             path = self._labels.path(eqn, outer)
             inputs = [value_of(atom) for atom in eqn.invars]
             match = matches.get(index)
-            inner, split = self._decided.nested(eqn), len(match.inside) if match else 0
+            inner, split = self._decided.control(eqn), len(match.inside) if match else 0
             moving = None if moved is None else [read(flags, a) for a in eqn.invars]
             if inner is not None and not inner.rule:
                 plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
@@ -144,7 +145,7 @@ class _Unfolding:
                     results[k] = self._result(self._op(eqn, path), own.aval, (), ())
                 if self._held(own):
                     results[k] = self._stop(eqn, path, results[k])
-                elif inner is not None and not inner.rule and not _joins(eqn, inner):
+                elif inner is not None and not inner.rule and not inner.joins:
                     results[k] = self._returned(eqn, path, results[k])
                 found = results[k]
                 if found is not None:
@@ -194,7 +195,7 @@ class _Unfolding:
             if kept is not None:
                 grads = kept
             results.append(self._result(op, var.aval, grads, fed))
-            if moves and carries(var.aval) and _jax.kind_of(eqn) == "custom_vjp_call":
+            if moves and carries(var.aval) and _jax.has_own_vjp(eqn):
                 self.graph.moves[op.values[-1]] = _values(inputs)
                 self._moves[op.values[-1]] = True
         if eqn.primitive.name == "select_n" and case is None:
@@ -242,7 +243,7 @@ class _Unfolding:
         eqn: Any,
         path: Path,
         inputs: Sequence[Any],
-        inner: Nested,
+        inner: Control,
         plans: Sequence[Plan | None],
         moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
     ) -> tuple[list[Value | None], dict[int, Value | None]]:
@@ -250,9 +251,9 @@ class _Unfolding:
         sources: list[list[Value | None]] = [[] for _ in eqn.outvars]
         left: dict[int, list[Value | None]] = {}
         steering: list[Value | None] = []
-        if eqn.primitive.name == "cond":
+        if inner.decides == "branch":
             steering.append(inputs[0])
-        never = may_run_no_round(eqn, inner)
+        never = inner.may_run_no_round
         carried: dict[int, Value] = {}
         outside, found = self.graph.found, list[list[Value | None]]()
         own = _divided(moving[1], plans)
@@ -280,7 +281,7 @@ class _Unfolding:
             results, held = self.inline(body.jaxpr, operands, path, plan, moved)
             self._within = outside_of
             found.append(self.graph.found)
-            runs = eqn.params.get("length") != 0
+            runs = not inner.is_empty
             for out, back in feedback if runs else ():
                 self._feed_back(joints[back], [*results, *held][out])
             if joints:
@@ -297,7 +298,7 @@ class _Unfolding:
                 start = [joints[back]] if never else []
                 left.setdefault(body.operands[back], []).extend([value, *start])
         self.graph.found = [*outside, *itertools.chain(*reversed(found))]
-        if not _joins(eqn, inner):
+        if not inner.joins:
             only = {k: cast(Value, v[0]) for k, v in left.items()}
             return [values[0] for values in sources], {**only}
         op = self._op(eqn, path, join=True)
@@ -307,7 +308,7 @@ class _Unfolding:
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
-        if eqn.primitive.name == "cond":
+        if inner.decides == "branch":
             self.graph.cases.update(zip(op.values, sources, strict=True))
         refs: dict[int, Value | None] = {
             k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])
@@ -341,11 +342,6 @@ class _Unfolding:
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)
         if carries(self.graph.avals[joint]):
             self.graph.grads[joint] = (*self.graph.grads[joint], source)
-
-
-def _joins(eqn: Any, inner: Nested) -> bool:
-    """Tell whether a result may be one of several values."""
-    return len(inner.bodies) > 1 or may_run_no_round(eqn, inner)
 
 
 def _divided(

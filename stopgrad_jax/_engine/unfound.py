@@ -14,8 +14,8 @@ from stopgrad_jax._address import Address, Point, Var, joined, nearest
 from stopgrad_jax._errors import AddressError, beats, quoted, rows
 
 from .bindings import STATEMENT, Binding, Function
+from .control import control
 from .labels import Spot
-from .nested import nested
 from .parameters import Parameters, Place
 from .trace import Traced
 from .variables import Site, Variables, is_called
@@ -325,7 +325,7 @@ def every_eqn(jaxpr: Any, path: str) -> Iterator[tuple[Any, str]]:
     for eqn in jaxpr.eqns:
         here = joined(path, _jax.scope_of(eqn))
         yield eqn, here
-        inner = nested(eqn)
+        inner = control(eqn)
         for body in inner.bodies if inner else ():
             yield from every_eqn(body.jaxpr, here)
 

@@ -263,7 +263,7 @@ class Unmatched:
             return came, nth.INNER
         if number in search.outside:
             return self._outside(op, list(search.outside[number]))
-        operations = [name for name in search.ops if name not in _CALLS]
+        operations = [name for name in search.ops if name not in _jax.NAMED]
         came = f"functions {quoted(self._functions)}, operations {quoted(operations)}"
         same = self._same(op)
         if same:
@@ -362,7 +362,6 @@ def _callers(eqns: Sequence[Any]) -> list[str]:
 
 _KINDS = {"argument": "an argument", "output": "an output", "point": "a named point"}
 _OF_THE_RULE = "sg.op of the function that has the rule"
-_CALLS = ("jit", *_jax.CUSTOM)  # what they call has a name of its own
 
 
 def _is_told(code: types.CodeType, labels: Labels) -> bool:

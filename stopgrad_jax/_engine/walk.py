@@ -24,7 +24,7 @@ from stopgrad_jax._address import (
     prefixes,
 )
 
-from .nested import Nested, nested
+from .control import Control, control
 from .operations import Group, Operations, Taken, callers
 from .parameters import Parameter
 from .plan import Found, Hit, Leaf, Match, Plan, PointName, leaves
@@ -108,7 +108,7 @@ class Search:
             taken = frozenset(covered.get(index, ()))
             here = dataclasses.replace(context, ops=context.ops - taken)
             own = self._own(eqn, here, assigned, jaxpr)
-            inner = nested(eqn)
+            inner = control(eqn)
             plans, inside = (), ()
             if inner is not None:
                 matched = {hit.target for found in own for hit in found.hits}
@@ -258,7 +258,7 @@ class Search:
         return path, context.callers | {name for c in codes for name in callers(c)}
 
     def _below(
-        self, eqn: Any, inner: Nested, context: _Context, matched: frozenset[int]
+        self, eqn: Any, inner: Control, context: _Context, matched: frozenset[int]
     ) -> _Context:
         path, callers = self._around(eqn, context)
         name = _jax.call_name(eqn) if self._scoped else None
@@ -272,7 +272,7 @@ class Search:
             context.rule_names or self._rule_names(eqn, inner),
         )
 
-    def _rule_names(self, eqn: Any, inner: Nested) -> tuple[str, ...]:
+    def _rule_names(self, eqn: Any, inner: Control) -> tuple[str, ...]:
         """What the function of a custom rule may be addressed by."""
         name = _jax.call_name(eqn) if inner.rule and self._ops else None
         return (name, eqn.primitive.name) if name else ()
@@ -296,7 +296,7 @@ def _feeds(jaxpr: Any, eqn: Any, result: Any) -> bool:
     )
 
 
-def lifted(found: Found, inner: Nested, eqn: Any) -> Found:
+def lifted(found: Found, inner: Control, eqn: Any) -> Found:
     line = found.line or _jax.line_of(eqn)
     copies = inner.copies(found.aval)
     return dataclasses.replace(

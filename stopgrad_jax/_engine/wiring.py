@@ -34,6 +34,11 @@ class Body:
     feedback: Sequence[tuple[int, int]] = ()
     repeats: bool = False
 
+    @property
+    def is_condition(self) -> bool:
+        """It decides whether there is another round, and returns nothing else."""
+        return list(self.results) == [None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
@@ -68,7 +73,7 @@ class Round:
 
 # Yields each round and is sent the results of it; returns, for each result of the
 # equation, the value that it is, or one for each step where these are stacked.
-Rounds = Generator[Round, Sequence[Any], list[list[Any]]]
+Rounds = Generator[Round, Any, list[list[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.entries import count, nonfinite, wide
 from stopgrad_jax._engine.labels import Labels, Path, Spot
-from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.roles import is_backward
 from stopgrad_jax._engine.trial import Change, Guarded, evaluate
 
@@ -138,7 +138,8 @@ def _keeps(program: Program, changed: Callable[..., list[Any]]) -> bool:
 def _is_open(jaxpr: Any) -> bool:
     """Tell a program with a loop that ends when its numbers say so."""
     return any(
-        eqn.primitive.name == "while" or any(map(_is_open, _jax.programs_in(eqn)))
+        ((inner := control(eqn)) is not None and inner.dynamic)
+        or any(map(_is_open, _jax.programs_in(eqn)))
         for eqn in _jax.opened(jaxpr)[0].eqns
     )
 
@@ -201,7 +202,7 @@ def bodies(
             blamed.update(eqn.outvars)
     yield Body(jaxpr, paths, frozenset(blamed), mapped)
     for eqn, path in zip(jaxpr.eqns, paths, strict=True):
-        inner = nested(eqn)
+        inner = control(eqn)
         for body in inner.bodies if inner and not inner.rule else ():
             wired = zip(body.jaxpr.invars, body.operands, strict=True)
             inside = {v for v, k in wired if is_in(eqn.invars[k], blamed)}
@@ -216,7 +217,7 @@ def is_mapped(eqn: Any) -> bool:
 
 def is_where(eqn: Any) -> bool:
     """Tell the equation of a `where` of three operands."""
-    named = eqn.primitive.name == "jit" and eqn.params["name"] == "_where"
+    named = _jax.jit_name(eqn) == "_where"
     return named and len(eqn.invars) == 3 and not is_backward(eqn)
 
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.labels import Labels, Path
 from stopgrad_jax._engine.levels import Level, Op
-from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.roles import is_backward
 from stopgrad_jax._engine.trial import Replaced
 
@@ -136,7 +136,7 @@ class Tests:
                 literal = any(_literal(a) == -np.inf for a in eqn.invars)
                 changed.update(eqn.outvars if literal else ())
             read = [is_in(atom, changed) for atom in eqn.invars]
-            inner = nested(eqn)
+            inner = control(eqn)
             if inner is not None and not inner.rule:
                 out = self._through(eqn, inner, path, read)
                 changed.update(

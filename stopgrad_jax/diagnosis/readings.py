@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.measured import Program
-from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.own_stop import is_handed
 from stopgrad_jax._engine.sites import Site
 
@@ -27,7 +27,7 @@ def met_sites(program: Program) -> dict[int, Site]:
             return
         seen.add(id(jaxpr))
         for eqn in jaxpr.eqns:
-            site, inner = program.sites.get(id(eqn)), nested(eqn)
+            site, inner = program.sites.get(id(eqn)), control(eqn)
             if site is not None:
                 met[id(eqn)] = site
             elif inner is not None:

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.labels import Labels, Path, Spot
-from stopgrad_jax._engine.nested import nested
 from stopgrad_jax._engine.roles import is_backward
 from stopgrad_jax._engine.syntax import is_within
 
@@ -73,7 +73,7 @@ class Reading:
         self, eqn: Any, path: Path, variable: Any, depth: int
     ) -> list[ast.expr]:
         """Return the arguments by which the bodies of an equation read it."""
-        inner, found = nested(eqn), list[ast.expr | None]()
+        inner, found = control(eqn), list[ast.expr | None]()
         for wired in inner.bodies if inner else ():
             for body in bodies(wired.jaxpr, self._labels, path, set()):
                 if body.jaxpr is not wired.jaxpr:

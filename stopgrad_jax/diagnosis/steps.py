@@ -8,6 +8,7 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._engine.causes import Analysis, Cut
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.graph import Op, Value
 from stopgrad_jax._engine.labels import Path, Spot
 from stopgrad_jax._engine.naming import called
@@ -152,8 +153,9 @@ def _step(
         if special.cut:
             detail = _of_cut(special.cut, called(graph.ops[special.cut.op]), label)
     elif all(op.join and not op.copies for op in own):
-        cond = last.eqn.primitive.name == "cond"
-        detail = "one of the branches" if cond else "carried by the loop"
+        inner = control(last.eqn)
+        branch = inner is not None and inner.decides == "branch"
+        detail = "one of the branches" if branch else "carried by the loop"
     repeat = _repeats(own, group)
     return Step(
         number,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.own_values import other_values
 
 from .compare import Compared
@@ -60,7 +61,8 @@ def is_repeated(compared: Compared, key: int) -> bool:
         for eqn in _jax.opened(jaxpr)[0].eqns:
             if id(eqn) == key:
                 return again
-            looped = again or _jax.kind_of(eqn) in ("scan", "while", "shard_map")
+            inner = control(eqn)
+            looped = again or bool(inner and (inner.loops or inner.on_devices))
             if any(search(inner, looped) for inner in _jax.programs_in(eqn)):
                 return True
         return False

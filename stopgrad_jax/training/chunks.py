@@ -290,7 +290,7 @@ def _handed_through(jaxpr: Any) -> Callable[[Any], Any]:
     def came_from(var: Any) -> Any:
         while id(var) in made:
             eqn, k = made[id(var)]
-            if eqn.primitive.name != "jit":
+            if _jax.jit_name(eqn) is None:
                 return None
             inner, _ = _jax.opened(eqn.params["jaxpr"])
             origin = _handed_through(inner)(inner.outvars[k])

@@ -16,13 +16,14 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words as words
+from stopgrad_jax._engine.control import control
 from stopgrad_jax._engine.differentiate import Differentiation
 from stopgrad_jax._engine.graph import Graph
 from stopgrad_jax._engine.labels import Labels, printed_place
-from stopgrad_jax._engine.nested import Body, nested
 from stopgrad_jax._engine.select import look_up
 from stopgrad_jax._engine.trace import Value, trace
 from stopgrad_jax._engine.unfold import unfold
+from stopgrad_jax._engine.wiring import Body
 
 from . import micro
 from .gradient import Objective
@@ -151,7 +152,7 @@ class _Kinds:
             moving = {v for v in eqn.invars if _is_variable(v) and v in self.varies}
             if not moving:
                 continue
-            name, inner = eqn.primitive.name, nested(eqn)
+            name, inner = eqn.primitive.name, control(eqn)
             bodies = inner.bodies if inner else ()
             if len(bodies) != 1:  # else it depends on what comes of the one body
                 self.varies.update(eqn.outvars)
@@ -203,7 +204,7 @@ def _divisions(
         if eqn is None:
             inputs.append(var)
             continue
-        here, inner = _jax.line_of(eqn) or line, nested(eqn)
+        here, inner = _jax.line_of(eqn) or line, control(eqn)
         divisor = _divisor(eqn)
         if divisor is not None:
             known = kinds.sums if var.aval.shape else kinds.varies
