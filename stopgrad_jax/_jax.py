@@ -229,7 +229,7 @@ def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
 
 
 def is_opaque(eqn: Any) -> bool:
-    """Tell an equation that holds a program: ask where none is known to `nested`."""
+    """Tell an equation that holds a program: ask where none is known to `control`."""
     name = eqn.primitive.name
     return name == "call_hi_primitive" or (bool(eqn.params) and any(inner_jaxprs(eqn)))
 
