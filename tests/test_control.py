@@ -233,6 +233,42 @@ def test_a_value_may_be_a_tree_of_arrays(name):
         same([x[1] for x in out], own[1])
 
 
+def test_a_primitive_with_rules_of_its_own_is_one_operation():
+    """JAX's coming primitives: their programs stay closed, their rules are asked."""
+    hijax = pytest.importorskip("jax.experimental.hijax")
+    base = getattr(hijax, "HiPrim", None)
+    if base is None:
+        pytest.skip("before JAX 0.12")
+
+    class Product(base):
+        def __init__(self, x, y):
+            self.in_avals, self.out_aval, self.params = (x, y), x, {}
+            super().__init__()
+
+        def expand(self, x, y):
+            return jnp.sin(x) * y
+
+        def vjp_fwd(self, _, x, y):
+            return self(x, y), (x, y)
+
+        def vjp_bwd_retval(self, res, ct):
+            return ct * res[1] * 3.0, jnp.zeros_like(ct)  # by y it says zero
+
+    def loss(x, y):
+        h = Product(jax.typeof(x), jax.typeof(y))(x, y)
+        return jnp.sum(h**2)
+
+    flow = sg.flow(loss)(X, X)
+    assert [row.status for row in flow.inputs] == ["flows", "cut"]
+    h = jnp.sin(X) * X
+    close(sg.gradients(loss, "x")(X, X), 2 * h * X * 3.0)
+    close(sg.gradients(loss, sg.var("h"))(X, X), 2 * h)
+    edited = sg.edit(loss, {sg.var("h"): jnp.cos})
+    close(edited(X, X), jnp.sum(jnp.cos(h) ** 2))
+    with pytest.raises(sg.AddressError, match="got: "):
+        sg.capture(loss, sg.op("sin"))(X, X)
+
+
 NAMES = (
     "scan while cond jit closed_call remat2 shard_map custom_jvp_call custom_vjp_call"
 )
