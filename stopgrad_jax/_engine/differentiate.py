@@ -156,7 +156,7 @@ class Differentiation:
             return program.traced.leaves[x.index]
         if self._sums and x.kind == "point":
             found = program.plan.found[x.index]
-            return channel(found)
+            return channel(found.aval, [copies.count for copies in found.copies])
         return _jax.zeros(program.types[x])
 
     def _evaluate(

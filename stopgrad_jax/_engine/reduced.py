@@ -20,7 +20,6 @@ import stopgrad_jax._jax as _jax
 
 from .gate import gate
 from .rule import Rule
-from .walk import Found
 
 # Sum of squares of what is left when it is divided by the largest magnitude; that one;
 # number of nonzeros, of nonfinites. So no square leaves the range that the norm is in.
@@ -69,22 +68,21 @@ def _in_unit(totals: jax.Array, largest: jax.Array) -> jax.Array:
     return totals.at[..., SQUARES].multiply(jnp.square(part))
 
 
-def channel(found: Found) -> jax.Array:
-    """Return what `summed` takes for a value: an axis for each of its copies' kinds."""
-    counts = tuple(copies.count for copies in found.copies)
-    dtype = summary_dtype(found.aval.dtype)
-    with _jax.at_width_of(found.aval):
+def channel(aval: Any, counts: Sequence[int]) -> jax.Array:
+    """Return what `summed` takes for a value of which there are so many copies."""
+    dtype = summary_dtype(aval.dtype)
+    with _jax.at_width_of(aval):
         zeros = jnp.zeros((*counts, SUMMED), dtype)
     # As its value: else what comes to it would be added over the devices around.
-    return _jax.vary(zeros, _jax.varying(found.aval))
+    return _jax.vary(zeros, _jax.varying(aval))
 
 
-def over_devices(totals: jax.Array, found: Found) -> tuple[jax.Array, int]:
+def over_devices(totals: jax.Array, kinds: Sequence[Any]) -> tuple[jax.Array, int]:
     """Put a channel's summaries of all devices together; return how many there were."""
     count = 1
-    for axis in reversed(range(len(found.copies))):
-        if found.copies[axis].devices:
-            count *= found.copies[axis].count
+    for axis, copies in reversed([*enumerate(kinds)]):
+        if copies.devices:
+            count *= copies.count
             largest = jnp.max(totals[..., LARGEST], axis, keepdims=True)
             sums = jnp.sum(_in_unit(totals, largest), axis)
             totals = sums.at[..., LARGEST].set(jnp.squeeze(largest, axis))

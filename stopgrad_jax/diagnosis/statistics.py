@@ -174,7 +174,7 @@ def _totals(program: Program, place: Value, gradient: Any) -> tuple[jax.Array, i
     """Return the summary of a gradient, and how many entries it is of, in each step."""
     if place.kind == "point":
         at = program.plan.found[place.index]
-        totals, devices = over_devices(gradient, at)
+        totals, devices = over_devices(gradient, at.copies)
         size = at.size
     else:
         totals, devices, size = summary(gradient), 1, gradient.size
