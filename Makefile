@@ -34,7 +34,7 @@ check: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
-	.venv/bin/python -m pytest -q tests/test_floors.py
+	.venv/bin/python -m pytest -q tests/test_house.py
 
 notebooks: .venv/ready
 	.venv/bin/python notebooks/run.py --update

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from measure import seconds, side_by_side
 
 import stopgrad_jax as sg
-from stopgrad_jax.diagnosis.dot import to_dot
-from stopgrad_jax.diagnosis.merge import merged
-from stopgrad_jax.diagnosis.model import Edge, Picture, Step
-from stopgrad_jax.diagnosis.render import to_svg
+from stopgrad_jax._flow.dot import to_dot
+from stopgrad_jax._flow.model import Edge, Picture, Step
+from stopgrad_jax._flow.render import to_svg
+from stopgrad_jax._flow.shrink import merged
 
 WIDTH = 8
 

@@ -1,18 +1,18 @@
 """stopgrad_jax: say, query, see and test where gradients flow in JAX."""
 
 from . import train
+from ._check.check import check_gradients
 from ._errors import AddressError
+from ._flow.contracts import assert_gradient, assert_no_gradient
+from ._flow.flow import flow
+from ._nonfinite.nonfinite import find_nonfinite
+from ._statistics import gradient_stats
 from .cotangents import (
     clip_gradient,
     clip_gradient_norm,
     replace_nonfinite_gradient,
     transform_gradient,
 )
-from .diagnosis.check import check_gradients
-from .diagnosis.contracts import assert_gradient, assert_no_gradient
-from .diagnosis.flow import flow
-from .diagnosis.nonfinite import find_nonfinite
-from .diagnosis.statistics import gradient_stats
 from .estimators import quantize, recurrent, sample, score, surrogate
 from .freezing import freeze, migrate_state
 from .gates import (

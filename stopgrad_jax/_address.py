@@ -2,7 +2,7 @@
 
 An address is an int, a string or one of the small values made here. This file
 parses them, matches them against printed paths and finds the nearest ones that
-exist. What a path *means* in a traced function is `_engine/select.py`; what it means
+exist. What a path *means* in a traced function is `_program/lookup.py`; what it means
 in a bare pytree is `_where.py`.
 """
 

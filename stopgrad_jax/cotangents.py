@@ -19,12 +19,12 @@ import optax
 import stopgrad_jax._jax as _jax
 
 from ._edge import public
-from ._engine.functions import same_types, stateless
-from ._engine.gate import varying_together
-from ._engine.gated import all_at_once, axis_index, leaf_by_leaf, require_gradient
-from ._engine.rule import Rule, program
-from ._engine.rules import ABOVE, BELOW, BETWEEN, FINITE, NormClip
 from ._errors import beats, function_name, type_of
+from ._gate.functions import same_types, stateless
+from ._gate.primitive import varying_together
+from ._gate.rule import Rule, program
+from ._gate.rules import ABOVE, BELOW, BETWEEN, FINITE, NormClip
+from ._gate.trees import all_at_once, axis_index, leaf_by_leaf, require_gradient
 
 __all__ = [
     "clip_gradient",

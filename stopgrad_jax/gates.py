@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 
 from ._edge import public
-from ._engine.gated import axis_index, leaf_by_leaf, require_gradient
-from ._engine.labels import printed_place
-from ._engine.rule import Refusal, Rule
-from ._engine.rules import MASK, NEGATE, REVERSE, SAME, SCALE
 from ._errors import beats
+from ._gate.rule import Refusal, Rule
+from ._gate.rules import MASK, NEGATE, REVERSE, SAME, SCALE
+from ._gate.trees import axis_index, leaf_by_leaf, require_gradient
+from ._places import printed_place
 from ._where import Where, selected
 
 __all__ = [

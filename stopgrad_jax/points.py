@@ -18,22 +18,22 @@ import stopgrad_jax._jax as _jax
 from ._address import Address, leaf_paths, op, point, var
 from ._checks import require_function, shown
 from ._edge import public
-from ._engine.closures import refusing
-from ._engine.edits import kept, same_type
-from ._engine.given import perturbations_by_place, require_keys
-from ._engine.perturbation import shift
-from ._engine.refuse import (
+from ._errors import beats, function_name
+from ._program.arguments import perturbations_by_place, require_keys
+from ._program.edits import kept, same_type
+from ._program.lookup import Program, listed, look_up
+from ._program.perturbation import shift
+from ._program.refuse import (
     refuse_differentiated,
     refuse_factors,
     refuse_loops,
     refuse_rules,
 )
-from ._engine.rewrite import Actions, Rewriter
-from ._engine.select import Program, listed, look_up
-from ._engine.trace import Value, filled, is_traceable, trace
-from ._engine.walk import Leaf, PointName
-from ._engine.wanted import Wanted
-from ._errors import beats, function_name
+from ._program.rewrite import Actions, Rewriter
+from ._program.search import Leaf, PointName
+from ._program.trace import Value, filled, is_traceable, trace
+from ._program.wanted import Wanted
+from ._reach.closures import refusing
 
 __all__ = ["capture", "edit", "name", "op", "perturb", "point", "var"]
 

@@ -2,7 +2,7 @@
 
 One call is: trace the function, look the addresses up, decide which pairs are
 connected, and differentiate the program with a perturbation at each x and a hold at
-each stop. `_engine/perturbation.py` tells why a stop is then local to its call.
+each stop. `_program/perturbation.py` tells why a stop is then local to its call.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ import stopgrad_jax._jax as _jax
 from ._address import nodes
 from ._checks import require_function, shown
 from ._edge import public
-from ._engine.differentiate import Differentiation
-from ._engine.given import cotangents, default_ys
-from ._engine.refuse import (
-    refuse_factors,
-    refuse_loops,
-    refuse_outputs,
-    refuse_rules,
-)
-from ._engine.select import Program, listed, look_up
-from ._engine.trace import Traced, Value, filled, trace
-from ._engine.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
 from ._errors import beats, function_name
+from ._program.arguments import cotangents, default_ys
+from ._program.lookup import Program, listed, look_up
+from ._program.refuse import refuse_factors, refuse_loops, refuse_outputs, refuse_rules
+from ._program.trace import Traced, Value, filled, trace
+from ._program.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
+from ._reach.differentiate import Differentiation
 
 P = ParamSpec("P")
 

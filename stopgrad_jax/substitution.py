@@ -14,12 +14,12 @@ import stopgrad_jax._jax as _jax
 
 from ._checks import require_call, require_function
 from ._edge import public
-from ._engine.backward import attached
-from ._engine.gate import gate
-from ._engine.gated import require_gradient
-from ._engine.own_stop import handed
-from ._engine.rules import VALUE_OF, VALUE_OF_FORWARD, Rule
 from ._errors import beats, function_name, type_of
+from ._gate.backward import attached
+from ._gate.primitive import gate
+from ._gate.rules import VALUE_OF, VALUE_OF_FORWARD, Rule
+from ._gate.trees import require_gradient
+from ._reach.own_stop import handed
 
 __all__ = ["replace_value", "straight_through", "with_backward"]
 

@@ -9,7 +9,7 @@ import sys
 
 import stopgrad_jax as sg
 from stopgrad_jax import _where
-from stopgrad_jax._engine import select
+from stopgrad_jax._program import lookup as select
 
 VALUES = r"sg\.(?:var|op|point)\((?:[^()]|\([^()]*\))*\)"
 tried: dict[str, int] = {"address": 0, "where": 0}

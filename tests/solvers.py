@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, mlir
 
-from stopgrad_jax import _jax
+import stopgrad_jax._jax as _jax
 
 
 def _from_inverse(matrix, inverse, b):

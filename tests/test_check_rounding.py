@@ -6,9 +6,9 @@ The functions have known slopes, curvature and errors of up to three digits, at 
 import numpy as np
 import pytest
 
-from stopgrad_jax._engine.slope import Difference
-from stopgrad_jax.diagnosis.compare import _UNKNOWN, DISTANCES
-from stopgrad_jax.diagnosis.judge import WRONG, judge
+from stopgrad_jax._check.compare import _UNKNOWN, DISTANCES
+from stopgrad_jax._check.judge import WRONG, judge
+from stopgrad_jax._check.slope import Difference
 
 DIGIT = 2 * float(np.finfo("float32").eps)
 COUNT = 2000

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 
 import stopgrad_jax as sg
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._engine.control import control
-from stopgrad_jax._engine.wiring import Extras
+from stopgrad_jax._program.control import control
+from stopgrad_jax._program.wiring import Extras
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
@@ -283,4 +283,4 @@ def test_no_other_file_knows_a_primitive_by_its_name():
         if quoted.search(path.read_text())
     }
     doors = {name for name in know if name.startswith("_jax")}
-    assert know - doors == {"_engine/control.py"}
+    assert know - doors == {"_program/control.py"}

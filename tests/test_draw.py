@@ -7,10 +7,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from stopgrad_jax.diagnosis import render
-from stopgrad_jax.diagnosis.dot import to_dot, to_mermaid
-from stopgrad_jax.diagnosis.model import Box, Edge, Picture, Site, Step
-from stopgrad_jax.diagnosis.skin import LINES, THEMES, clean, lines_of
+from stopgrad_jax._flow import render
+from stopgrad_jax._flow.dot import to_dot, to_mermaid
+from stopgrad_jax._flow.model import Box, Edge, Picture, Site, Step
+from stopgrad_jax._flow.theme import LINES, THEMES, clean, lines_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = {

@@ -96,7 +96,7 @@ def test_all_frames_on_request(monkeypatch):
     files = [
         entry.filename for entry in traceback.extract_tb(caught.value.__traceback__)
     ]
-    assert any(file.endswith("select.py") for file in files)
+    assert any(file.endswith("lookup.py") for file in files)
 
 
 def test_the_exception_is_called_as_users_import_it():

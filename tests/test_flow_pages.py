@@ -12,7 +12,7 @@ import models
 import pytest
 
 import stopgrad_jax as sg
-from stopgrad_jax.diagnosis.page import page
+from stopgrad_jax._page import page
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 HOSTILE = '</pre><script>alert("x")</script> & \x1b[31m "quoted" \\ `tick` \u202e'

@@ -1,4 +1,4 @@
-"""The facts about JAX that `_jax.py` rests on, on every version that is supported."""
+"""The facts about JAX that `_jax` rests on, on every version that is supported."""
 
 import functools
 import gc
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from programs import f32, layer, mesh
 
-from stopgrad_jax import _jax, _jax_errors
-from stopgrad_jax._engine.control import control
+import stopgrad_jax._jax as _jax
+import stopgrad_jax._jax.errors as _jax_errors
+import stopgrad_jax._jax.places as places
+from stopgrad_jax._program.control import control
 
 P = jax.sharding.PartitionSpec
 
@@ -79,8 +81,8 @@ def test_lines_and_scopes():
     (eqn,) = eqns(f, 1.0)
     line = f.__code__.co_firstlineno + 2
     assert _jax.line_of(eqn).endswith(f"test_jax.py:{line}")
-    assert _jax.scopes_of(eqn) == "inside"
-    assert any(name.endswith("f") for name in _jax.callers_of(eqn))
+    assert _jax.scope_of(eqn) == "inside"
+    assert any(name.endswith("f") for name in places.callers_of(eqn))
     assert _jax.transforms_of(eqns(jax.grad(f), 1.0)[0]) == ("jvp",)
 
 

@@ -1,4 +1,4 @@
-"""What `_jax_kinds.py` rests on, on every version of JAX that is supported."""
+"""What `_jax/kinds.py` rests on, on every version of JAX that is supported."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from stopgrad_jax import _jax, _jax_errors
+import stopgrad_jax._jax as _jax
+import stopgrad_jax._jax.errors as _jax_errors
 
 # By the number of their operands; none of them is another function's name.
 ENTRYWISE = {

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from stopgrad_jax.diagnosis.merge import merged, too_big
-from stopgrad_jax.diagnosis.model import Edge, Picture, Site, Step
+from stopgrad_jax._flow.model import Edge, Picture, Site, Step
+from stopgrad_jax._flow.shrink import merged, too_big
 
 
 def step(number, kind="step", label="", **more):

@@ -9,7 +9,7 @@ import pytest
 from programs import mesh
 
 import stopgrad_jax as sg
-from stopgrad_jax._engine.operations import becomes
+from stopgrad_jax._program.operations import becomes
 
 X = jnp.arange(6, dtype=jnp.float32).reshape(2, 3) / 3 - 1
 W = jnp.array([[1.0, 2.0], [0.5, -1.0], [2.0, 0.25]], jnp.float32)

@@ -8,9 +8,9 @@ import types
 
 import pytest
 
-from stopgrad_jax.diagnosis import render
-from stopgrad_jax.diagnosis.dot import to_dot
-from stopgrad_jax.diagnosis.model import Edge, Picture, Step
+from stopgrad_jax._flow import render
+from stopgrad_jax._flow.dot import to_dot
+from stopgrad_jax._flow.model import Edge, Picture, Step
 
 PICTURE = Picture(
     "w can get a gradient.",

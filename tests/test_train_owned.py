@@ -13,7 +13,7 @@ from programs import f32
 from test_train import assert_same_bits
 
 import stopgrad_jax as sg
-from stopgrad_jax import _jax
+import stopgrad_jax._jax as _jax
 from stopgrad_jax.train import State, fit, make_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

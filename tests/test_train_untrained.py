@@ -14,7 +14,7 @@ from test_train import assert_same_bits
 
 import stopgrad_jax as sg
 from stopgrad_jax.train import fit, make_step
-from stopgrad_jax.training.examine import Examined
+from stopgrad_jax.train._examine import Examined
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ADAMW = optax.adamw(0.1, weight_decay=0.5)

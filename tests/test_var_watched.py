@@ -13,7 +13,7 @@ import pytest
 from programs import f32, keep, kept, same
 
 import stopgrad_jax as sg
-from stopgrad_jax._engine.watched import watching
+from stopgrad_jax._source.watched import watching
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 

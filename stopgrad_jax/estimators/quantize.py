@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from stopgrad_jax._edge import public
 from stopgrad_jax.substitution import replace_value
 
-from .codebook import VectorQuantized as VectorQuantized
-from .codebook import vector_quantize as vector_quantize
-from .fake import fake_quant as fake_quant
-from .fake import fake_quant_affine as fake_quant_affine
-from .grid import bsq as bsq
-from .grid import fsq as fsq
-from .grid import lfq as lfq
-from .inputs import parameter, per_entry, real, require
-from .learned_step import lsq as lsq
-from .learned_step import lsq_init as lsq_init
+from ._codebook import VectorQuantized as VectorQuantized
+from ._codebook import vector_quantize as vector_quantize
+from ._fake import fake_quant as fake_quant
+from ._fake import fake_quant_affine as fake_quant_affine
+from ._grid import bsq as bsq
+from ._grid import fsq as fsq
+from ._grid import lfq as lfq
+from ._inputs import parameter, per_entry, real, require
+from ._learned_step import lsq as lsq
+from ._learned_step import lsq_init as lsq_init
 
 __all__ = [
     "VectorQuantized",

@@ -11,8 +11,8 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._edge import public
-from stopgrad_jax._engine.gated import require_gradient
 from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._gate.trees import require_gradient
 from stopgrad_jax.gates import mask_gradient
 
 __all__ = ["truncated_scan"]

@@ -27,8 +27,8 @@ from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
-from . import draws
-from .gumbel import gumbel_rao, gumbel_rao_given, gumbel_softmax, gumbel_softmax_given
+from . import _draws as draws
+from ._gumbel import gumbel_rao, gumbel_rao_given, gumbel_softmax, gumbel_softmax_given
 
 __all__ = [
     "bernoulli",

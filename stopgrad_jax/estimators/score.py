@@ -21,8 +21,8 @@ from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, type_of
 from stopgrad_jax.substitution import replace_value
 
-from .draws import floating
-from .inputs import wider
+from ._draws import floating
+from ._inputs import wider
 
 __all__ = ["dice", "leave_one_out", "magic_box", "score_loss"]
 

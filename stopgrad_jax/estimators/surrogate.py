@@ -25,19 +25,19 @@ from stopgrad_jax._errors import beats, function_name, type_of
 from stopgrad_jax.gates import scale_gradient
 from stopgrad_jax.substitution import replace_value
 
-from .derivatives import atan as atan
-from .derivatives import exponential as exponential
-from .derivatives import fast_sigmoid as fast_sigmoid
-from .derivatives import gaussian as gaussian
-from .derivatives import multi_gaussian as multi_gaussian
-from .derivatives import sigmoid as sigmoid
-from .piecewise import boxcar as boxcar
-from .piecewise import leaky as leaky
-from .piecewise import triangle as triangle
-from .signs import approx_sign as approx_sign
-from .signs import hard_tanh as hard_tanh
-from .signs import identity as identity
-from .signs import swish_sign as swish_sign
+from ._derivatives import atan as atan
+from ._derivatives import exponential as exponential
+from ._derivatives import fast_sigmoid as fast_sigmoid
+from ._derivatives import gaussian as gaussian
+from ._derivatives import multi_gaussian as multi_gaussian
+from ._derivatives import sigmoid as sigmoid
+from ._piecewise import boxcar as boxcar
+from ._piecewise import leaky as leaky
+from ._piecewise import triangle as triangle
+from ._signs import approx_sign as approx_sign
+from ._signs import hard_tanh as hard_tanh
+from ._signs import identity as identity
+from ._signs import swish_sign as swish_sign
 
 __all__ = [
     "approx_sign",

@@ -1,0 +1,1 @@
+"""Derivatives beside differences: `check_gradients`."""

@@ -1,1 +1,0 @@
-"""Read a traced function, and run it again with something changed inside."""

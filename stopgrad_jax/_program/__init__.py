@@ -1,0 +1,1 @@
+"""A traced function: read, searched, and run again with something changed inside."""

@@ -1,0 +1,1 @@
+"""What depends on what through derivatives, decided without running anything."""

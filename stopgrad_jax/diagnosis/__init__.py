@@ -1,1 +1,0 @@
-"""See where gradients flow, and test it."""

@@ -1,1 +1,0 @@
-"""Training steps: the parts behind `stopgrad_jax.train`."""
