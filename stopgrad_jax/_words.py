@@ -288,7 +288,7 @@ UNSETTLED_KINK = (
 )
 FARTHER = "a point farther from the kink"
 ALLOW = 'allow=["{name}"], if it differs on purpose'
-SETTLE = "float64 throughout, or a point where the function is less curved"
+SETTLE = "{wider}a point where the function is less curved"
 # The function (or its derivative, or that at the point) is not finite on one side, and
 # the other (of which `numbers` are, if there is one) does not settle that it is right.
 BORDER = (

@@ -3,9 +3,12 @@
 The functions have known slopes, curvature and errors of up to three digits, at random.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stopgrad_jax as sg
 from stopgrad_jax._check.compare import _UNKNOWN, DISTANCES
 from stopgrad_jax._check.judge import WRONG, judge
 from stopgrad_jax._check.slope import Difference
@@ -39,3 +42,44 @@ def test_a_right_derivative_of_what_a_solver_returns_is_not_accused():
 @pytest.mark.parametrize("told", [1.3, 0.5, -1.0])
 def test_a_wrong_one_is(told):
     assert accused(_UNKNOWN, told) >= 0.99 * COUNT
+
+
+STOP = jax.lax.stop_gradient
+TWELVE = jnp.arange(12.0)
+
+
+def _gap(w):
+    return jax.nn.log_softmax(STOP(w)) - jax.nn.log_softmax(w)
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize(
+    ("fun", "x"),
+    [
+        (lambda w: jnp.sum((w - 1.0) ** 2), jnp.ones(9)),
+        (lambda w: jnp.mean((w - STOP(w)) ** 2), TWELVE + 0.5),
+        (lambda w: jnp.mean((jnp.sin(w) - jnp.sin(STOP(w))) ** 2), TWELVE),
+        (lambda w: (jnp.linalg.norm(w) - 1.0) ** 2, jnp.ones(9) / 3),
+        (lambda w: jnp.sum(jax.nn.softmax(STOP(w)) * _gap(w)), TWELVE),
+    ],
+    ids=["square", "commitment", "distance", "norm", "kl"],
+)
+def test_a_loss_that_is_zero_where_its_gradient_is_passes(fun, x, x64):
+    """Nothing but rounding is left: of the argument, which the loss turns at."""
+    with jax.enable_x64(x64):
+        sg.check_gradients(fun)(jnp.asarray(np.asarray(x), float))
+
+
+def test_where_a_loss_is_zero_a_wrong_rule_is_still_named():
+    @jax.custom_vjp
+    def gap(w):
+        return w - 1.0
+
+    gap.defvjp(lambda w: (gap(w), None), lambda _, ct: (1.1 * ct,))
+    with pytest.raises(AssertionError, match="the rule of gap"):
+        sg.check_gradients(lambda w: jnp.sum(gap(w) ** 2))(jnp.linspace(0.9, 1.2, 9))
+
+
+def test_a_kink_where_a_loss_is_zero_is_still_told():
+    with pytest.raises(AssertionError, match="kink"):
+        sg.check_gradients(lambda w: jnp.sum(jnp.abs(w - 1.0)))(jnp.ones(9))

@@ -369,6 +369,47 @@ def test_a_part_that_trains_nothing_is_a_column(loss, expected):
     assert row.status == "flows"
 
 
+def counted(a, b):
+    hits = jnp.sum(b > 0)
+    return jnp.sum(a) + hits
+
+
+def counted_inline(a, b):
+    return jnp.sum(a) + jnp.argmax(b)
+
+
+def counted_with_a_weight(a, b):
+    main, correct = jnp.sum(a), jnp.sum(b > 0)
+    return main + 0.1 * correct
+
+
+def counted_in_place(a, b):
+    total, n = jnp.sum(a), jnp.argmax(b)
+    total += n
+    return total
+
+
+def halved(a, b):
+    return jnp.sum(a) - jnp.sum(jnp.round(b).astype(jnp.float16))
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        (counted, ("jnp.sum(a)", "hits")),
+        (counted_inline, ("jnp.sum(a)", "jnp.argmax(b)")),
+        (counted_with_a_weight, ("main", "correct")),
+        (counted_in_place, ("jnp.sum(a)", "n")),
+        (halved, ("jnp.sum(a)", "jnp.sum(jnp.round(b).astype(j...")),
+    ],
+)
+def test_what_a_sum_casts_by_itself_keeps_its_name(loss, names):
+    flow = sg.flow(loss)(X, X)
+    assert flow.terms == names
+    cells = [tuple(row.terms.values()) for row in flow.inputs]
+    assert cells == [("flows", "unused"), ("unused", "cut")]
+
+
 def test_a_part_of_data_alone_is_no_column():
     def loss(w, x):
         data, other = jnp.mean((x * w) ** 2), jnp.sum(jnp.round(x))

@@ -106,11 +106,13 @@ class Compared:
         told: float,
         noise: float | None,
         weights: Any = None,
+        last: float = 0.0,
     ) -> list[Difference]:
         """Return those of the weighed result; `noise` is how far it may be off.
 
         None: that cannot be known, as of a solver that runs until it is content.
-        `weights` other than the program's, where its results are few.
+        `weights` other than the program's, where its results are few. `last`: the
+        distance by which the argument itself is rounded, where slopes differ.
         """
         found = []
         taken = self.reading.followed | self._hidden
@@ -125,13 +127,17 @@ class Compared:
             digit = 2 * self.eps * size
             rough = _UNKNOWN * digit if noise is None else max(digit, 2 * noise)
             left, right = (base - minus) / h + said, (plus - base) / h + said
-            found.append(Difference(h, left, right, (rough + digits) / h, digit / h))
+            turned = last * abs(right - left)
+            off = rough + digits + (turned if np.isfinite(turned) else 0.0)
+            found.append(Difference(h, left, right, off / h, digit / h))
         return found
 
-    def _floor(self, steps: Sequence[Step], told: float, weights: Any) -> float:
-        """Return what counts as zero: what the result's own digits cannot show."""
+    def _floor(
+        self, steps: Sequence[Step], told: float, weights: Any, last: float
+    ) -> float:
+        """Return what counts as zero: what the digits of all cannot show."""
         widest = [s for s in steps if s.distance <= DISTANCES[self.size][0]]
-        return self.differences(widest[:1], told, 0.0, weights)[0].noise
+        return self.differences(widest[:1], told, 0.0, weights, last)[0].noise
 
     def shares(self, steps: Sequence[Step], key: int, noise: float) -> list[Share]:
         """Return those of a rule."""
@@ -194,16 +200,18 @@ class Compared:
         steps = self.steps(direction, along, carefully)
         known = self.noise(direction, along) if carefully else {}
         noise = known.get(EVERY) if carefully else 0.0
-        found = self.differences(steps, told, noise, weights)
-        verdict = judge(told, found, self.tol, self._floor(steps, told, weights))
+        last = self._digit(direction, along)
+        found = self.differences(steps, told, noise, weights, last)
+        floor = self._floor(steps, told, weights, last)
+        verdict = judge(told, found, self.tol, floor)
         if carefully:
 
             def probe(distance: float) -> Difference:
                 step = self._step(direction[0], along, distance)
                 return self.differences([step], told, 0.0, weights)[0]
 
-            close, digit = self.tol * abs(told), self._digit(direction, along)
-            verdict = look_near(verdict, told, close, found, digit, probe)
+            close = self.tol * abs(told)
+            verdict = look_near(verdict, told, close, found, last, probe)
         ends = [end for step in steps for end in step.sums]
         if verdict.kind == BORDER and np.all(np.isfinite(ends)):  # it is a rule's word
             return dataclasses.replace(verdict, kind=WRONG)

@@ -81,7 +81,9 @@ class Told:
             numbers=numbers,
             error=f"{verdict.found.error / unit:.2g}",
         )
-        return self.error(f"{said}\n  write: {_words.SETTLE}", direction)
+        wider = "" if dtype == "float64" else "float64 throughout, or "
+        write = _words.SETTLE.format(wider=wider)
+        return self.error(f"{said}\n  write: {write}", direction)
 
     def wrong_rule(
         self, verdict: Verdict, key: int, direction: Direction

@@ -87,6 +87,7 @@ class _Sum:
 
         `sums` holds the names of the sum itself, as in `loss += ...`.
         """
+        value = self._uncast(value, reader)
         end, after, names = value, reader, set(sums)
         while True:
             name = self._name(end, after)
@@ -107,6 +108,25 @@ class _Sum:
         for operand in operands:
             yield from self._parts(operand, after, frozenset(names))
 
+    def _uncast(self, value: Value, reader: Op | None) -> Value:
+        """Return what a sum is given, before it casts it to its own type."""
+        op = self._maker(value)
+        while op is not None and reader is not None:
+            own, other = op.spot, reader.spot
+            cast = op.eqn.primitive.name == "convert_element_type" and not op.join
+            (source,) = op.inputs if cast else (None,)
+            if source is None or own is None or other is None:
+                break
+            if own.position != other.position or own.frame.code is not other.frame.code:
+                break
+            value, op = source, self._maker(source)
+        return value
+
+    def _side(self, value: Value, reader: Op) -> int:
+        """Tell which of two operands a value is to its reader; -1 if it has not two."""
+        read = [None if x is None else self._uncast(x, reader) for x in reader.inputs]
+        return read.index(self._uncast(value, reader)) if len(read) == 2 else -1
+
     def _maker(self, value: Value) -> Op | None:
         number = self._graph.maker[self._graph.original(value)]
         return None if number < 0 else self._graph.ops[number]
@@ -116,6 +136,9 @@ class _Sum:
         op, value = self._maker(value), self._graph.original(value)
         if op is None or op.join or op.held:
             return []
+        passive = not self._analysis.tangent[value]
+        if passive and op.eqn.primitive.name == "convert_element_type":
+            return [v for v in op.inputs if v is not None]
         moved = self._moved(op, value)
         operands = list(dict.fromkeys(op.inputs[k] for k in moved))
         shapes = [self._graph.avals[v].shape for v in operands if v is not None]
@@ -193,7 +216,7 @@ class _Sum:
             pairs = zip(targets, statement.parts, strict=True)
             targets = [t for t, place in pairs if is_within(spot.position, place)]
         if other is not None and reader is not None and other.is_current:
-            side = reader.inputs.index(value) if len(reader.inputs) == 2 else -1
+            side = self._side(value, reader)
             read = spot.source.read_of(targets, other.position, side)
             if read:
                 return read, (statement.line, read)
@@ -211,7 +234,7 @@ class _Sum:
         spot = reader.spot if reader else None
         if reader is None or spot is None or not spot.is_current:
             return ""
-        side = reader.inputs.index(value) if len(reader.inputs) == 2 else -1
+        side = self._side(value, reader)
         return spot.source.operand(spot.position, side)
 
 
