@@ -18,7 +18,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import stopgrad_jax._jax as _jax
 
 from ._errors import AddressError, beats, has_beats
-from ._words import NEVER_CALLED
+from ._words.flow import NEVER_CALLED
 
 P = ParamSpec("P")
 R = TypeVar("R")

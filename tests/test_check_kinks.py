@@ -9,7 +9,7 @@ import pytest
 from programs import f32
 
 import stopgrad_jax as sg
-from stopgrad_jax import _words
+import stopgrad_jax._words.check as _words
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 

@@ -8,7 +8,7 @@ from jax import lax
 from programs import f32
 
 import stopgrad_jax as sg
-from stopgrad_jax import _words
+import stopgrad_jax._words.check as _words
 
 X = f32(0.4, -0.7, 1.2)
 KEEP = jnp.array([True, False, True])

@@ -10,7 +10,7 @@ from jax import lax
 from programs import f32
 
 import stopgrad_jax as sg
-from stopgrad_jax import _words
+import stopgrad_jax._words.check as _words
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 

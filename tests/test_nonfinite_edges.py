@@ -7,15 +7,19 @@ import traceback
 import types
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify, io_callback
-from programs import f32
+from jax.interpreters import mlir
+from programs import f32, mesh
 
 import stopgrad_jax as sg
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
+
+DEVICES = jax.sharding.PartitionSpec("d")
 
 
 # A function that raises by itself -----------------------------------------------------
@@ -211,6 +215,42 @@ def test_an_infinite_argument_under_pmap_is_named():
     assert "inf turns to nan here" in str(report)
 
 
+def scanned(x):
+    return jax.lax.scan(lambda c, t: (c, c * t), x, jnp.ones(3))[1][-1]
+
+
+def scanned_collective(x):
+    step = lambda c, t: (c + jax.lax.psum(c, "d"), c * t)
+    return jax.lax.scan(step, x, jnp.ones(3))[1][-1]
+
+
+def branched(x):
+    return jax.lax.cond(x[0] > -1, jax.checkpoint(scanned), jnp.cos, x)
+
+
+def looped(x):
+    choose = lambda i, c: jax.lax.cond(i > 1, jnp.sin, jnp.cos, c)
+    return jax.lax.map(lambda t: t * jax.lax.fori_loop(0, 3, choose, x), x)[1]
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("inner", [scanned, scanned_collective, branched, looped])
+def test_a_loop_in_a_shard_map_is_gone_back_through(inner, check_vma):
+    """What one equation of a shard gives is no shard, whatever its type says."""
+
+    def local(x):
+        y = inner(x) * 0.0
+        return jnp.sqrt(y**2)
+
+    shards = {"mesh": mesh(2), "in_specs": DEVICES, "out_specs": DEVICES}
+    run = jax.shard_map(local, check_vma=check_vma, **shards)
+    report = sg.find_nonfinite(lambda x: jnp.sum(run(x)))(jnp.ones(4))
+    assert (report.direction, report.primitive) == ("backward", "div")
+    assert report.expression == "jnp.sqrt(y**2)"
+    # The derivative of a root is half by the root, that of a power is finite.
+    assert [float(np.ravel(x)[0]) for x in report.operands] == [0.5, 0.0]
+
+
 # At a prompt --------------------------------------------------------------------------
 
 
@@ -280,3 +320,27 @@ def test_no_example_of_a_vmap_that_jax_wrote(inner, argument, example):
     report = sg.find_nonfinite(lambda x: jnp.sum(inner(x)))(jnp.zeros(argument))
     assert report.example == example
     assert ("of vmap" in str(report)) == (example is not None)
+
+
+# An operation that runs only in a compiled program ------------------------------------
+
+
+def compiled_only(x):
+    """A primitive without a rule to be run by itself."""
+    alone = jax.extend.core.Primitive("alone")
+    alone.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(alone, mlir.lower_fun(jnp.sin, multiple_results=False))
+    return alone.bind(x)
+
+
+def test_it_is_opened_no_further_or_named():
+    inside = jax.jit(lambda x: jnp.log(0.0 * compiled_only(x)))
+    report = sg.find_nonfinite(inside, xs=())(1.0)
+    assert report.direction == "forward"
+    assert report.primitive == "jit"
+    with pytest.raises(RuntimeError) as caught:
+        sg.find_nonfinite(lambda x: jnp.log(0.0 * compiled_only(x)), xs=())(1.0)
+    message = str(caught.value)
+    assert ": operations that can be run one by one" in message
+    assert "got: alone raised by itself" in " ".join(message.split())
+    assert "write: the function in jax.jit, which is then looked at as one" in message

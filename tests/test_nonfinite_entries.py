@@ -12,7 +12,7 @@ from jax.interpreters import batching, mlir
 from programs import f32
 
 import stopgrad_jax as sg
-from stopgrad_jax import _words
+import stopgrad_jax._words.nonfinite as _words
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 SQUARE = f32(1.0, 2e20, 3e20, 1.0).reshape(2, 2)

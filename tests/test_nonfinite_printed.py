@@ -9,7 +9,7 @@ from as_printed import mended, remedy
 from programs import f32
 
 import stopgrad_jax as sg
-from stopgrad_jax import _words
+import stopgrad_jax._words.nonfinite as _words
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 NAME = lambda f: getattr(f, "__name__", None)

@@ -1,4 +1,4 @@
-"""The sentences of `_words.py` are true where they are said; each is said in a test."""
+"""The sentences of `_words/` are true where they are said; each is said in a test."""
 
 import ast
 import pathlib
@@ -13,11 +13,13 @@ from jax.interpreters import mlir
 
 import stopgrad_jax as sg
 from stopgrad_jax import _words
+from stopgrad_jax._words import check, nonfinite
+from stopgrad_jax._words import flow as words
 
 pytestmark = pytest.mark.usefixtures("usual_settings")
 
 TESTS = pathlib.Path(__file__).parent
-SOURCE = pathlib.Path(_words.__file__)
+SOURCES = sorted(pathlib.Path(_words.__file__).parent.glob("*.py"))
 # They hold no sentence of their own: lists, and what stands around an expression.
 NO_SENTENCE = {
     "Beats",
@@ -48,47 +50,50 @@ root.defvjp(lambda x: (jnp.sqrt(x), jnp.sqrt(x)), lambda y, ct: (0.5 * ct / y,))
 
 # Sentence: a program of which it is true, and one of which its neighbour is.
 FORWARD = {
-    _words.LOG_OF_ZERO: (jnp.log, f32(1, 0)),
-    _words.LOG_OF_NEGATIVE: (jnp.log, f32(1, -1)),
-    _words.ZERO_BY_ZERO: (lambda x: x / x, f32(1, 0)),
-    _words.BY_ZERO.format(value="inf"): (lambda x: 2 / x, f32(1, 0)),
-    _words.BY_ZERO.format(value="nan"): (
+    nonfinite.LOG_OF_ZERO: (jnp.log, f32(1, 0)),
+    nonfinite.LOG_OF_NEGATIVE: (jnp.log, f32(1, -1)),
+    nonfinite.ZERO_BY_ZERO: (lambda x: x / x, f32(1, 0)),
+    nonfinite.BY_ZERO.format(value="inf"): (lambda x: 2 / x, f32(1, 0)),
+    nonfinite.BY_ZERO.format(value="nan"): (
         lambda x: jnp.real(2 / (x + 0j)),
         f32(1, 0),
     ),
-    _words.ROOT_OF_NEGATIVE: (jnp.sqrt, f32(1, -1)),
-    _words.ROOT_OF_ZERO: (jax.lax.rsqrt, f32(1, 0)),
-    _words.ALIKE: (lambda x: masked(x) - masked(2 * x), f32(1, 0)),
-    _words.UNLIKE: (lambda x: masked(x) + -masked(x), f32(1, 0)),
-    _words.ZERO_TIMES_INFINITY: (lambda x: x * masked(x), f32(1, 0)),
-    _words.REMAINDER: (lambda x: jax.lax.rem(x, 0 * x), f32(2)),
-    _words.SINGULAR.format(dtype="float32"): (
+    nonfinite.ROOT_OF_NEGATIVE: (jnp.sqrt, f32(1, -1)),
+    nonfinite.ROOT_OF_ZERO: (jax.lax.rsqrt, f32(1, 0)),
+    nonfinite.ALIKE: (lambda x: masked(x) - masked(2 * x), f32(1, 0)),
+    nonfinite.UNLIKE: (lambda x: masked(x) + -masked(x), f32(1, 0)),
+    nonfinite.ZERO_TIMES_INFINITY: (lambda x: x * masked(x), f32(1, 0)),
+    nonfinite.REMAINDER: (lambda x: jax.lax.rem(x, 0 * x), f32(2)),
+    nonfinite.SINGULAR.format(dtype="float32"): (
         jnp.linalg.inv,
         jnp.zeros((2, 2), "float32"),
     ),
-    _words.OVERFLOWS.format(dtype="float32"): (lambda x: x * x, f32(1, 1e30)),
-    _words.OVERFLOWS.format(dtype="float16"): (
+    nonfinite.OVERFLOWS.format(dtype="float32"): (lambda x: x * x, f32(1, 1e30)),
+    nonfinite.OVERFLOWS.format(dtype="float16"): (
         lambda x: x.astype("float16"),
         f32(1, 1e6),
     ),
-    _words.OTHER.format(name="acos", dtype="float32"): (jnp.arccos, f32(0, 2)),
-    _words.OTHER.format(name="sinh", dtype="float32"): (jnp.sinh, f32(0, 100)),
-    _words.SUBNORMAL.format(name="log", dtype="float32", tiny=1.18e-38): (
+    nonfinite.OTHER.format(name="acos", dtype="float32"): (jnp.arccos, f32(0, 2)),
+    nonfinite.OTHER.format(name="sinh", dtype="float32"): (jnp.sinh, f32(0, 100)),
+    nonfinite.SUBNORMAL.format(name="log", dtype="float32", tiny=1.18e-38): (
         jnp.log,
         f32(1, 1e-40),
     ),
-    _words.OTHER.format(name="lgamma", dtype="float32"): (jax.lax.lgamma, f32(1, 0)),
+    nonfinite.OTHER.format(name="lgamma", dtype="float32"): (jax.lax.lgamma, f32(1, 0)),
     # The largest finite logarithms are ln(2**128) and ln(2**16), but for one rounding.
-    _words.EXP.format(name="exp", dtype="float32", limit=88.72): (jnp.exp, f32(1, 89)),
-    _words.EXP.format(name="exp", dtype="float16", limit=11.09): (
+    nonfinite.EXP.format(name="exp", dtype="float32", limit=88.72): (
+        jnp.exp,
+        f32(1, 89),
+    ),
+    nonfinite.EXP.format(name="exp", dtype="float16", limit=11.09): (
         jnp.exp,
         f32(1, 12).astype("float16"),
     ),
 }
 BACKWARD = {
-    _words.SLOPE: (jnp.sqrt, f32(1, 0)),
-    _words.ZERO_COMES_BACK: (lambda x: 0 * root(x), f32(1, 0)),
-    _words.BACK_OVERFLOWS.format(dtype="float32"): (
+    nonfinite.SLOPE: (jnp.sqrt, f32(1, 0)),
+    nonfinite.ZERO_COMES_BACK: (lambda x: 0 * root(x), f32(1, 0)),
+    nonfinite.BACK_OVERFLOWS.format(dtype="float32"): (
         lambda x: 1e-30 * x * 1e20 * 1e20,
         f32(1e-3),
     ),
@@ -114,8 +119,9 @@ def test_of_a_backward_birth(words):
     assert not jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(fun(x)))(x)))
     report = told(fun, x)
     assert [w for w in BACKWARD if w in report] == [words]
-    if words != _words.ZERO_COMES_BACK:  # of a custom rule the line is that of its call
-        assert _words.IN_DERIVATIVE.format(kind="inf") in report
+    # Of a custom rule the line is that of its call.
+    if words != nonfinite.ZERO_COMES_BACK:
+        assert nonfinite.IN_DERIVATIVE.format(kind="inf") in report
 
 
 def test_of_what_is_nonfinite_only_as_it_is_compiled():
@@ -126,9 +132,9 @@ def test_of_what_is_nonfinite_only_as_it_is_compiled():
     compiled = mlir.lower_fun(lambda x: x * jnp.inf, multiple_results=False)
     mlir.register_lowering(unlike, compiled)
     report = told(lambda x: unlike.bind(jax.lax.stop_gradient(x)) + x, f32(1))
-    assert _words.ONLY_COMPILED in report
-    assert _words.ONLY_COMPILED_HINT in report
-    assert _words.CALLED_BACK not in report
+    assert nonfinite.ONLY_COMPILED in report
+    assert nonfinite.ONLY_COMPILED_HINT in report
+    assert nonfinite.CALLED_BACK not in report
 
 
 def deviation(w):
@@ -142,12 +148,12 @@ def test_of_what_is_nonfinite_only_step_by_step(w):
     if not np.isfinite(jax.jit(jax.grad(deviation))(w)):
         pytest.skip("this XLA, or with these settings, does not fuse so")
     report = sg.find_nonfinite(deviation)(w)
-    assert _words.BY_STEPS in " ".join(str(report).split())
+    assert nonfinite.BY_STEPS in " ".join(str(report).split())
     assert report.direction == "backward"
     assert report.expression == "jnp.std(w * jnp.ones(3))"
     assert sg.find_nonfinite(jax.jit(deviation))(w) is None
     both = told(lambda x: jnp.log(x), f32(0))  # so either way
-    assert _words.BY_STEPS not in both
+    assert nonfinite.BY_STEPS not in both
 
 
 @pytest.mark.parametrize("within", [lambda f: f, jax.jit, jax.checkpoint])
@@ -164,9 +170,9 @@ def test_of_a_callback_that_is_finite_the_second_time(within):
 
     report = told(within(fun), f32(1, 2))
     assert len(calls) > 1
-    assert _words.CALLED_BACK in report
-    assert _words.CALLED_BACK_HINT in report
-    assert _words.ONLY_COMPILED not in report
+    assert nonfinite.CALLED_BACK in report
+    assert nonfinite.CALLED_BACK_HINT in report
+    assert nonfinite.ONLY_COMPILED not in report
 
 
 def test_of_numbers_in_the_digits_of_their_dtype():
@@ -179,7 +185,7 @@ def test_of_numbers_in_the_digits_of_their_dtype():
 
 def test_of_an_example_of_vmap():
     fun = jax.vmap(lambda v: jnp.log(v))
-    assert _words.example(1) in told(fun, f32(1, -1))
+    assert nonfinite.example(1) in told(fun, f32(1, -1))
     assert "of vmap" not in told(jnp.log, f32(1, -1))
 
 
@@ -188,9 +194,9 @@ def test_of_an_input_that_carries_none_and_of_one_that_is_zero():
         jnp.arange(2), f32(1), f32(2)
     )
     said = {path: " ".join(str(flow.explain(path)).split()) for path in "nxy"}
-    zeros = _words.ZEROS.format(path="x")
-    straight = _words.STRAIGHT_THROUGH.format(call="sg.straight_through(jnp.round)(x)")
-    assert _words.NO_FLOAT.format(kinds="int32") in said["n"]
+    zeros = words.ZEROS.format(path="x")
+    straight = words.STRAIGHT_THROUGH.format(call="sg.straight_through(jnp.round)(x)")
+    assert words.NO_FLOAT.format(kinds="int32") in said["n"]
     assert zeros in said["x"]
     assert straight in said["x"]
     assert "jax.grad returns" not in said["n"] + said["y"]
@@ -219,8 +225,8 @@ def test_of_a_number_that_is_no_derivative_by_one_entry(entries, results):
         sg.check_gradients(fun)(x)
     message = " ".join(str(caught.value).split())
     assert "is not the derivative of its function" in message
-    assert (_words.ALONG in message) == (entries > 8)
-    assert (_words.WEIGHED in message) == (results > 1)
+    assert (check.ALONG in message) == (entries > 8)
+    assert (check.WEIGHED in message) == (results > 1)
     direction, weights = [1, 0], [1.0]
     if entries > 8:
         direction = caught.value.direction
@@ -239,7 +245,7 @@ def test_of_a_number_that_is_no_derivative_by_one_entry(entries, results):
 
 def sentences():
     """Each name of the table, with what is between the braces of its templates."""
-    for node in ast.parse(SOURCE.read_text()).body:
+    for node in [x for f in SOURCES for x in ast.parse(f.read_text()).body]:
         name = getattr(node, "name", None)
         if isinstance(node, ast.Assign):
             name = node.targets[0].id

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.check as _words
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import Check, public
 from stopgrad_jax._errors import beats, function_name, quoted, type_of

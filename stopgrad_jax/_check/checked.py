@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.check as _words
 from stopgrad_jax._edge import warn
 from stopgrad_jax._errors import beats, quoted, type_of
 from stopgrad_jax._program.trace import Traced

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.check as _words
 from stopgrad_jax._errors import beats, quoted
 
 from .compare import Direction

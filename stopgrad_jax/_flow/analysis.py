@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._errors import AddressError, beats
 from stopgrad_jax._program.lookup import Program, look_up

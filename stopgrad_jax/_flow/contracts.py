@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, overload
 
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._checks import require_function, shown
 from stopgrad_jax._edge import Check, public

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
 from stopgrad_jax._page import Part, snippet
 from stopgrad_jax._reach.cuts import Cut
 from stopgrad_jax._reach.graph import Op
 from stopgrad_jax._source.labels import Spot
+from stopgrad_jax._words import listed
 
 from .analysis import Look
 from .inputs import Folded
@@ -84,7 +85,7 @@ def _through(look: Look, row: Folded) -> str:
     if not names or not reached:
         return ""
     only = "" if len(reached) == len(names) else " only"
-    return f", through {_words.listed(reached)}{only}"
+    return f", through {listed(reached)}{only}"
 
 
 def _mask(look: Look, op: Op) -> str:
@@ -134,7 +135,7 @@ def _row(
         lost = [name for (name, _), cell in cells if cell == "cut"]
         if lost:
             yield []
-            terms, do = _words.listed(lost), "do" if lost[1:] else "does"
+            terms, do = listed(lost), "do" if lost[1:] else "does"
             words = _words.DOES_NOT_TRAIN.format(terms=terms, do=do, path=row.path)
             yield [(f"  {words}", "")]
 

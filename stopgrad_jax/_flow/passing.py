@@ -8,7 +8,7 @@ import functools
 from collections.abc import Sequence
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import Op
 from stopgrad_jax._errors import AddressError
 from stopgrad_jax._reach.cuts import Cut

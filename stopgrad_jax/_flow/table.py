@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import Address, nodes
 from stopgrad_jax._page import Part
 from stopgrad_jax._program.trace import Static

@@ -15,13 +15,17 @@ def gathered(x: Any) -> Any:
     """Bring a value that is spread over several devices to one place.
 
     Step by step, each operation on it would be compiled for all of them. Where the
-    sharding is a part of the type it stays as it is.
+    sharding is a part of the type it stays as it is; but what an equation of a shard
+    gave by itself is no shard, whatever its type says.
     """
-    spread = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
-    if not spread or _jax.is_key(x):
+    if not isinstance(x, jax.Array) or _jax.is_key(x):
         return x
     types = getattr(jax.typeof(x).sharding.mesh, "axis_types", ())
-    return x if jax.sharding.AxisType.Explicit in types else np.asarray(x)
+    if jax.sharding.AxisType.Manual in types:
+        return np.asarray(x)
+    spread = len(x.sharding.device_set) > 1
+    explicit = jax.sharding.AxisType.Explicit in types
+    return np.asarray(x) if spread and not explicit else x
 
 
 def placed_like(array: np.ndarray, like: Any) -> Any:

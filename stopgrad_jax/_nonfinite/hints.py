@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.nonfinite as _words
 from stopgrad_jax._source.labels import Labels
 from stopgrad_jax._source.roles import COTANGENT
 from stopgrad_jax._source.written import (

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec
 import jax
 
 import stopgrad_jax._jax.errors as _jax_errors
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.nonfinite as _words
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, function_name
@@ -17,6 +17,7 @@ from stopgrad_jax._program.lookup import listed
 from stopgrad_jax._program.trace import require_known, trace
 from stopgrad_jax._source.labels import Labels
 
+from .levels import Failed
 from .programs import Program, backward, forward
 from .raised import raised
 from .report import Nonfinite, report
@@ -106,7 +107,18 @@ def _search(program: Program, labels: Labels, called: str) -> Found | None:
             wrong = program.wrong
     except Exception as error:
         raise _of_function(program, runner, called) or error from None
-    return search(program, runner) if wrong else None
+    try:
+        return search(program, runner) if wrong else None
+    except Failed as failed:  # it runs as compiled
+        raise _of_operation(failed, called) from failed.error
+
+
+def _of_operation(failed: Failed, called: str) -> Exception:
+    """Return the error for an operation that runs only as a part of its program."""
+    spots = failed.op.path.spots
+    came = f"{failed.op.eqn.primitive.name} raised by itself"
+    came += f"\n          at {spots[-1].place}" if spots else ""
+    return RuntimeError(beats(called, _words.RUNS_APART, came, _words.AS_COMPILED))
 
 
 def _of_function(program: Program, runner: Runner, called: str) -> Exception | None:

@@ -30,7 +30,7 @@ def raised(
     while True:
         level, op = inner.level, inner.op
         try:
-            runner.enter(level, op, level.read(op))
+            runner.inside(level, op, level.read(op))
         except Failed as failed:
             inner = failed
         else:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.nonfinite as _words
 from stopgrad_jax._errors import type_of
 from stopgrad_jax._page import Page, Part, page, snippet
 from stopgrad_jax._source.labels import Labels, Spot

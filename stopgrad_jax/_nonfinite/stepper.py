@@ -18,7 +18,7 @@ from stopgrad_jax._source.roles import COTANGENT, VALUE, is_backward, value_equa
 
 from .devices import gathered
 from .entries import Index
-from .levels import Context, Level, Op
+from .levels import Context, Failed, Level, Op
 from .shards import Shards
 
 
@@ -104,11 +104,20 @@ class Runner:
     def enter(
         self, level: Level, op: Op, operands: Sequence[Any], near: Index = ()
     ) -> Level | None:
-        """Open an operation of a level; None if there is nothing to open.
+        """Open an operation of a level; None if there is nothing that can be opened.
 
         `near` is the entry that matters: of several shards, its own decides which
         branch is taken, and how often.
         """
+        try:
+            return self.inside(level, op, operands, near)
+        except Failed:  # it runs, and not one by one what is in it: it is one operation
+            return None
+
+    def inside(
+        self, level: Level, op: Op, operands: Sequence[Any], near: Index = ()
+    ) -> Level | None:
+        """Open it as `enter` does, but raise `Failed` where an operation raises."""
         inner, context = control(op.eqn), level.context_of(op)
         if op.body is not None:
             return self._body(level, op, op.body, operands)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._errors import beats, has_beats, shortened
 from stopgrad_jax._gate.summaries import channel

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as _words
+import stopgrad_jax._words.flow as _words
+from stopgrad_jax._words import listed
 
 from .graph import Graph, Op
 
@@ -70,7 +71,7 @@ def _of_floats(names: Sequence[str], inside: str) -> tuple[str, str]:
     if not flat:
         words = _words.HANDS_NONE_ON.format(name=names[0] + inside)
         return words, f"{names[0]} hands none on"
-    name = _words.listed(flat)
+    name = listed(flat)
     words = _words.ZERO_DERIVATIVE.format(name=name + inside)
     return words, f"derivative of {name} is zero"
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as words
+import stopgrad_jax._words.train as words
 import stopgrad_jax.train._micro as micro
 from stopgrad_jax._places import printed_place
 from stopgrad_jax._program.control import control

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as words
+import stopgrad_jax._words.train as words
 from stopgrad_jax._errors import beats, function_name, type_of
 
 from ._micro import wide

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import stopgrad_jax._jax as _jax
-import stopgrad_jax._words as words
+import stopgrad_jax._words.train as words
 from stopgrad_jax._checks import require_arrays
 from stopgrad_jax._edge import public
 from stopgrad_jax._errors import beats, function_name

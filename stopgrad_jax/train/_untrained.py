@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-import stopgrad_jax._words as words
+import stopgrad_jax._words.train as words
 from stopgrad_jax._address import is_address, paths_of
 from stopgrad_jax._errors import AddressError
 from stopgrad_jax._where import Where, selected

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-import stopgrad_jax._words as words
+import stopgrad_jax._words.train as words
 from stopgrad_jax._edge import warn
 from stopgrad_jax._errors import beats, shortened
 from stopgrad_jax._where import Where
