@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from ._errors import AddressError, beats
+from ._errors import AddressError, wrong
 
 RETURN = "return"
 
@@ -223,7 +223,7 @@ def _is_index(x: Any) -> bool:
 
 def _wrong(called: str, expected: str, came: Any, instead: str) -> TypeError:
     kind = type(came).__name__
-    return TypeError(beats(f"sg.{called}", expected, f"{came!r:.60} ({kind})", instead))
+    return wrong(TypeError, f"sg.{called}", expected, f"{came!r:.60} ({kind})", instead)
 
 
 def _refused(nth: Any) -> Any:
@@ -275,13 +275,12 @@ def matching(text: str, paths: Iterable[str]) -> list[str]:
 def require_one_meaning(text: str, matched: list[str], called: str) -> None:
     """Refuse a path that spells two places, as "a/b" does where a key holds "/"."""
     if matched[1:] and not has_wildcard(text):
-        raise AddressError(
-            beats(
-                called,
-                "a path means one place",
-                f'"{text}", which means {len(matched)}: a key of the tree holds "/"',
-                " or ".join(f'"{path}"' for path in matched),
-            )
+        raise wrong(
+            AddressError,
+            called,
+            "a path means one place",
+            f'"{text}", which means {len(matched)}: a key of the tree holds "/"',
+            " or ".join(f'"{path}"' for path in matched),
         )
 
 

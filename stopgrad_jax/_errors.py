@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 
 class AddressError(LookupError):
@@ -20,6 +20,14 @@ class AddressError(LookupError):
 def beats(called: str, expected: str, came: str, instead: str) -> str:
     """Lay out the four beats of an error message."""
     return f"{called}: {expected}\n  got:   {came}\n  write: {instead}"
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def wrong(kind: type[E], called: str, expected: str, came: str, instead: str) -> E:
+    """Return an error of a kind that says the four beats."""
+    return kind(beats(called, expected, came, instead))
 
 
 def has_beats(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import stopgrad_jax._jax as _jax
 from ._address import Address, nodes
 from ._checks import require_function, shown
 from ._edge import public
-from ._errors import beats, function_name, type_of
+from ._errors import function_name, type_of, wrong
 from ._gate.summaries import (
     SUMMED,
     norm,
@@ -106,8 +106,12 @@ def gradient_stats(
     wanted = listed(xs, called, "xs")
     asked = None if ys is None else listed(ys, called, "ys")
     if not wanted:
-        raise TypeError(
-            beats(called, "xs must hold at least one address", f"{xs!r}", 'xs="params"')
+        raise wrong(
+            TypeError,
+            called,
+            "xs must hold at least one address",
+            f"{xs!r}",
+            'xs="params"',
         )
 
     @public
@@ -238,12 +242,11 @@ def _places(
         carry = [place for place, type in pairs if _jax.is_differentiable(type)]
         if not carry:
             came = ", ".join(dict.fromkeys(map(type_of, types)))
-            raise TypeError(
-                beats(
-                    f"{called}: address {address!r}",
-                    "a value that carries a gradient (float or complex)",
-                    came or "a Python value, which is not traced",
-                    "the address of a float",
-                )
+            raise wrong(
+                TypeError,
+                f"{called}: address {address!r}",
+                "a value that carries a gradient (float or complex)",
+                came or "a Python value, which is not traced",
+                "the address of a float",
             )
         yield from carry

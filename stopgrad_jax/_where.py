@@ -33,7 +33,7 @@ from ._address import (
     require_one_meaning,
 )
 from ._checks import shown
-from ._errors import AddressError, beats, function_name, quoted
+from ._errors import AddressError, function_name, quoted, wrong
 
 Where = Any  # an address, a list of them, a boolean (prefix) pytree, or a predicate
 
@@ -69,13 +69,12 @@ def _check_predicate(where: Callable[..., Any], called: str) -> None:
     try:
         inspect.signature(where).bind("path", None)
     except TypeError:
-        raise TypeError(
-            beats(
-                called,
-                "a function in where is asked of each leaf: (path, leaf) -> bool",
-                f"{function_name(where)}{inspect.signature(where)}",
-                'where=lambda path, leaf: ..., or a path such as "encoder"',
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "a function in where is asked of each leaf: (path, leaf) -> bool",
+            f"{function_name(where)}{inspect.signature(where)}",
+            'where=lambda path, leaf: ..., or a path such as "encoder"',
         ) from None
     except ValueError:  # a builtin that cannot be asked
         pass
@@ -85,13 +84,12 @@ def _asked(where: Callable[..., Any], path: str, leaf: Any, called: str) -> bool
     answer = where(path, leaf)
     if isinstance(answer, bool) or _is_bool(answer):
         return bool(answer)
-    raise TypeError(
-        beats(
-            called,
-            "a function in where answers True or False",
-            f'{answer!r:.60} for "{path}"',
-            "where=lambda path, leaf: bool(...)",
-        )
+    raise wrong(
+        TypeError,
+        called,
+        "a function in where answers True or False",
+        f'{answer!r:.60} for "{path}"',
+        "where=lambda path, leaf: bool(...)",
     )
 
 
@@ -125,13 +123,12 @@ def _tops(
 ) -> tuple[bool, set[str]]:
     """Return whether all else is meant, and the paths that an address matches."""
     if isinstance(address, Point | Op | Var):
-        raise TypeError(
-            beats(
-                called,
-                "where selects leaves of a tree, by their paths",
-                repr(address),
-                'a path such as "encoder/**/kernel"',
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "where selects leaves of a tree, by their paths",
+            repr(address),
+            'a path such as "encoder/**/kernel"',
         )
     text = str(address)
     negated = text.startswith("!") and text not in known
@@ -143,16 +140,13 @@ def _tops(
         able = dict.fromkeys(_selectable(tree, negated))
         known = able if able or negated else known
         sign = "!" if negated else ""
-        raise AddressError(
-            beats(
-                called,
-                "where must match a path of the tree",
-                f'"{wanted}", which matches nothing; '
-                + ("the tree is one leaf" if leaves == '""' else f"paths are {leaves}"),
-                _instead(wanted, list(known), sign)
-                if known
-                else "the call without where",
-            )
+        raise wrong(
+            AddressError,
+            called,
+            "where must match a path of the tree",
+            f'"{wanted}", which matches nothing; '
+            + ("the tree is one leaf" if leaves == '""' else f"paths are {leaves}"),
+            _instead(wanted, list(known), sign) if known else "the call without where",
         )
     return negated, set(tops)
 
@@ -187,11 +181,11 @@ def _at_mask(tree: Any, mask: Any, called: str) -> list[bool]:
         every = jax.tree.leaves(jax.tree.broadcast(mask, tree))
     except ValueError:
         came = _mismatch(mask, tree, "")
-        raise ValueError(beats(called, expected, came, "sg.mask(tree, path)")) from None
-    wrong = [x for x in every if not isinstance(x, bool) and not _is_bool(x)]
-    if wrong:
-        came = f"{wrong[0]!r:.60} of type {type(wrong[0]).__name__}"
-        raise TypeError(beats(called, expected, came, "sg.mask(tree, path)"))
+        raise wrong(ValueError, called, expected, came, "sg.mask(tree, path)") from None
+    others = [x for x in every if not isinstance(x, bool) and not _is_bool(x)]
+    if others:
+        came = f"{others[0]!r:.60} of type {type(others[0]).__name__}"
+        raise wrong(TypeError, called, expected, came, "sg.mask(tree, path)")
     return [bool(x) for x in every]
 
 
@@ -225,13 +219,12 @@ def _some_gradient(
     chosen = [c and _jax.carries_gradient(leaf) for c, (_, leaf) in pairs]
     if not any(chosen):
         carry = [path for path, leaf in leaves if _jax.carries_gradient(leaf)]
-        raise AddressError(
-            beats(
-                called,
-                "at least one leaf that carries a gradient (float or complex)",
-                "none" if where is None else f"none where {where!r:.60}",
-                f"a selection of {quoted(carry)}" if carry else "a tree with one",
-            )
+        raise wrong(
+            AddressError,
+            called,
+            "at least one leaf that carries a gradient (float or complex)",
+            "none" if where is None else f"none where {where!r:.60}",
+            f"a selection of {quoted(carry)}" if carry else "a tree with one",
         )
     return chosen
 

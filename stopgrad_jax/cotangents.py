@@ -18,8 +18,9 @@ import optax
 
 import stopgrad_jax._jax as _jax
 
+from ._checks import is_known, real_number
 from ._edge import public
-from ._errors import beats, function_name, type_of
+from ._errors import function_name, type_of, wrong
 from ._gate.functions import same_types, stateless
 from ._gate.primitive import varying_together
 from ._gate.rule import Rule, program
@@ -64,8 +65,8 @@ def clip_gradient(tree: T, min: Any, max: Any) -> T:
     called = "clip_gradient(tree, min, max)"
     _refuse_complex(tree, called)
     if min is None and max is None:
-        raise TypeError(
-            beats(called, "a bound", "None and None", "clip_gradient(x, -1.0, 1.0)")
+        raise wrong(
+            TypeError, called, "a bound", "None and None", "clip_gradient(x, -1.0, 1.0)"
         )
     if max is None:
         return leaf_by_leaf(tree, {"min": min}, ABOVE, called)
@@ -193,7 +194,7 @@ def transform_gradient(
     called = f"transform_gradient(tree, {name})"
     if not is_optax and not callable(fn):
         expected = "a function of the cotangent, or an optax transformation"
-        raise TypeError(beats(called, expected, repr(fn)[:60], "lambda ct: ..."))
+        raise wrong(TypeError, called, expected, repr(fn)[:60], "lambda ct: ...")
     leaves, structure = jax.tree.flatten(tree)
     require_gradient(leaves, called)
     function: Callable[[Any], Any] = stateless(fn, called) if is_optax else fn  # pyright: ignore
@@ -220,13 +221,12 @@ def transform_gradient(
 def _refuse_complex(tree: Any, called: str) -> None:
     for leaf in jax.tree.leaves(tree):
         if _jax.carries_gradient(leaf) and jnp.iscomplexobj(leaf):
-            raise TypeError(
-                beats(
-                    called,
-                    "a real value: complex numbers have no order",
-                    type_of(jnp.asarray(leaf)),
-                    "sg.clip_gradient_norm, which takes complex values",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "a real value: complex numbers have no order",
+                type_of(jnp.asarray(leaf)),
+                "sg.clip_gradient_norm, which takes complex values",
             )
 
 
@@ -234,44 +234,28 @@ def _refuse_crossed(low: Any, high: Any, called: str) -> None:
     lows, highs = jax.tree.leaves(low), jax.tree.leaves(high)
     longest = max(len(lows), len(highs))
     lows, highs = (x * longest if len(x) == 1 else x for x in (lows, highs))
-    if not all(map(_is_known, (*lows, *highs))) or len(lows) != len(highs):
+    if not all(map(is_known, (*lows, *highs))) or len(lows) != len(highs):
         return  # what else is wrong with them is said when they are used
     for one, other in zip(lows, highs, strict=True):
         if np.any(np.asarray(one) > np.asarray(other)):
-            raise ValueError(
-                beats(
-                    called,
-                    "min is at most max",
-                    f"min={one}, max={other}",
-                    f"clip_gradient(x, {other}, {one})",
-                )
+            raise wrong(
+                ValueError,
+                called,
+                "min is at most max",
+                f"min={one}, max={other}",
+                f"clip_gradient(x, {other}, {one})",
             )
 
 
-def _is_known(x: Any) -> bool:
-    numbers = bool | int | float | np.ndarray | np.generic | jax.Array
-    return isinstance(x, numbers) and not _jax.is_traced(x)
-
-
 def _norm_limit(max_norm: Any, called: str) -> jax.Array:
-    try:
-        limit = jnp.asarray(max_norm)
-        is_number = jnp.issubdtype(limit.dtype, jnp.number)
-        is_number &= not jnp.iscomplexobj(limit)
-    except TypeError:
-        limit, is_number = jnp.zeros(()), False
-    if not is_number:
-        came = repr(max_norm)[:60]
-        raise TypeError(
-            beats(called, "max_norm is a real number", came, "max_norm=1.0")
-        )
+    limit = real_number(max_norm, "max_norm", called)
     if limit.ndim:
         came = type_of(limit)
-        raise ValueError(beats(called, "max_norm is a scalar", came, "max_norm=1.0"))
+        raise wrong(ValueError, called, "max_norm is a scalar", came, "max_norm=1.0")
     if not _jax.is_traced(max_norm) and np.asarray(max_norm) < 0:
         came = f"max_norm={max_norm}"
         instead = "sg.reverse_gradient, to turn a gradient round"
-        raise ValueError(beats(called, "max_norm is not negative", came, instead))
+        raise wrong(ValueError, called, "max_norm is not negative", came, instead)
     return limit
 
 
@@ -281,13 +265,12 @@ def _require_varying(tree: Any, name: str, called: str) -> None:
         return  # vmap, or check_vma=False: JAX does not say what varies
     for leaf in jax.tree.leaves(tree):
         if _jax.carries_gradient(leaf) and name not in _jax.varying(jax.typeof(leaf)):
-            raise ValueError(
-                beats(
-                    called,
-                    f"a value that is spread over {name!r}, to be summed over it",
-                    f"{type_of(jnp.asarray(leaf))}, the same on each device of "
-                    f"{name!r}: it would count once for each",
-                    "the call without axis_name: its gradient is summed already, or "
-                    f"sg.per_example(x, {name!r}) first",
-                )
+            raise wrong(
+                ValueError,
+                called,
+                f"a value that is spread over {name!r}, to be summed over it",
+                f"{type_of(jnp.asarray(leaf))}, the same on each device of "
+                f"{name!r}: it would count once for each",
+                "the call without axis_name: its gradient is summed already, or "
+                f"sg.per_example(x, {name!r}) first",
             )

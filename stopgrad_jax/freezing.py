@@ -18,7 +18,7 @@ import stopgrad_jax._jax as _jax
 
 from ._address import leaf_paths, printed
 from ._edge import public
-from ._errors import beats, shortened, type_of
+from ._errors import beats, shortened, type_of, wrong
 from ._where import Where, is_predicate, leaves_like, selected
 
 __all__ = ["freeze", "migrate_state"]
@@ -70,13 +70,12 @@ def freeze(
         1.0 0.890
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            beats(
-                "freeze(optimizer, where)",
-                "an optax transformation",
-                f"{optimizer!r:.60}",
-                "sg.freeze(optax.adam(1e-3), where)",
-            )
+        raise wrong(
+            TypeError,
+            "freeze(optimizer, where)",
+            "an optax transformation",
+            f"{optimizer!r:.60}",
+            "sg.freeze(optax.adam(1e-3), where)",
         )
     if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
         pair = (optimizer.init, optimizer.update)
@@ -152,13 +151,12 @@ def migrate_state(
     expected = jax.eval_shape(lambda: old.init(params))
     fresh = new.init(params)
     if _described(state) != _described(expected):
-        raise ValueError(
-            beats(
-                called,
-                f"state is a state of old on these params, {_described(expected)}",
-                str(_described(state)),
-                "the state that old.init or old.update returned",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"state is a state of old on these params, {_described(expected)}",
+            str(_described(state)),
+            "the state that old.init or old.update returned",
         )
     _require_same_optimizer(expected, fresh, called)
     known = dict(jax.tree_util.tree_flatten_with_path(state)[0])
@@ -166,14 +164,13 @@ def migrate_state(
     for path, leaf in flat:
         was = known.get(path, leaf)
         if jnp.shape(was) != jnp.shape(leaf):  # as of `optax.flatten`
-            raise ValueError(
-                beats(
-                    called,
-                    "an optimizer whose state has an array for each parameter",
-                    f'"{printed(path)}" of shape {list(jnp.shape(was))}, where new has '
-                    f"{list(jnp.shape(leaf))}",
-                    "new.init(params), to begin with a fresh state",
-                )
+            raise wrong(
+                ValueError,
+                called,
+                "an optimizer whose state has an array for each parameter",
+                f'"{printed(path)}" of shape {list(jnp.shape(was))}, where new has '
+                f"{list(jnp.shape(leaf))}",
+                "new.init(params), to begin with a fresh state",
             )
     return structure.unflatten([known.get(path, leaf) for path, leaf in flat])
 
@@ -212,13 +209,12 @@ def _update_alone(
     # A number stands for each None, so that the place has a path.
     places = jax.tree.map(lambda g: -0.0 if g is None else g, updates, is_leaf=is_none)
     if is_predicate(where):
-        raise TypeError(
-            beats(
-                f"freeze(optimizer, where).{called}",
-                "params, for a function in where to be asked of",
-                "none",
-                "update(updates, state, params)",
-            )
+        raise wrong(
+            TypeError,
+            f"freeze(optimizer, where).{called}",
+            "params, for a function in where to be asked of",
+            "none",
+            "update(updates, state, params)",
         )
     trains = _trains(places, where, called)
     gradients = jax.tree.leaves(updates, is_leaf=is_none)
@@ -227,14 +223,13 @@ def _update_alone(
     try:
         new, state = inner.update(wanted, state, None, **extra)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            beats(
-                f"freeze(optimizer, where).{called}",
-                "gradients that fit the optimizer's state",
-                shortened(error),
-                "update(updates, state, params): only params tell which leaves carry "
-                "no gradient",
-            )
+        raise wrong(
+            ValueError,
+            f"freeze(optimizer, where).{called}",
+            "gradients that fit the optimizer's state",
+            shortened(error),
+            "update(updates, state, params): only params tell which leaves carry "
+            "no gradient",
         ) from error
     return _filled(new, places, trains), state
 
@@ -254,25 +249,23 @@ def _wanted(gradients: Any, tree: Any, trains: list[bool], called: str) -> Any:
     try:
         leaves = leaves_like(gradients, tree)
     except (ValueError, TypeError):
-        raise ValueError(
-            beats(
-                called,
-                f"gradients have the structure of params, {structure}",
-                str(jax.tree.structure(gradients)),
-                "jax.grad(loss)(params), or None at frozen leaves",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"gradients have the structure of params, {structure}",
+            str(jax.tree.structure(gradients)),
+            "jax.grad(loss)(params), or None at frozen leaves",
         ) from None
     for k, (gradient, train) in enumerate(zip(leaves, trains, strict=True)):
         if train and gradient is None:
             path = leaf_paths(tree)[k]
-            raise ValueError(
-                beats(
-                    called,
-                    "a gradient at each leaf that trains",
-                    f'None at "{path}", which is not frozen',
-                    f'sg.freeze(optimizer, [..., "{path}"]), or '
-                    'unconnected_gradients="zero"',
-                )
+            raise wrong(
+                ValueError,
+                called,
+                "a gradient at each leaf that trains",
+                f'None at "{path}", which is not frozen',
+                f'sg.freeze(optimizer, [..., "{path}"]), or '
+                'unconnected_gradients="zero"',
             )
     return _masked(structure, leaves, trains)
 
@@ -358,11 +351,10 @@ def _require_same_optimizer(old: Any, new: Any, called: str) -> None:
 
     ours, theirs = map(seen, flat)
     if ours != theirs:
-        raise ValueError(
-            beats(
-                called,
-                f"new is the optimizer of old under another freeze: {sorted(ours)}",
-                str(sorted(theirs)),
-                "new.init(params), to begin with a fresh state",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"new is the optimizer of old under another freeze: {sorted(ours)}",
+            str(sorted(theirs)),
+            "new.init(params), to begin with a fresh state",
         )

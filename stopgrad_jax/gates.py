@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 
 from ._edge import public
-from ._errors import beats
+from ._errors import beats, wrong
 from ._gate.rule import Refusal, Rule
 from ._gate.rules import MASK, NEGATE, REVERSE, SAME, SCALE
 from ._gate.trees import axis_index, leaf_by_leaf, require_gradient
@@ -184,13 +184,12 @@ def reversal_schedule(
       Ganin and Lempitsky (2015), section 5.2.2 of the long version, with rate 10.
     """
     if transition_steps < 1:
-        raise ValueError(
-            beats(
-                "reversal_schedule(transition_steps)",
-                "a positive number of steps",
-                repr(transition_steps),
-                "reversal_schedule(total_steps)",
-            )
+        raise wrong(
+            ValueError,
+            "reversal_schedule(transition_steps)",
+            "transition_steps is at least 1",
+            repr(transition_steps),
+            "reversal_schedule(total_steps)",
         )
 
     def schedule(step: Any) -> jax.Array:
@@ -230,15 +229,14 @@ def mask_gradient(tree: T, mask: Any) -> T:
     for m in jax.tree.leaves(mask):
         dtype = getattr(m, "dtype", type(m))
         if dtype not in (bool, jnp.bool_):
-            raise TypeError(
-                beats(
-                    called,
-                    "mask is boolean",
-                    f"{getattr(dtype, '__name__', dtype)}",
-                    f"sg.mask_gradient(tree, sg.mask(tree, {m!r}))"
-                    if isinstance(m, str)
-                    else "mask != 0, or sg.scale_gradient for a factor",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "mask is boolean",
+                f"{getattr(dtype, '__name__', dtype)}",
+                f"sg.mask_gradient(tree, sg.mask(tree, {m!r}))"
+                if isinstance(m, str)
+                else "mask != 0, or sg.scale_gradient for a factor",
             )
     return leaf_by_leaf(tree, {"mask": mask}, MASK, called)
 
@@ -279,8 +277,8 @@ def per_example(tree: T, axis_name: str | tuple[str, ...]) -> T:
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     called = f"per_example(tree, {axis_name!r})"
     if not names:
-        raise ValueError(
-            beats(called, "an axis", "none", 'sg.per_example(tree, "batch")')
+        raise wrong(
+            ValueError, called, "an axis", "none", 'sg.per_example(tree, "batch")'
         )
     places = {name: axis_index(name, called) for name in names}
     return leaf_by_leaf(tree, places, SAME, called)

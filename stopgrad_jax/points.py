@@ -18,7 +18,7 @@ import stopgrad_jax._jax as _jax
 from ._address import Address, leaf_paths, op, point, var
 from ._checks import require_function, shown
 from ._edge import public
-from ._errors import beats, function_name
+from ._errors import function_name, wrong
 from ._program.arguments import perturbations_by_place, require_keys
 from ._program.edits import kept, same_type
 from ._program.lookup import Program, listed, look_up
@@ -70,14 +70,13 @@ def name(tree: T, name: str) -> T:
     """
     head = name.split("/")[0] if isinstance(name, str) else ""
     if not head or "*" in name or head.isdigit() or head == "return":
-        raise ValueError(
-            beats(
-                f"name(tree, {name!r})",
-                "a name is a non-empty string without * whose first level is neither "
-                'a number nor "return"',
-                repr(name),
-                'sg.name(tree, "h")',
-            )
+        raise wrong(
+            ValueError,
+            f"name(tree, {name!r})",
+            "a name is a non-empty string without * whose first level is neither "
+            'a number nor "return"',
+            repr(name),
+            'sg.name(tree, "h")',
         )
     flat, structure = jax.tree.flatten(tree)
     paths = leaf_paths(tree)
@@ -281,13 +280,12 @@ def _require_edits(edits: Any) -> None:
     """Refuse what is no dict of functions."""
     fits = isinstance(edits, Mapping) and all(map(callable, edits.values()))
     if not fits:
-        raise TypeError(
-            beats(
-                "edit(fun, edits)",
-                "edits are a dict {address: function of the value there}",
-                shown(edits),
-                'sg.edit(fun, {"h": lambda h: h})',
-            )
+        raise wrong(
+            TypeError,
+            "edit(fun, edits)",
+            "edits are a dict {address: function of the value there}",
+            shown(edits),
+            'sg.edit(fun, {"h": lambda h: h})',
         )
 
 
@@ -304,15 +302,14 @@ def _edit_places(
     for path, tree in program.matched[address].places.items():
         places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
         if not places:
-            raise TypeError(
-                beats(
-                    f'edit of "{path}"',
-                    "an edit must be of an array or a float",
-                    "a Python value, which is not traced"
-                    if jax.tree.leaves(tree)
-                    else "a tree without leaves",
-                    "a call with that value instead",
-                )
+            raise wrong(
+                TypeError,
+                f'edit of "{path}"',
+                "an edit must be of an array or a float",
+                "a Python value, which is not traced"
+                if jax.tree.leaves(tree)
+                else "a tree without leaves",
+                "a call with that value instead",
             )
         if places[0].kind != kind:
             continue
@@ -320,13 +317,12 @@ def _edit_places(
         with _jax.at_width_of(*jax.tree.leaves(old)):
             new = function(old)
         if jax.tree.structure(new) != jax.tree.structure(old):
-            raise TypeError(
-                beats(
-                    f'edit of "{path}"',
-                    f"the function must return a tree like {jax.tree.structure(old)}",
-                    str(jax.tree.structure(new)),
-                    "jax.tree.map(function_of_a_leaf, tree)",
-                )
+            raise wrong(
+                TypeError,
+                f'edit of "{path}"',
+                f"the function must return a tree like {jax.tree.structure(old)}",
+                str(jax.tree.structure(new)),
+                "jax.tree.map(function_of_a_leaf, tree)",
             )
         for place, x in zip(jax.tree.leaves(tree), jax.tree.leaves(new), strict=True):
             if isinstance(place, Value):

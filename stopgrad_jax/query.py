@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 
 from ._address import nodes
-from ._checks import require_function, shown
+from ._checks import option, require_function, shown
 from ._edge import public
-from ._errors import beats, function_name
+from ._errors import function_name, wrong
 from ._program.arguments import cotangents, default_ys
 from ._program.lookup import Program, listed, look_up
 from ._program.refuse import refuse_factors, refuse_loops, refuse_outputs, refuse_rules
@@ -191,23 +191,16 @@ class _Query:
         if self.ys is not None:
             listed(self.ys, self.called, "ys")
         if not jax.tree.leaves(self.xs):
-            raise TypeError(
-                beats(
-                    self.called,
-                    "xs must hold at least one address",
-                    f"{self.xs!r}",
-                    'xs="name" for the argument or point of that name',
-                )
+            raise wrong(
+                TypeError,
+                self.called,
+                "xs must hold at least one address",
+                f"{self.xs!r}",
+                'xs="name" for the argument or point of that name',
             )
-        if self.unconnected not in ("none", "zero", "error"):
-            raise ValueError(
-                beats(
-                    self.called,
-                    'unconnected_gradients must be "none", "zero" or "error"',
-                    repr(self.unconnected),
-                    'unconnected_gradients="zero" for zeros instead of None',
-                )
-            )
+        name, options = "unconnected_gradients", ("none", "zero", "error")
+        instead = f'{name}="zero" for zeros instead of None'
+        option(self.unconnected, name, options, self.called, instead)
 
     def answer(self, traced: Traced, want_value: bool) -> tuple[Any, Any]:
         """Return (the function's result if wanted, gradients like xs)."""
@@ -254,13 +247,12 @@ class _Query:
                     if x not in connected:
                         why.append(f"{at}: {differentiation.why(x)}")
         if why:
-            raise ValueError(
-                beats(
-                    self.called,
-                    'with unconnected_gradients="error", every x must reach the ys',
-                    "\n         ".join(dict.fromkeys(why)),
-                    'unconnected_gradients="none" for None, "zero" for zeros',
-                )
+            raise wrong(
+                ValueError,
+                self.called,
+                'with unconnected_gradients="error", every x must reach the ys',
+                "\n         ".join(dict.fromkeys(why)),
+                'unconnected_gradients="none" for None, "zero" for zeros',
             )
 
     def _filled(self, tree: Any, grads: dict[Value, Any], program: Program) -> Any:

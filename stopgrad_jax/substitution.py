@@ -14,7 +14,7 @@ import stopgrad_jax._jax as _jax
 
 from ._checks import require_call, require_function
 from ._edge import public
-from ._errors import beats, function_name, type_of
+from ._errors import function_name, type_of, wrong
 from ._gate.backward import attached
 from ._gate.primitive import gate
 from ._gate.rules import VALUE_OF, VALUE_OF_FORWARD, Rule
@@ -108,13 +108,12 @@ def straight_through(
         elif xs:
             source, name = xs[0], "the first argument"
         else:
-            raise TypeError(
-                beats(
-                    called,
-                    "a positional argument, to take the derivative from",
-                    "none",
-                    "sg.straight_through(forward, backward)",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "a positional argument, to take the derivative from",
+                "none",
+                "sg.straight_through(forward, backward)",
             )
         value = forward(*_stopped(xs), **_stopped(kwargs))
         names = (name, "forward's result")
@@ -189,13 +188,12 @@ def _replaced(
     leaves, structure = jax.tree.flatten(x)
     require_gradient(leaves, called)
     if jax.tree.structure(value) != structure:
-        raise ValueError(
-            beats(
-                called,
-                f"{names[1]} has the structure of {names[0]}, {structure}",
-                str(jax.tree.structure(value)),
-                "jax.tree.map(forward, tree)",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"{names[1]} has the structure of {names[0]}, {structure}",
+            str(jax.tree.structure(value)),
+            "jax.tree.map(forward, tree)",
         )
     out = []
     for leaf, new in zip(leaves, jax.tree.leaves(value), strict=True):
@@ -210,15 +208,14 @@ def _replaced(
 def _fitting(new: Any, source: jax.Array, called: str, names: Any) -> jax.Array:
     value = jnp.asarray(new)
     if value.shape != source.shape:
-        raise ValueError(
-            beats(
-                called,
-                f"{names[1]} has the shape of {names[0]}, {type_of(source)}",
-                type_of(value),
-                f"jnp.broadcast_to(value, {source.shape})"
-                if value.ndim < source.ndim
-                else "a `backward` with a result of that shape",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"{names[1]} has the shape of {names[0]}, {type_of(source)}",
+            type_of(value),
+            f"jnp.broadcast_to(value, {source.shape})"
+            if value.ndim < source.ndim
+            else "a `backward` with a result of that shape",
         )
     exact = not jnp.issubdtype(value.dtype, jnp.inexact)
     weak = getattr(value, "weak_type", False)
@@ -226,13 +223,12 @@ def _fitting(new: Any, source: jax.Array, called: str, names: Any) -> jax.Array:
     if exact or (weak and real):
         return _jax.sharded_like(value.astype(source.dtype), source)
     if value.dtype != source.dtype:
-        raise TypeError(
-            beats(
-                called,
-                f"{names[1]} has the dtype of {names[0]}, {type_of(source)}",
-                type_of(value),
-                f"value.astype({str(source.dtype)!r})",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"{names[1]} has the dtype of {names[0]}, {type_of(source)}",
+            type_of(value),
+            f"value.astype({str(source.dtype)!r})",
         )
     return _jax.sharded_like(value, source)
 

@@ -12,7 +12,7 @@ import jax
 
 from ._address import printed
 from ._edge import public
-from ._errors import beats
+from ._errors import wrong
 from ._where import Where, selected
 
 __all__ = ["combine", "mask", "partition"]
@@ -90,25 +90,23 @@ def combine(selected: T, rest: T) -> T:
 
     def either(path: Any, one: Any, other: Any) -> Any:
         if one is not None and other is not None:
-            raise ValueError(
-                beats(
-                    "combine(selected, rest)",
-                    "each place holds a leaf in one of the two parts",
-                    f'two leaves at "{printed(path)}"',
-                    "parts that sg.partition made of one tree",
-                )
+            raise wrong(
+                ValueError,
+                "combine(selected, rest)",
+                "each place holds a leaf in one of the two parts",
+                f'two leaves at "{printed(path)}"',
+                "parts that sg.partition made of one tree",
             )
         return other if one is None else one
 
     ours, theirs = (jax.tree.structure(t, is_leaf=is_none) for t in (selected, rest))
     if ours != theirs:
-        raise ValueError(
-            beats(
-                "combine(selected, rest)",
-                f"both parts have one structure: {ours}",
-                str(theirs),
-                "parts that sg.partition made of one tree",
-            )
+        raise wrong(
+            ValueError,
+            "combine(selected, rest)",
+            f"both parts have one structure: {ours}",
+            str(theirs),
+            "parts that sg.partition made of one tree",
         )
     return jax.tree_util.tree_map_with_path(either, selected, rest, is_leaf=is_none)
 

@@ -244,7 +244,7 @@ BAD = {
     "levels has 3 entries": (ValueError, lambda: q.fsq(Z, (8, 5))),
     r"fsq\(z, 8, [\s\S]*levels has 3 entries": (ValueError, lambda: q.fsq(Z, 8)),
     r"levels\[1\] is an int, at least 2": (ValueError, lambda: q.fsq(Z, (8, 1, 5))),
-    r"levels\[2\] is an int": (ValueError, lambda: q.fsq(Z, (8, 5, 5.0))),
+    r"levels\[2\] is an int": (TypeError, lambda: q.fsq(Z, (8, 5, 5.0))),
     'variant is "paper", "lucidrains" or "symmetric"': (
         ValueError,
         lambda: q.fsq(Z, (8, 5, 5), variant="other"),

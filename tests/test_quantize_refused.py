@@ -40,7 +40,7 @@ BAD = {
         lambda: q.fake_quant(X, -1.0, 1.0, num_bits=17),
     ),
     r"num_bits=8.0, [\s\S]*num_bits is an int": (
-        ValueError,
+        TypeError,
         lambda: q.fake_quant(X, -1.0, 1.0, num_bits=8.0),
     ),
     "num_bits is an int from 2 to 16": (
@@ -74,7 +74,7 @@ BAD = {
         lambda: q.fake_quant_affine(X, 1.0, 16, 0, 15),
     ),
     "qmin is an int, at least": (
-        ValueError,
+        TypeError,
         lambda: q.fake_quant_affine(X, 1.0, 0, -8.0, 7),
     ),
     "step is positive": (ValueError, lambda: q.lsq(X, -0.5, -8, 7, num_elements=2)),

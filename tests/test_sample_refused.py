@@ -18,22 +18,22 @@ X = jnp.array(LOGITS)
 REFUSED = {
     "ints": (
         TypeError,
-        r"categorical\(key, logits\): floating logits",
+        r"categorical\(key, logits\): logits is an array of real floats",
         lambda: sg.sample.categorical(KEY, jnp.arange(3)),
     ),
     "ints, reinmax": (
         TypeError,
-        "floating logits",
+        "logits is an array of real floats",
         lambda: sg.sample.reinmax(KEY, jnp.arange(3)),
     ),
     "ints, bernoulli": (
         TypeError,
-        "floating logits",
+        "logits is an array of real floats",
         lambda: sg.sample.bernoulli(KEY, 3),
     ),
     "ints, scores": (
         TypeError,
-        "floating scores",
+        "scores is an array of real floats",
         lambda: sg.sample.top_k_mask(jnp.arange(3), 1),
     ),
     "no axis": (
@@ -123,7 +123,7 @@ REFUSED = {
     ),
     "num_samples 0": (
         ValueError,
-        "num_samples is at least 1",
+        "num_samples is an int, at least 1",
         lambda: sg.sample.gumbel_rao(KEY, X, 1.0, 0),
     ),
     "num_samples a float": (
@@ -131,7 +131,7 @@ REFUSED = {
         "num_samples is an int",
         lambda: sg.sample.gumbel_rao(KEY, X, 1.0, 2.0),
     ),
-    "k 0": (ValueError, "k is at least 1", lambda: sg.sample.top_k_mask(X, 0)),
+    "k 0": (ValueError, "k is an int, at least 1", lambda: sg.sample.top_k_mask(X, 0)),
     "k 5": (ValueError, "k is at most 4", lambda: sg.sample.top_k_mask(X, 5)),
     "k traced": (
         TypeError,

@@ -392,7 +392,7 @@ def test_no_derivative_is_traced_again():
 def test_what_is_no_step():
     x = f32(1.0, 2.0)
     refused = {
-        "x is a real float array": (
+        "x is an array of real floats": (
             TypeError,
             [
                 lambda: S.spike(jnp.arange(3), S.atan()),

@@ -122,12 +122,12 @@ BAD = {
         (TypeError, "dict", "state = step.init"),
         lambda: GOOD(P, X),
     ),
-    "accumulate is a number of micro-batches, at least 1": (
-        (ValueError, "0", "accumulate="),
+    "accumulate is an int, at least 1": (
+        (ValueError, "accumulate=0", "accumulate=4"),
         lambda: stepped(accumulate=0),
     ),
-    "accumulate is a number": (
-        (ValueError, "2.0", "accumulate="),
+    r"make_step\(loss, \.\.\.\): accumulate is an int": (
+        (TypeError, "accumulate=2.0", "accumulate=2"),
         lambda: stepped(accumulate=2.0),
     ),
     "an optax transformation": (
@@ -135,19 +135,19 @@ BAD = {
         lambda: make_step(loss, optax.adam),
     ),
     'nonfinite is None, "report" or "skip"': (
-        (ValueError, "'drop'", 'nonfinite="skip"'),
+        (ValueError, "nonfinite='drop'", 'nonfinite="skip"'),
         lambda: stepped(nonfinite="drop"),
     ),
     "steps is an int, at least 1": (
-        (ValueError, "0", "steps="),
+        (ValueError, "steps=0", "steps=100"),
         lambda: fitted(steps=0),
     ),
     r"fit\(step, state, batches\): steps is an int": (
-        (ValueError, "-3", "steps="),
+        (ValueError, "steps=-3", "steps=100"),
         lambda: fitted(steps=-3),
     ),
     "log_every is an int, at least 1": (
-        (ValueError, "0", "log_every="),
+        (ValueError, "log_every=0", "log_every=100"),
         lambda: fitted(log_every=0),
     ),
     r"at least steps=3 of them": (

@@ -13,7 +13,7 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.check as _words
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import Check, public
-from stopgrad_jax._errors import beats, function_name, quoted, type_of
+from stopgrad_jax._errors import function_name, quoted, type_of, wrong
 from stopgrad_jax._jax.errors import is_of_a_closure
 from stopgrad_jax._program.trace import Traced, require_known, trace
 
@@ -120,7 +120,7 @@ def _errors_explained(checked: Checked, forward: bool) -> Iterator[None]:
             expected, came, instead = _words.CLOSED_RULE
             names = {"name": checked.name, "rule": closing[0]}
             said = (text.format(**names) for text in (expected, came, instead))
-            raise TypeError(beats(checked.called, *said)) from error
+            raise wrong(TypeError, checked.called, *said) from error
         ours = str(error).startswith(checked.called)
         no_rule = forward and isinstance(error, TypeError) and "forward" in str(error)
         if no_rule and not ours:
@@ -144,36 +144,33 @@ def _places(traced: Traced, called: str) -> Iterator[tuple[int, str]]:
         dtype = jnp.dtype(leaf.dtype)
         known = isinstance(leaf, jax.Array)
         if not known or dtype.kind != "f" or dtype.itemsize not in DISTANCES:
-            raise TypeError(
-                beats(
-                    called,
-                    "known arrays of float32 or float64",
-                    f'a {"" if known else "shape only, "}{type_of(leaf)} at "{path}"',
-                    "fun of real arrays, as lambda re, im: fun(re + 1j * im)"
-                    if dtype.kind == "c"
-                    else "x.astype(jnp.float32): narrow floats have no useful "
-                    "differences"
-                    if known
-                    else "an array",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "known arrays of float32 or float64",
+                f'a {"" if known else "shape only, "}{type_of(leaf)} at "{path}"',
+                "fun of real arrays, as lambda re, im: fun(re + 1j * im)"
+                if dtype.kind == "c"
+                else "x.astype(jnp.float32): narrow floats have no useful differences"
+                if known
+                else "an array",
             )
         yield k, path
     if not found:
-        raise TypeError(
-            beats(
-                called,
-                "an argument that carries a gradient",
-                quoted(paths.values()),
-                "an argument of floats",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "an argument that carries a gradient",
+            quoted(paths.values()),
+            "an argument of floats",
         )
 
 
 def _require_options(order: int, modes: Sequence[str], called: str) -> None:
     if order not in (1, 2):
-        raise ValueError(beats(called, "order is 1 or 2", f"{order!r}", "order=2"))
-    wrong = [m for m in modes if m not in ("rev", "fwd")]
-    if isinstance(modes, str) or wrong or not modes:
+        raise wrong(ValueError, called, "order is 1 or 2", f"{order!r}", "order=2")
+    unknown = [m for m in modes if m not in ("rev", "fwd")]
+    if isinstance(modes, str) or unknown or not modes:
         expected = 'modes are "rev", "fwd" or both'
         instead = 'modes=("rev", "fwd")'
-        raise ValueError(beats(called, expected, f"{modes!r}", instead))
+        raise wrong(ValueError, called, expected, f"{modes!r}", instead)

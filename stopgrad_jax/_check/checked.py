@@ -14,7 +14,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.check as _words
 from stopgrad_jax._edge import warn
-from stopgrad_jax._errors import beats, quoted, type_of
+from stopgrad_jax._errors import quoted, type_of, wrong
 from stopgrad_jax._program.trace import Traced
 
 from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolerance
@@ -83,22 +83,20 @@ class Checked(Told):
     def _require_real(self, outs: Sequence[Any], kept: Sequence[int]) -> None:
         strange = [a for a in outs if jnp.issubdtype(a.dtype, jnp.complexfloating)]
         if strange:
-            raise TypeError(
-                beats(
-                    self.called,
-                    f"{self.name} returns real numbers",
-                    ", ".join(map(type_of, strange)),
-                    "a function that returns z.real and z.imag",
-                )
+            raise wrong(
+                TypeError,
+                self.called,
+                f"{self.name} returns real numbers",
+                ", ".join(map(type_of, strange)),
+                "a function that returns z.real and z.imag",
             )
         if not kept:
-            raise TypeError(
-                beats(
-                    self.called,
-                    f"{self.name} returns at least one array of floats",
-                    ", ".join(map(type_of, outs)) or "no array",
-                    "a function whose result carries a gradient",
-                )
+            raise wrong(
+                TypeError,
+                self.called,
+                f"{self.name} returns at least one array of floats",
+                ", ".join(map(type_of, outs)) or "no array",
+                "a function whose result carries a gradient",
             )
 
     def _require_met(self, allow: tuple[str, ...]) -> None:
@@ -108,15 +106,14 @@ class Checked(Told):
         if unknown:
             usual = {best_name(site, sites) for site in sites.values()}
             usual |= {"with_backward"} & known
-            raise ValueError(
-                beats(
-                    self.called,
-                    "allow names functions with a custom rule that fun calls",
-                    quoted(unknown),
-                    f"one of {quoted(sorted(usual))}"
-                    if known
-                    else "allow=(): it calls none",
-                )
+            raise wrong(
+                ValueError,
+                self.called,
+                "allow names functions with a custom rule that fun calls",
+                quoted(unknown),
+                f"one of {quoted(sorted(usual))}"
+                if known
+                else "allow=(): it calls none",
             )
 
     def closing(self) -> list[str]:
@@ -133,7 +130,7 @@ class Checked(Told):
         if any(np.size(w) for w in weights) and not any(map(np.any, weights)):
             expected, came, instead = _words.NOTHING_FINITE
             write = instead.format(name=self.name)
-            raise AssertionError(beats(self.called, expected, came, write))
+            raise wrong(AssertionError, self.called, expected, came, write)
         self.program = dataclasses.replace(program, weights=weights)
 
         def is_finite(k: int, step: jax.Array) -> bool:

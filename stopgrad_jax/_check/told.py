@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import stopgrad_jax._words.check as _words
-from stopgrad_jax._errors import beats, quoted
+from stopgrad_jax._errors import quoted, wrong
 
 from .compare import Direction
 from .directions import FEW
@@ -173,13 +173,12 @@ class Told:
         sites = self.program.sites.values()
         rules = [site.shown for site in sites if site.is_users and site.reverse_only]
         came = quoted(rules or ["a custom_vjp of JAX's own"])
-        return TypeError(
-            beats(
-                f"{self.called}, modes=('fwd',)",
-                "a function with a forward derivative",
-                f"one with a reverse rule only: {came}",
-                'modes=("rev",)',
-            )
+        return wrong(
+            TypeError,
+            f"{self.called}, modes=('fwd',)",
+            "a function with a forward derivative",
+            f"one with a reverse rule only: {came}",
+            'modes=("rev",)',
         )
 
 

@@ -11,7 +11,7 @@ import jax
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import RETURN, Address, nodes
-from stopgrad_jax._errors import AddressError, beats
+from stopgrad_jax._errors import AddressError, wrong
 from stopgrad_jax._program.lookup import Program, look_up
 from stopgrad_jax._program.refuse import refuse_outputs
 from stopgrad_jax._program.trace import Traced
@@ -389,11 +389,10 @@ def _ends(tree: Any, root: str) -> Iterator[tuple[str, Place]]:
 def require_outputs(look: Look) -> None:
     """Refuse to look at a function that returns nothing to differentiate."""
     if not look.outputs:
-        raise TypeError(
-            beats(
-                look.called,
-                f"{look.traced.name} must return a value that can be differentiated",
-                f"{jax.tree.structure(look.traced.output)} without a float in it",
-                "return the loss",
-            )
+        raise wrong(
+            TypeError,
+            look.called,
+            f"{look.traced.name} must return a value that can be differentiated",
+            f"{jax.tree.structure(look.traced.output)} without a float in it",
+            "return the loss",
         )

@@ -9,7 +9,7 @@ import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import Address
 from stopgrad_jax._checks import require_function, shown
 from stopgrad_jax._edge import Check, public
-from stopgrad_jax._errors import beats, function_name, quoted
+from stopgrad_jax._errors import function_name, quoted, wrong
 from stopgrad_jax._page import page
 from stopgrad_jax._program.lookup import listed
 from stopgrad_jax._program.trace import trace
@@ -194,7 +194,7 @@ def _asked(contract: Check[Any], args: Any, kwargs: Any) -> Any:
         contract.drop()
         called = f"{function_name(contract)}: args={shown(args)}"
         expected = "args is a tuple of the function's arguments"
-        raise TypeError(beats(called, expected, type(args).__name__, "args=(w, x)"))
+        raise wrong(TypeError, called, expected, type(args).__name__, "args=(w, x)")
     contract(*(args or ()), **(kwargs or {}))
     return None
 
@@ -232,24 +232,22 @@ def _because(look: Look, row: Folded) -> str:
 def _require_one_output(look: Look, called: str, ys: Sequence[Address] | None) -> None:
     names = [name for name, _ in look.outputs]
     if ys is None and len(names) > 1:
-        raise TypeError(
-            beats(
-                called,
-                f"{look.traced.name} must return one array, or ys must say which",
-                f"{len(names)} arrays: {quoted(names)}",
-                f'ys="{names[0]}" for one, ys="return" for all',
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"{look.traced.name} must return one array, or ys must say which",
+            f"{len(names)} arrays: {quoted(names)}",
+            f'ys="{names[0]}" for one, ys="return" for all',
         )
 
 
 def _require_leaves(look: Look, called: str, xs: Sequence[Address]) -> None:
     if not any(row.bits for row in look.asked):
         kinds = {str(leaf.aval.dtype) for row in look.asked for leaf in row.leaves}
-        raise TypeError(
-            beats(
-                called,
-                "xs must hold a value that carries a gradient",
-                f"{quoted(xs)}, which has {', '.join(sorted(kinds)) or 'no array'}",
-                "the address of a float",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "xs must hold a value that carries a gradient",
+            f"{quoted(xs)}, which has {', '.join(sorted(kinds)) or 'no array'}",
+            "the address of a float",
         )

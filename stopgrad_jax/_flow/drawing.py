@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import wrong
 from stopgrad_jax._page import Page
 
 from .dot import to_dot, to_mermaid
@@ -100,14 +100,12 @@ class Drawing:
             case ".txt":
                 target.write_text(self.text.plain + "\n", encoding="utf-8")
             case other:
-                raise ValueError(
-                    beats(
-                        f"save({str(path)!r})",
-                        "a file that ends in .svg, .png, .dot, .mmd, .html, .json or "
-                        ".txt",
-                        other or "a name without an ending",
-                        'save("flow.svg")',
-                    )
+                raise wrong(
+                    ValueError,
+                    f"save({str(path)!r})",
+                    "a file that ends in .svg, .png, .dot, .mmd, .html, .json or .txt",
+                    other or "a name without an ending",
+                    'save("flow.svg")',
                 )
         return target
 
@@ -128,13 +126,12 @@ class Drawing:
     def _merged(self) -> Picture:
         picture = merged(self.picture)
         if too_big(picture, _MOST):
-            raise ValueError(
-                beats(
-                    "a picture of it",
-                    f"at most {_MOST} steps to draw",
-                    f"{len(picture.steps)}",
-                    'flow.focus("...") for one input, flow.between(a, b) for a part; '
-                    "print(flow) and flow.source() have no limit",
-                )
+            raise wrong(
+                ValueError,
+                "a picture of it",
+                f"at most {_MOST} steps to draw",
+                f"{len(picture.steps)}",
+                'flow.focus("...") for one input, flow.between(a, b) for a part; '
+                "print(flow) and flow.source() have no limit",
             )
         return picture

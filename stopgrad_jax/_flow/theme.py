@@ -10,7 +10,7 @@ import dataclasses
 import unicodedata
 from collections.abc import Iterable
 
-from stopgrad_jax._errors import beats, quoted
+from stopgrad_jax._checks import option
 
 from .model import Box, Step
 
@@ -104,16 +104,7 @@ LINES = {
 
 def check(name: str, value: str, known: Iterable[str]) -> None:
     """Raise where an option of a picture has a value that is not known."""
-    known = tuple(known)
-    if value not in known:
-        raise ValueError(
-            beats(
-                "drawing a picture",
-                f"{name} is one of {quoted(known)}",
-                f"{name}={value!r}",
-                f'{name}="{known[0]}"',
-            )
-        )
+    option(value, name, tuple(known), "drawing a picture")
 
 
 def clean(text: str) -> str:

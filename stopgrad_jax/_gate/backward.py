@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import beats, type_of, wrong
 from stopgrad_jax._where import leaves_like
 
 from .primitive import gate
@@ -73,27 +73,25 @@ def _cotangents(pulled: Any, args: tuple, called: str) -> list[Any]:
     """Check what a backward pass returned: a cotangent or None for each leaf."""
     if not isinstance(pulled, tuple | list) or len(pulled) != len(args):
         came = _kind(pulled)
-        raise TypeError(
-            beats(
-                called,
-                f"backward returns a tuple of {len(args)}, one for each argument",
-                came,
-                f"return ({', '.join(['ct', 'None', 'None'][: len(args)])},)",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"backward returns a tuple of {len(args)}, one for each argument",
+            came,
+            f"return ({', '.join(['ct', 'None', 'None'][: len(args)])},)",
         )
     out = []
     for number, (ct, arg) in enumerate(zip(pulled, args, strict=True)):
         try:
             cts = leaves_like(ct, arg)
         except ValueError:
-            raise TypeError(
-                beats(
-                    called,
-                    f"the cotangent of argument {number} is a tree like it, "
-                    f"{jax.tree.structure(arg)}, with None where nothing flows",
-                    str(jax.tree.structure(ct)),
-                    "jax.tree.map(..., argument), or None for the whole",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                f"the cotangent of argument {number} is a tree like it, "
+                f"{jax.tree.structure(arg)}, with None where nothing flows",
+                str(jax.tree.structure(ct)),
+                "jax.tree.map(..., argument), or None for the whole",
             ) from None
         pairs = zip(cts, jax.tree.leaves(arg), strict=True)
         out += [_cotangent(c, leaf, number, called) for c, leaf in pairs]
@@ -104,38 +102,35 @@ def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
     if ct is None or getattr(ct, "dtype", None) == jax.dtypes.float0:
         return None
     if not _jax.carries_gradient(leaf):
-        raise TypeError(
-            beats(
-                called,
-                f"None for a leaf of argument {number} that carries no gradient",
-                f"{ct!r:.60}",
-                "None",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"None for a leaf of argument {number} that carries no gradient",
+            f"{ct!r:.60}",
+            "None",
         )
     leaf = jnp.asarray(leaf)
     if not jax.tree.leaves(ct):  # an empty container
-        raise TypeError(
-            beats(
-                called,
-                f"the cotangent of argument {number} is {type_of(leaf)}, as its value",
-                f"{ct!r:.60}, which holds no array",
-                "None, where nothing flows",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"the cotangent of argument {number} is {type_of(leaf)}, as its value",
+            f"{ct!r:.60}, which holds no array",
+            "None, where nothing flows",
         )
     ct = jnp.asarray(ct)
     real = jnp.iscomplexobj(leaf) or not jnp.iscomplexobj(ct)
     if getattr(ct, "weak_type", False) and real:
         ct = ct.astype(leaf.dtype)
     if (ct.shape, ct.dtype) != (leaf.shape, leaf.dtype):
-        raise TypeError(
-            beats(
-                called,
-                f"the cotangent of argument {number} is {type_of(leaf)}, as its value",
-                type_of(ct),
-                f"ct.astype({str(leaf.dtype)!r})"
-                if ct.shape == leaf.shape
-                else f"a cotangent of shape {leaf.shape}",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"the cotangent of argument {number} is {type_of(leaf)}, as its value",
+            type_of(ct),
+            f"ct.astype({str(leaf.dtype)!r})"
+            if ct.shape == leaf.shape
+            else f"a cotangent of shape {leaf.shape}",
         )
     return ct
 

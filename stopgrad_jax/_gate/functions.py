@@ -8,33 +8,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stopgrad_jax._errors import beats, shortened, type_of
+from stopgrad_jax._errors import shortened, type_of, wrong
 
 
 def stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
     def update(ct: Any) -> Any:
         state = transformation.init(ct)
         if jax.tree.leaves(state):
-            raise ValueError(
-                beats(
-                    called,
-                    "an optax transformation without state: a gate has none",
-                    f"state {jax.tree.structure(state)}",
-                    "it in the optimizer's chain, or a function of the cotangent",
-                )
+            raise wrong(
+                ValueError,
+                called,
+                "an optax transformation without state: a gate has none",
+                f"state {jax.tree.structure(state)}",
+                "it in the optimizer's chain, or a function of the cotangent",
             )
         try:
             return transformation.update(ct, state, None)[0]
         except ValueError as error:
             if "params" not in str(error):
                 raise
-            raise ValueError(
-                beats(
-                    called,
-                    "an optax transformation that needs no parameters",
-                    shortened(error),
-                    "it in the optimizer's chain, where parameters are",
-                )
+            raise wrong(
+                ValueError,
+                called,
+                "an optax transformation that needs no parameters",
+                shortened(error),
+                "it in the optimizer's chain, where parameters are",
             ) from error
 
     return update
@@ -43,25 +41,23 @@ def stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
 def same_types(ct: Any, out: Any, called: str) -> list[Any]:
     leaves, structure = jax.tree.flatten(ct)
     if jax.tree.structure(out) != structure:
-        raise TypeError(
-            beats(
-                called,
-                f"the function returns a tree like its argument, {structure}",
-                str(jax.tree.structure(out)),
-                "jax.tree.map(function_of_a_leaf, ct)",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"the function returns a tree like its argument, {structure}",
+            str(jax.tree.structure(out)),
+            "jax.tree.map(function_of_a_leaf, ct)",
         )
     results = [jnp.asarray(x) for x in jax.tree.leaves(out)]
     for old, new in zip(leaves, results, strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise TypeError(
-                beats(
-                    called,
-                    f"the function keeps shape and dtype, {type_of(old)}",
-                    type_of(new),
-                    "new.astype(ct.dtype)"
-                    if old.shape == new.shape
-                    else f"a function that returns shape {old.shape}",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                f"the function keeps shape and dtype, {type_of(old)}",
+                type_of(new),
+                "new.astype(ct.dtype)"
+                if old.shape == new.shape
+                else f"a function that returns shape {old.shape}",
             )
     return results

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import beats, wrong
 
 from .rule import Arrays, Mapped, Rule
 
@@ -139,13 +139,12 @@ def _gate_transpose(cts: Arrays, *operands: Any, rule: Rule, split: Any) -> Any:
     """Transpose the gate itself, for `jax.linear_transpose`."""
     values, sources, parameters = _parts(operands, split)
     if rule.reads_values:
-        raise NotImplementedError(
-            beats(
-                rule.name,
-                "a linear function, for jax.linear_transpose",
-                "a function with a backward pass of its own",
-                "jax.vjp(fun, x)[1]",
-            )
+        raise wrong(
+            NotImplementedError,
+            rule.name,
+            "a linear function, for jax.linear_transpose",
+            "a function with a backward pass of its own",
+            "jax.vjp(fun, x)[1]",
         )
     pulled = _pull(rule, cts, parameters)
     wanted = map(ad.is_undefined_primal, sources)

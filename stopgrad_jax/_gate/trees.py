@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats, shortened, type_of
+from stopgrad_jax._checks import require_broadcast
+from stopgrad_jax._errors import shortened, type_of, wrong
 
 from .primitive import gate
 from .rule import Rule
@@ -59,13 +60,12 @@ def require_gradient(leaves: Sequence[Any], called: str) -> None:
     instead = "the call on the float value, before it is rounded, cast or compared"
     if any(map(callable, leaves)):
         instead = "the call on what the function returns, or on its argument"
-    raise TypeError(
-        beats(
-            called,
-            "at least one leaf that carries a gradient (float or complex)",
-            ", ".join(dict.fromkeys(types)) or "a tree without leaves",
-            instead,
-        )
+    raise wrong(
+        TypeError,
+        called,
+        "at least one leaf that carries a gradient (float or complex)",
+        ", ".join(dict.fromkeys(types)) or "a tree without leaves",
+        instead,
     )
 
 
@@ -74,13 +74,12 @@ def axis_index(name: str, called: str) -> jax.Array:
     try:
         return jax.lax.axis_index(name)
     except NameError:
-        raise NameError(
-            beats(
-                called,
-                "axis_name is an axis of the vmap or shard_map around it",
-                f"{name!r}, and no such axis here",
-                f"jax.vmap(fun, axis_name={name!r})",
-            )
+        raise wrong(
+            NameError,
+            called,
+            "axis_name is an axis of the vmap or shard_map around it",
+            f"{name!r}, and no such axis here",
+            f"jax.vmap(fun, axis_name={name!r})",
         ) from None
 
 
@@ -101,14 +100,13 @@ def _for_each_leaf(parameter: Any, tree: Any, name: str, called: str) -> list[An
     try:
         return jax.tree.leaves(jax.tree.broadcast(parameter, tree))
     except ValueError as error:
-        raise ValueError(
-            beats(
-                called,
-                f"{name} is one array, or a tree of them with the structure of the "
-                "tree or a prefix of it",
-                shortened(error),
-                f"one {name} for all, or a tree of them",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"{name} is one array, or a tree of them with the structure of the "
+            "tree or a prefix of it",
+            shortened(error),
+            f"one {name} for all, or a tree of them",
         ) from None
 
 
@@ -120,29 +118,17 @@ def _parameter(value: Any, x: jax.Array, name: str, called: str) -> jax.Array:
     kinds = (jnp.number, jnp.bool_)
     if p is None or not any(jnp.issubdtype(p.dtype, kind) for kind in kinds):
         came = repr(value)[:60] if p is None else type_of(p)
-        raise TypeError(beats(called, f"{name} is a number", came, f"{name}=1.0"))
+        raise wrong(TypeError, called, f"{name} is a number", came, f"{name}=1.0")
     if jnp.iscomplexobj(p) and not jnp.iscomplexobj(x):
-        raise TypeError(
-            beats(
-                called,
-                f"{name} is real for a real value of {type_of(x)}",
-                type_of(p),
-                f"{name}.real, or {name}.imag",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"{name} is real for a real value of {type_of(x)}",
+            type_of(p),
+            f"{name}.real, or {name}.imag",
         )
-    try:
-        fits = jnp.broadcast_shapes(p.shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            beats(
-                called,
-                f"{name} broadcasts to the value's shape {x.shape}",
-                f"{name} of shape {p.shape}",
-                f"a scalar, or jnp.broadcast_to({name}, {x.shape})",
-            )
-        )
+    instead = f"a scalar, or jnp.broadcast_to({name}, {x.shape})"
+    require_broadcast(p, name, x, called, "the value", instead)
     # A Python number takes the value's dtype, as everywhere in JAX.
     weak = jnp.issubdtype(p.dtype, jnp.number) and getattr(p, "weak_type", False)
     return p.astype(x.dtype) if weak else p

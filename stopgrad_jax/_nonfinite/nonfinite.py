@@ -12,7 +12,7 @@ import stopgrad_jax._jax.errors as _jax_errors
 import stopgrad_jax._words.nonfinite as _words
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._errors import function_name, wrong
 from stopgrad_jax._program.lookup import listed
 from stopgrad_jax._program.trace import require_known, trace
 from stopgrad_jax._source.labels import Labels
@@ -118,7 +118,7 @@ def _of_operation(failed: Failed, called: str) -> Exception:
     spots = failed.op.path.spots
     came = f"{failed.op.eqn.primitive.name} raised by itself"
     came += f"\n          at {spots[-1].place}" if spots else ""
-    return RuntimeError(beats(called, _words.RUNS_APART, came, _words.AS_COMPILED))
+    return wrong(RuntimeError, called, _words.RUNS_APART, came, _words.AS_COMPILED)
 
 
 def _of_function(program: Program, runner: Runner, called: str) -> Exception | None:
@@ -134,4 +134,4 @@ def _of_function(program: Program, runner: Runner, called: str) -> Exception | N
     of_value = program.direction == "forward"
     runs = _words.RUNS.format(what="the function" if of_value else "the gradient")
     call = _words.CALL_IT.format(what="the call" if of_value else "the gradient")
-    return RuntimeError(beats(called, runs, came, call))
+    return wrong(RuntimeError, called, runs, came, call)

@@ -13,7 +13,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, nodes
-from stopgrad_jax._errors import beats, quoted
+from stopgrad_jax._errors import quoted, wrong
 from stopgrad_jax._jax.errors import is_of_a_closure
 from stopgrad_jax._program.arguments import cotangents, default_ys
 from stopgrad_jax._program.lookup import Program as LookedUp
@@ -317,11 +317,10 @@ def _carrying(program: LookedUp, tree: Any) -> list[Value]:
 def _no_arguments(program: LookedUp, xs: Any, called: str) -> TypeError:
     arguments = program.traced.arguments
     carry = [name for name, tree in arguments.items() if _carrying(program, tree)]
-    return TypeError(
-        beats(
-            called,
-            "xs are arguments that carry a gradient",
-            quoted(xs),
-            f"one of {quoted(carry)}" if carry else "an argument of floats",
-        )
+    return wrong(
+        TypeError,
+        called,
+        "xs are arguments that carry a gradient",
+        quoted(xs),
+        f"one of {quoted(carry)}" if carry else "an argument of floats",
     )

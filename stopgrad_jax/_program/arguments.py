@@ -12,7 +12,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._checks import shown
-from stopgrad_jax._errors import beats, quoted, type_of
+from stopgrad_jax._errors import quoted, type_of, wrong
 
 from .lookup import Program
 from .trace import Traced, Value
@@ -23,26 +23,24 @@ def default_ys(traced: Traced, has_aux: bool, called: str) -> Any:
     output = traced.output
     if has_aux:
         if not (isinstance(output, tuple) and len(output) == 2):
-            raise TypeError(
-                beats(
-                    called,
-                    f"with has_aux, {traced.name} must return (y, aux)",
-                    f"{jax.tree.structure(output)}",
-                    "return y, aux",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                f"with has_aux, {traced.name} must return (y, aux)",
+                f"{jax.tree.structure(output)}",
+                "return y, aux",
             )
         output = output[0]
     places = [v for v in jax.tree.leaves(output) if isinstance(v, Value)]
     if len(places) != 1:
         values = [p for p, v in nodes(output, RETURN) if isinstance(v, Value)]
         one = f'ys="{values[0]}" for one, ys="return" for the sum' if values else ""
-        raise TypeError(
-            beats(
-                called,
-                f"{traced.name} must return one array, or ys must say which",
-                f"{len(places)} arrays: {quoted(values)}",
-                one or "return the array that is to be differentiated",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"{traced.name} must return one array, or ys must say which",
+            f"{len(places)} arrays: {quoted(values)}",
+            one or "return the array that is to be differentiated",
         )
     return output
 
@@ -58,24 +56,22 @@ def cotangents(
     try:
         trees = structure.flatten_up_to(y_tree)
     except ValueError as error:
-        raise TypeError(
-            beats(
-                called,
-                "grad_ys must be structured like ys, None entries apart",
-                f"{structure} for {jax.tree.structure(y_tree)}",
-                "one cotangent, or None, for each y",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "grad_ys must be structured like ys, None entries apart",
+            f"{structure} for {jax.tree.structure(y_tree)}",
+            "one cotangent, or None, for each y",
         ) from error
     pairs = []
     for ct, tree in zip(given, trees, strict=True):
         if ct is not None and not isinstance(tree, Value):
-            raise TypeError(
-                beats(
-                    called,
-                    "grad_ys must be structured like ys",
-                    f"one entry where the y is a tree, {jax.tree.structure(tree)}",
-                    "a tree of cotangents there, or None for ones",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "grad_ys must be structured like ys",
+                f"one entry where the y is a tree, {jax.tree.structure(tree)}",
+                "a tree of cotangents there, or None for ones",
             )
         for y in jax.tree.leaves(tree):
             if isinstance(y, Value):
@@ -92,13 +88,12 @@ def _ones(aval: Any, called: str) -> jax.Array:
         remedy = "a y that is floating point"
         if _jax.is_differentiable(aval):
             remedy = "a y that is its real part or absolute value, or grad_ys"
-        raise TypeError(
-            beats(
-                called,
-                "without grad_ys, ys must be real floating point",
-                type_of(aval),
-                remedy,
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "without grad_ys, ys must be real floating point",
+            type_of(aval),
+            remedy,
         )
     return _jax.filled(aval, 1)
 
@@ -106,13 +101,12 @@ def _ones(aval: Any, called: str) -> jax.Array:
 def _like(ct: Any, aval: Any, called: str) -> jax.Array:
     ct = _jax.number_like(ct, aval)
     if not hasattr(ct, "dtype") or type_of(ct) != type_of(aval):
-        raise TypeError(
-            beats(
-                called,
-                f"this entry of grad_ys must be {type_of(aval)}, like its y",
-                type_of(ct) if hasattr(ct, "dtype") else type(ct).__name__,
-                _made("jax.numpy.ones_like(y)", aval) + ", or None for ones",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"this entry of grad_ys must be {type_of(aval)}, like its y",
+            type_of(ct) if hasattr(ct, "dtype") else type(ct).__name__,
+            _made("jax.numpy.ones_like(y)", aval) + ", or None for ones",
         )
     with _jax.at_width_of(aval):
         return jnp.asarray(ct)
@@ -122,15 +116,14 @@ def require_keys(perturbations: Any, addresses: Sequence[Address], called: str) 
     """Refuse what is no dict of perturbations by these addresses."""
     fits = isinstance(perturbations, Mapping) and set(perturbations) == set(addresses)
     if not fits:
-        raise TypeError(
-            beats(
-                f"{called}(perturbations, *args)",
-                f"the perturbations are a dict with keys {quoted(addresses)}, before "
-                "the function's arguments",
-                shown(perturbations),
-                "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
-                "sg.capture returns",
-            )
+        raise wrong(
+            TypeError,
+            f"{called}(perturbations, *args)",
+            f"the perturbations are a dict with keys {quoted(addresses)}, before "
+            "the function's arguments",
+            shown(perturbations),
+            "jax.tree.map(jax.numpy.zeros_like, values) of the values that "
+            "sg.capture returns",
         )
 
 
@@ -166,13 +159,12 @@ def _require_zero(key: Any, called: str, address: Address) -> None:
     with jax.ensure_compile_time_eval():  # it is known in a `jax.jit`, too
         is_zero = not np.any(np.asarray(jax.random.key_data(key)))
     if not is_zero:
-        raise TypeError(
-            beats(
-                called,
-                f"nothing can be added to a PRNG key: for {address!r} it is zeros",
-                f"{type_of(key)} that is not",
-                "jax.numpy.zeros_like(key); sg.edit, for another key",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"nothing can be added to a PRNG key: for {address!r} it is zeros",
+            f"{type_of(key)} that is not",
+            "jax.numpy.zeros_like(key); sg.edit, for another key",
         )
 
 
@@ -181,13 +173,12 @@ def _wrong(
 ) -> TypeError:
     came = type_of(got) if hasattr(got, "dtype") else str(jax.tree.structure(got))
     made = _made("jax.tree.map(jax.numpy.zeros_like, value)", aval)
-    return TypeError(
-        beats(
-            called,
-            f"the perturbation for {address!r} must be {expected}",
-            came,
-            f"{made} of the value that sg.capture returns",
-        )
+    return wrong(
+        TypeError,
+        called,
+        f"the perturbation for {address!r} must be {expected}",
+        came,
+        f"{made} of the value that sg.capture returns",
     )
 
 

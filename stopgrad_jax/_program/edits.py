@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats, quoted, type_of
+from stopgrad_jax._errors import quoted, type_of, wrong
 
 from .operations import Group
 from .perturbation import edited
@@ -34,14 +34,13 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
     got = type_of(new) if hasattr(new, "dtype") else type(new).__name__
     if got != type_of(old):
         at = f" ({line})" if line else ""
-        raise TypeError(
-            beats(
-                f'edit of "{called}"{at}',
-                f"the function must return {type_of(old)}, the type it was given",
-                got,
-                f"fun(x).astype({str(old.dtype)!r}) or another value of that shape; "
-                "to change a type, edit where the value is used",
-            )
+        raise wrong(
+            TypeError,
+            f'edit of "{called}"{at}',
+            f"the function must return {type_of(old)}, the type it was given",
+            got,
+            f"fun(x).astype({str(old.dtype)!r}) or another value of that shape; "
+            "to change a type, edit where the value is used",
         )
     aval = jax.typeof(old) if isinstance(old, jax.Array) else old
     with _jax.at_width_of(aval):
@@ -52,13 +51,12 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
 def kept(old: Any, new: Any, called: str) -> bool:
     """Refuse a change of a leaf that is not traced; there is no value to keep."""
     if new is not old and new != old:
-        raise TypeError(
-            beats(
-                f'edit of "{called}"',
-                "only arrays and floats can be edited: other leaves are not traced",
-                f"{new!r:.40} in place of {old!r:.40}",
-                "call the function with that value instead",
-            )
+        raise wrong(
+            TypeError,
+            f'edit of "{called}"',
+            "only arrays and floats can be edited: other leaves are not traced",
+            f"{new!r:.40} in place of {old!r:.40}",
+            "call the function with that value instead",
         )
     return False
 
@@ -166,13 +164,12 @@ def edited_operation(
         out = function(*operands)
     arrays = [out] if count == 1 else jax.tree.leaves(out)
     if len(arrays) != count:
-        raise TypeError(
-            beats(
-                f'edit of "{name}" ({line})',
-                f"the function must return {count} arrays, as the operation does",
-                f"{len(arrays)}",
-                f"lambda {name}, *operands: {name}(*operands)",
-            )
+        raise wrong(
+            TypeError,
+            f'edit of "{name}" ({line})',
+            f"the function must return {count} arrays, as the operation does",
+            f"{len(arrays)}",
+            f"lambda {name}, *operands: {name}(*operands)",
         )
     pairs = zip(arrays, results, strict=True)
     return [same_type(x, v.aval, name, line) for x, v in pairs]
@@ -236,13 +233,12 @@ class NamedEdits:
                 if isinstance(leaf, Leaf) or kept(value, x, hit.root)
             ]
         else:
-            raise TypeError(
-                beats(
-                    f'edit of "{hit.root}" ({found.line})',
-                    f"the function must return a tree like {jax.tree.structure(old)}",
-                    str(jax.tree.structure(out)),
-                    "jax.tree.map(function_of_a_leaf, tree)",
-                )
+            raise wrong(
+                TypeError,
+                f'edit of "{hit.root}" ({found.line})',
+                f"the function must return a tree like {jax.tree.structure(old)}",
+                str(jax.tree.structure(out)),
+                "jax.tree.map(function_of_a_leaf, tree)",
             )
         pairs = zip(values, leaves, strict=True)
         return {v: same_type(x, v.aval, hit.root, found.line) for v, x in pairs}
@@ -251,11 +247,10 @@ class NamedEdits:
         """Refuse to hand on a leaf while the rest of its tree is not there."""
         for (_, root, parts), values in self._waiting.items():
             if not values.keys().isdisjoint(reads):
-                raise ValueError(
-                    beats(
-                        f'edit of "{root}"',
-                        "all leaves of a named tree must be there before one is used",
-                        "a program that uses one between them",
-                        "edits of the single leaves: " + quoted(parts),
-                    )
+                raise wrong(
+                    ValueError,
+                    f'edit of "{root}"',
+                    "all leaves of a named tree must be there before one is used",
+                    "a program that uses one between them",
+                    "edits of the single leaves: " + quoted(parts),
                 )

@@ -26,7 +26,7 @@ from stopgrad_jax._address import (
     require_one_meaning,
 )
 from stopgrad_jax._checks import shown
-from stopgrad_jax._errors import AddressError, beats
+from stopgrad_jax._errors import AddressError, wrong
 from stopgrad_jax._source.variables import Variables
 from stopgrad_jax._source.watched import Seen
 
@@ -127,13 +127,12 @@ def look_up(
     addresses = list(dict.fromkeys(addresses))
     found = _searched(traced, addresses)
     for name, place in found.search.unreachable.items():
-        raise AddressError(
-            beats(
-                f'{called}: point "{name}"',
-                "every value of that name must be in a program that can be rewritten",
-                f"one inside {place}, which cannot",
-                "another name there, or for its operands and results",
-            )
+        raise wrong(
+            AddressError,
+            f'{called}: point "{name}"',
+            "every value of that name must be in a program that can be rewritten",
+            f"one inside {place}, which cannot",
+            "another name there, or for its operands and results",
         )
     looked = _looked(found)
     if looked.variables:
@@ -222,13 +221,12 @@ def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
     total, chosen = nth.count(plan, number), _indices(plan, found, op)
     if total and not chosen:
         first, whole = (dataclasses.replace(op, nth=n) for n in (0, None))
-        raise AddressError(
-            beats(
-                f"{called}: address {op!r}",
-                f"nth is an index of a match, from {-total} to {total - 1}",
-                f"{total} matches" if total > 1 else "1 match",
-                f"{first!r}, or {whole!r} for all",
-            )
+        raise wrong(
+            AddressError,
+            f"{called}: address {op!r}",
+            f"nth is an index of a match, from {-total} to {total - 1}",
+            f"{total} matches" if total > 1 else "1 match",
+            f"{first!r}, or {whole!r} for all",
         )
     return nth.only(plan, number, chosen)
 
@@ -297,14 +295,13 @@ def listed(addresses: Any, called: str, what: str) -> list[Address]:
     flat = jax.tree.leaves(addresses, is_leaf=is_leaf)
     for leaf in flat:
         if not is_address(leaf):
-            raise TypeError(
-                beats(
-                    called,
-                    f"{what} must be addresses: an argument's name or position, a "
-                    "point's name, sg.point(...), sg.op(...) or sg.var(...)",
-                    f"{shown(leaf)} ({type(leaf).__name__})",
-                    f'{what}="name" for the argument or point of that name',
-                )
+            raise wrong(
+                TypeError,
+                called,
+                f"{what} must be addresses: an argument's name or position, a "
+                "point's name, sg.point(...), sg.op(...) or sg.var(...)",
+                f"{shown(leaf)} ({type(leaf).__name__})",
+                f'{what}="name" for the argument or point of that name',
             )
     return flat
 
@@ -343,14 +340,13 @@ class _Finder:
             name = next(iter(both))
             place = self._traced.by_position(name)
             other = "" if place is None else f"{written(place)} for the argument"
-            raise AddressError(
-                beats(
-                    f'{self._called}: address "{address}"',
-                    "an address must mean one thing",
-                    f'an argument and a point are both called "{name}"',
-                    f"{Point(name)!r} for the point, or "
-                    + (other or "another name for it"),
-                )
+            raise wrong(
+                AddressError,
+                f'{self._called}: address "{address}"',
+                "an address must mean one thing",
+                f'an argument and a point are both called "{name}"',
+                f"{Point(name)!r} for the point, or "
+                + (other or "another name for it"),
             )
         if not edge and not inside:
             raise self._looked.suggesting(wanted).no_match(address, self._called)

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 from stopgrad_jax._address import Op
-from stopgrad_jax._errors import AddressError, beats
+from stopgrad_jax._errors import AddressError, wrong
 
 from .control import control
 from .operations import Group
@@ -30,23 +30,21 @@ def require_told(found: Search, plan: Plan, op: Op, target: int, called: str) ->
     """
     line = taken(found, plan, target)
     if line:
-        raise AddressError(
-            beats(
-                f"{called}: address {op!r}",
-                "it must mean all calls, and no derivative of them may be taken yet",
-                f"one whose derivative has been taken ({line}), beside others",
-                f"{INNER}, or within= for a part",
-            )
+        raise wrong(
+            AddressError,
+            f"{called}: address {op!r}",
+            "it must mean all calls, and no derivative of them may be taken yet",
+            f"one whose derivative has been taken ({line}), beside others",
+            f"{INNER}, or within= for a part",
         )
     why = unclear(plan, op, target)
     if why:
-        raise AddressError(
-            beats(
-                f"{called}: address {op!r}",
-                "it must be told where each call begins and ends",
-                f"a call whose end cannot be told: {why}",
-                "a jitted function, or an operation in it",
-            )
+        raise wrong(
+            AddressError,
+            f"{called}: address {op!r}",
+            "it must be told where each call begins and ends",
+            f"a call whose end cannot be told: {why}",
+            "a jitted function, or an operation in it",
         )
 
 

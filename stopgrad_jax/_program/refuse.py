@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from stopgrad_jax._address import RETURN, Address
-from stopgrad_jax._errors import AddressError, beats
+from stopgrad_jax._errors import AddressError, wrong
 
 from .lookup import Program
 from .search import Found
@@ -78,7 +78,7 @@ def _refusal(
     called: str, found: Found, expected: str, came: str, instead: str
 ) -> ValueError:
     place = f"{called} ({found.line})" if found.line else called
-    return ValueError(beats(place, expected, came, instead))
+    return wrong(ValueError, place, expected, came, instead)
 
 
 def refuse_outputs(
@@ -95,11 +95,10 @@ def refuse_outputs(
     named = "a name for the value before it is returned"
     for address in addresses:
         if isinstance(address, str) and address.split("/")[0] == RETURN:
-            raise AddressError(
-                beats(
-                    called,
-                    f"{what} must be arguments or values inside {program.traced.name}",
-                    f'"{address}", its output',
-                    f'ys="{address}", or {named}' if ys else named,
-                )
+            raise wrong(
+                AddressError,
+                called,
+                f"{what} must be arguments or values inside {program.traced.name}",
+                f'"{address}", its output',
+                f'ys="{address}", or {named}' if ys else named,
             )

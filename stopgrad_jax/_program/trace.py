@@ -14,7 +14,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._jax.errors as _jax_errors
 from stopgrad_jax._address import nodes
-from stopgrad_jax._errors import beats, function_name, has_beats, type_of
+from stopgrad_jax._errors import function_name, has_beats, type_of, wrong
 from stopgrad_jax._source.as_written import anew, as_written
 from stopgrad_jax._source.watched import Seen, watching
 
@@ -211,8 +211,9 @@ def _called(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any
         came = f"{len(args)} positional arguments"
         came += f" and {', '.join(kwargs)} by keyword" if kwargs else ""
         call = f"{name}({', '.join(signature.parameters) if signature else '...'})"
-        wrong = beats(call, "the arguments that it takes", f"{came}: {got}", call)
-    raise TypeError(wrong)
+        expected = "the arguments that it takes"
+        refused = wrong(TypeError, call, expected, f"{came}: {got}", call)
+    raise refused
 
 
 def _refuse_static(
@@ -241,7 +242,7 @@ def _refuse_static(
     instead = " or ".join(map(bound, filter(lambda n: _is_plain(given[n]), floats)))
     if unnamed or not instead:
         instead = "functools.partial or a lambda, which bind the float"
-    raise ValueError(beats(name, expected, came, instead))
+    raise wrong(ValueError, name, expected, came, instead)
 
 
 def _holds_float(x: Any) -> bool:
@@ -267,13 +268,12 @@ def require_known(values: Iterable[Any], called: str, name: str) -> None:
     for x in values:
         if _jax.is_traced(x) or isinstance(x, jax.ShapeDtypeStruct):
             traced = _jax.is_traced(x)
-            raise TypeError(
-                beats(
-                    called,
-                    "arrays whose values are known: the function is run",
-                    f"a traced {type_of(x)}" if traced else f"only {type_of(x)}",
-                    f"the call outside of jax.jit: sg.{name}(jax.jit(fun))(*args)",
-                )
+            raise wrong(
+                TypeError,
+                called,
+                "arrays whose values are known: the function is run",
+                f"a traced {type_of(x)}" if traced else f"only {type_of(x)}",
+                f"the call outside of jax.jit: sg.{name}(jax.jit(fun))(*args)",
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Address, Point, Var, joined, nearest
-from stopgrad_jax._errors import AddressError, beats, quoted, rows
+from stopgrad_jax._errors import AddressError, quoted, rows, wrong
 from stopgrad_jax._source.bindings import STATEMENT, Binding, Function
 from stopgrad_jax._source.labels import Spot
 from stopgrad_jax._source.variables import Site, Variables, is_called
@@ -103,13 +103,12 @@ class Looked:
                 return ", which made no operation: it may have run"
             return f", and {why[site.key]}" if site.key in why else ""
 
-        return AddressError(
-            beats(
-                called,
-                "one statement must assign the variable, or the address say which",
-                rows([f"{len(sites)}:", *(s.text + note(s) for s in sites)], 7),
-                rows(self.addresses(var, sites) or [_IN_THE_SOURCE]),
-            )
+        return wrong(
+            AddressError,
+            called,
+            "one statement must assign the variable, or the address say which",
+            rows([f"{len(sites)}:", *(s.text + note(s) for s in sites)], 7),
+            rows(self.addresses(var, sites) or [_IN_THE_SOURCE]),
         )
 
     def addresses(self, var: Var, sites: Sequence[Site]) -> list[str]:
@@ -136,26 +135,23 @@ class Looked:
             functions.append(f"{self.traced.name}, as its argument")
         works = self.working(Var(place.label) for place in places)
         write = [*map(repr, works), *(self._argument(own) if own else ())]
-        return AddressError(
-            beats(
-                called,
-                "one function must have a parameter of that name, or the address say "
-                "which",
-                rows([f"{len(functions)}:", *functions], 7),
-                rows(write or [_IN_THE_SOURCE]),
-            )
+        return wrong(
+            AddressError,
+            called,
+            "one function must have a parameter of that name, or the address say which",
+            rows([f"{len(functions)}:", *functions], 7),
+            rows(write or [_IN_THE_SOURCE]),
         )
 
     def _own(self, name: str, called: str) -> AddressError:
         """A parameter of the traced function has an address of its own."""
         write = " or ".join(self._argument(name))
-        return AddressError(
-            beats(
-                called,
-                "a parameter is a variable of the functions that are called inside",
-                f'"{name}", an argument of {self.traced.name} itself',
-                write or _IN_THE_SOURCE,
-            )
+        return wrong(
+            AddressError,
+            called,
+            "a parameter is a variable of the functions that are called inside",
+            f'"{name}", an argument of {self.traced.name} itself',
+            write or _IN_THE_SOURCE,
         )
 
     def _argument(self, name: str) -> list[str]:
@@ -194,8 +190,12 @@ class Looked:
             came, write = self._quiet(bound)
         else:
             came, write = self._unknown(var)
-        return AddressError(
-            beats(called, expected, rows(came, 7), rows(write or [_IN_THE_SOURCE]))
+        return wrong(
+            AddressError,
+            called,
+            expected,
+            rows(came, 7),
+            rows(write or [_IN_THE_SOURCE]),
         )
 
     def _bound(self, var: Var) -> Iterator[tuple[Spot, Function, Binding]]:
@@ -339,13 +339,12 @@ _HOW = {
 
 
 def _unclear(called: str, why: str) -> AddressError:
-    return AddressError(
-        beats(
-            called,
-            "it must be clear which array the variable is given",
-            why,
-            f"{_IN_THE_SOURCE}, or the variable of a statement that computes one array",
-        )
+    return wrong(
+        AddressError,
+        called,
+        "it must be clear which array the variable is given",
+        why,
+        f"{_IN_THE_SOURCE}, or the variable of a statement that computes one array",
     )
 
 

@@ -27,7 +27,7 @@ from stopgrad_jax._address import (
     nodes,
     prefixes,
 )
-from stopgrad_jax._errors import AddressError, beats, folded, quoted, type_of
+from stopgrad_jax._errors import AddressError, folded, quoted, type_of, wrong
 from stopgrad_jax._source.labels import Labels
 
 from . import nth
@@ -94,7 +94,7 @@ class Unmatched:
             arguments, names = map(quoted, (self.traced.arguments, self.search.names))
             write = self._any(points=isinstance(address, Point))
             came = f'""; arguments {arguments}, points {names}'
-            return AddressError(beats(asked, "an address is not empty", came, write))
+            return wrong(AddressError, asked, "an address is not empty", came, write)
         if isinstance(address, Op):
             kinds = "a function, or a primitive, of"
             came, write = self._operation(address)
@@ -104,7 +104,7 @@ class Unmatched:
             kinds = f"{', '.join(first)} or {last} of" if first else f"{last} of"
             came, write = self._value(address)
         expected = f"it must match {kinds} {self.traced.name}"
-        return AddressError(beats(asked, expected, folded(came), folded(write)))
+        return wrong(AddressError, asked, expected, folded(came), folded(write))
 
     # Arguments, outputs and points ----------------------------------------------
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import Address
-from stopgrad_jax._errors import beats, has_beats, shortened
+from stopgrad_jax._errors import beats, has_beats, shortened, wrong
 from stopgrad_jax._gate.summaries import channel
 from stopgrad_jax._jax.errors import is_of_a_closure
 from stopgrad_jax._program.lookup import Program, look_up
@@ -138,13 +138,12 @@ class Differentiation:
         if is_of_a_closure(error):
             raise TypeError(inside_a_closure(self._called)) from error
         if loops and _jax.is_no_reverse(error):
-            raise ValueError(
-                beats(
-                    self._called,
-                    "a known number of steps: reverse mode has to store each",
-                    f"a loop whose number is known only when it runs: {_listed(loops)}",
-                    "jax.lax.scan, or jax.lax.fori_loop with Python integers",
-                )
+            raise wrong(
+                ValueError,
+                self._called,
+                "a known number of steps: reverse mode has to store each",
+                f"a loop whose number is known only when it runs: {_listed(loops)}",
+                "jax.lax.scan, or jax.lax.fori_loop with Python integers",
             ) from error
         if places and not has_beats(error):
             note = f"{self._called}: JAX raised this at {', '.join(sorted(places))}"

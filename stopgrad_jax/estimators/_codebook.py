@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._checks import option
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 from stopgrad_jax.gates import stop_gradient
 from stopgrad_jax.substitution import replace_value
 
@@ -112,10 +113,7 @@ def vector_quantize(
     called = f"vector_quantize(z, codebook, gradient={gradient!r})"
     z = real(z, "z", called, rank=1)
     codes = _codebook(codebook, z, called)
-    if gradient not in ("straight_through", "rotation"):
-        expected = 'gradient is "straight_through" or "rotation"'
-        instead = 'gradient="rotation"'
-        raise ValueError(beats(called, expected, f"{gradient!r}", instead))
+    option(gradient, "gradient", ("straight_through", "rotation"), called)
     given, codes = wide(z), wide(codes)
     dtype = jnp.promote_types(given.dtype, codes.dtype)
     given, codes = given.astype(dtype), codes.astype(dtype)
@@ -217,5 +215,5 @@ def _codebook(codebook: Any, z: jax.Array, called: str) -> jax.Array:
             f"codebook has the shape (codes, {z.shape[-1]}), for z of {type_of(z)}"
         )
         instead = f"jnp.zeros((512, {z.shape[-1]})), or a linear layer on z before"
-        raise ValueError(beats(called, expected, type_of(codes), instead))
+        raise wrong(ValueError, called, expected, type_of(codes), instead)
     return codes

@@ -19,7 +19,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import wrong
 
 __all__ = [
     "Derivative",
@@ -283,13 +283,12 @@ def require_positive(factory: str, **parameters: Any) -> None:
         if _jax.is_traced(value):
             continue
         if not np.all(np.asarray(value) > 0):
-            raise ValueError(
-                beats(
-                    f"{factory}({name})",
-                    f"{name} is positive",
-                    f"{value}",
-                    f"sg.surrogate.{factory}({name}=1.0)",
-                )
+            raise wrong(
+                ValueError,
+                f"{factory}({name})",
+                f"{name} is positive",
+                f"{value}",
+                f"sg.surrogate.{factory}({name}=1.0)",
             )
 
 

@@ -8,27 +8,19 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import stopgrad_jax._jax as _jax
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._checks import real_floats, real_number, require_broadcast
+from stopgrad_jax._errors import type_of, wrong
 
 from ._inputs import wide as wide
 
 
-def floating(x: ArrayLike, name: str, called: str) -> jax.Array:
-    """Return an array of floats; refuse any other."""
-    array = jnp.asarray(x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        instead = f"{name}.astype('float32')"
-        raise TypeError(beats(called, f"floating {name}", type_of(array), instead))
-    return array
-
-
 def choices(x: ArrayLike, name: str, called: str) -> jax.Array:
     """Return floats whose last axis is what is chosen from."""
-    array = floating(x, name, called)
+    array = real_floats(x, name, called)
     if not array.ndim or not array.shape[-1]:
         expected = f"{name} with a last axis, the classes to choose from"
         instead = f"{name}[..., None], or sg.sample.bernoulli for a choice of two"
-        raise ValueError(beats(called, expected, type_of(array), instead))
+        raise wrong(ValueError, called, expected, type_of(array), instead)
     return array
 
 
@@ -42,29 +34,20 @@ def fitting(
         instead = f"jax.nn.one_hot({name}, {shape[-1] if shape else 2})"
         if array.shape != shape[:-1] or not shape:
             instead = f"jnp.broadcast_to({name}, {shape})"
-        raise ValueError(beats(called, expected, type_of(array), instead))
+        raise wrong(ValueError, called, expected, type_of(array), instead)
     return jax.lax.stop_gradient(array.astype(dtype))
 
 
 def tempered(x: jax.Array, temperature: ArrayLike, name: str, called: str) -> jax.Array:
     """Divide float32 at least by a temperature."""
-    x, t = wide(x), jnp.asarray(temperature)
-    if jnp.iscomplexobj(t) or t.dtype == bool:
-        came = type_of(t)
-        raise TypeError(beats(called, f"{name} is a real number", came, f"{name}=1.0"))
-    try:
-        fits = jnp.broadcast_shapes(t.shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        expected = f"{name} broadcasts to logits, {type_of(x)}"
-        instead = f"{name}[..., None], for one of each choice"
-        raise ValueError(beats(called, expected, type_of(t), instead))
+    x, t = wide(x), real_number(temperature, name, called)
+    instead = f"{name}[..., None], for one of each choice"
+    require_broadcast(t, name, x, called, "logits", instead)
     known = not _jax.is_traced(temperature)  # under jit jnp.asarray(1.0) is traced
     if known and not np.all(np.asarray(temperature) > 0):
         came = f"{name}={temperature}"
         instead = "a schedule that ends above 0, such as optax.exponential_decay"
-        raise ValueError(beats(called, f"{name} is above 0", came, instead))
+        raise wrong(ValueError, called, f"{name} is above 0", came, instead)
     t = jnp.broadcast_to(t.astype(x.dtype), x.shape)
     if known:
         return x / t
@@ -112,15 +95,3 @@ def given_top(noise: jax.Array, sample: jax.Array, x: jax.Array) -> jax.Array:
     chosen, x = (sample != 0)[None], x[None]
     top = jnp.sum(jnp.where(chosen, noise, 0), -1, keepdims=True) + total[None]
     return jnp.where(chosen, top, -jnp.logaddexp(-(noise + x), -top))
-
-
-def count(number: int, name: str, called: str) -> int:
-    """Return a count, at least 1."""
-    is_count = isinstance(number, int | np.integer) and not isinstance(number, bool)
-    if not is_count:
-        came, instead = repr(number)[:60], f"{name}=1, static under jax.jit"
-        raise TypeError(beats(called, f"{name} is an int", came, instead))
-    if number < 1:
-        came = f"{name}={number}"
-        raise ValueError(beats(called, f"{name} is at least 1", came, f"{name}=1"))
-    return int(number)

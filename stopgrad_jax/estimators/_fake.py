@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stopgrad_jax._checks import option, whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats
 from stopgrad_jax.gates import mask_gradient, stop_gradient
 from stopgrad_jax.substitution import replace_value
 
@@ -24,7 +24,6 @@ from ._inputs import (
     real,
     require,
     require_positive,
-    whole,
     wide,
 )
 
@@ -188,10 +187,7 @@ def fake_quant_affine(
     """
     called = f"fake_quant_affine(x, scale, zero_point, {qmin}, {qmax})"
     x = real(x, "x", called)
-    if gradient not in ("clipped", "straight_through"):
-        expected = 'gradient is "clipped" or "straight_through"'
-        instead = 'gradient="straight_through"'
-        raise ValueError(beats(called, expected, f"{gradient!r}", instead))
+    option(gradient, "gradient", ("clipped", "straight_through"), called)
     qmin, qmax = codes(qmin, qmax, called)
     require_positive(scale, "scale", called)
     require(

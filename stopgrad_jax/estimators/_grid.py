@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stopgrad_jax._checks import option, whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 from stopgrad_jax.gates import stop_gradient
 from stopgrad_jax.substitution import replace_value
 
-from ._inputs import UNBOUNDED, real, whole, wide, wider
+from ._inputs import real, wide, wider
 
 __all__ = ["bsq", "direction", "dot", "fsq", "lfq"]
 
@@ -87,9 +88,7 @@ def fsq(
     called = f"fsq(z, {levels!r:.40}, variant={variant!r})"
     z = real(z, "z", called, rank=1)
     counts = np.asarray(_levels(levels, z, called), np.float64)
-    if variant not in ("paper", "lucidrains", "symmetric"):
-        expected = 'variant is "paper", "lucidrains" or "symmetric"'
-        raise ValueError(beats(called, expected, f"{variant!r}", 'variant="paper"'))
+    option(variant, "variant", ("paper", "lucidrains", "symmetric"), called)
     _require_distinct(counts, variant, z, called)
     bounded = wide(z)
     half, offset = (counts - 1) / 2, np.where(counts % 2 == 0, 0.5, 0.0)
@@ -223,13 +222,12 @@ def _require_distinct(counts: Any, variant: str, z: jax.Array, called: str) -> N
     if lost:
         expected = f'at most {_MOST} levels, or variant="symmetric"'
     given = "z.astype(jnp.float32)" if clash else "z"
-    raise ValueError(
-        beats(
-            called,
-            expected,
-            f"{most} levels, and z of {type_of(z)}",
-            f'fsq({given}, levels, variant="{"symmetric" if lost else variant}")',
-        )
+    raise wrong(
+        ValueError,
+        called,
+        expected,
+        f"{most} levels, and z of {type_of(z)}",
+        f'fsq({given}, levels, variant="{"symmetric" if lost else variant}")',
     )
 
 
@@ -253,14 +251,11 @@ def _levels(levels: Any, z: jax.Array, called: str) -> list[int]:
     counts = list(levels) if isinstance(levels, Sequence | np.ndarray) else [levels]
     width = z.shape[-1]
     if len(counts) != width:
-        raise ValueError(
-            beats(
-                called,
-                f"levels has {width} entries, as many as the last axis of z",
-                f"{len(counts)} levels and z of {type_of(z)}",
-                f"levels={(8, *(5,) * (width - 1))[:width]}",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"levels has {width} entries, as many as the last axis of z",
+            f"{len(counts)} levels and z of {type_of(z)}",
+            f"levels={(8, *(5,) * (width - 1))[:width]}",
         )
-    return [
-        whole(n, f"levels[{k}]", called, 2, UNBOUNDED) for k, n in enumerate(counts)
-    ]
+    return [whole(n, f"levels[{k}]", called, 2) for k, n in enumerate(counts)]

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from stopgrad_jax._checks import whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 from stopgrad_jax.substitution import replace_value
 
 from . import _draws as draws
@@ -141,7 +142,7 @@ def gumbel_rao(
     """
     called = f"gumbel_rao(key, logits, temperature, num_samples={num_samples})"
     x = draws.choices(logits, "logits", called)
-    shape = (draws.count(num_samples, "num_samples", called), *x.shape)
+    shape = (whole(num_samples, "num_samples", called), *x.shape)
     for_sample, for_noise = jax.random.split(key)
     noise = jax.random.gumbel(for_noise, shape, draws.wide(x).dtype)
     return gumbel_rao_given(noise, draws.drawn(for_sample, x), logits, temperature)
@@ -176,7 +177,7 @@ def gumbel_rao_given(
     if g.ndim != x.ndim + 1 or not g.shape[0]:
         expected = "noise with a leading axis, num_samples of the shape of logits"
         instead = "jax.random.gumbel(key, (num_samples, *logits.shape))"
-        raise ValueError(beats(called, expected, type_of(g), instead))
+        raise wrong(ValueError, called, expected, type_of(g), instead)
     shape, w = (g.shape[0], *x.shape), draws.wide(x)
     g = draws.fitting(g, "noise", shape, w.dtype, called)
     draws.tempered(x, temperature, "temperature", called)  # to refuse what is none

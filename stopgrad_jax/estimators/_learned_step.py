@@ -7,19 +7,18 @@ import math
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._checks import whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 from stopgrad_jax.gates import mask_gradient, scale_gradient, stop_gradient
 from stopgrad_jax.substitution import replace_value
 
 from ._inputs import (
-    UNBOUNDED,
     codes,
     parameter,
     per_entry,
     real,
     require_positive,
-    whole,
     wide,
 )
 
@@ -87,8 +86,8 @@ def lsq(
     called = f"lsq(x, step, {qmin}, {qmax}, num_elements={num_elements!r:.20})"
     x = real(x, "x", called)
     qmin, qmax = codes(qmin, qmax, called)
-    whole(qmax, "qmax", called, 1, UNBOUNDED)
-    count = whole(num_elements, "num_elements", called, 1, UNBOUNDED)
+    whole(qmax, "qmax", called)
+    count = whole(num_elements, "num_elements", called)
     require_positive(step, "step", called)
     given = wide(x)
     step = parameter(step, given, "step", called)
@@ -135,7 +134,7 @@ def lsq_init(x: jax.typing.ArrayLike, qmax: int) -> jax.Array:
     x = real(x, "x", called)
     if not x.size:
         expected, instead = "x has an entry to take the mean of", "a step of your own"
-        raise ValueError(beats(called, expected, type_of(x), instead))
-    root = math.sqrt(whole(qmax, "qmax", called, 1, UNBOUNDED))
+        raise wrong(ValueError, called, expected, type_of(x), instead)
+    root = math.sqrt(whole(qmax, "qmax", called))
     step = (2 / root * jnp.mean(jnp.abs(wide(x)))).astype(x.dtype)
     return jnp.maximum(step, jnp.finfo(x.dtype).tiny)

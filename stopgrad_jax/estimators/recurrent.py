@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-import stopgrad_jax._jax as _jax
+from stopgrad_jax._checks import whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._errors import function_name, wrong
 from stopgrad_jax._gate.trees import require_gradient
 from stopgrad_jax.gates import mask_gradient
 
@@ -92,17 +91,7 @@ def truncated_scan(
 
 
 def _period(every: Any, called: str) -> int:
-    instead = "every=20; jax.lax.scan, for no stop at all"
-    try:
-        period = None if _jax.is_traced(every) else operator.index(every)
-    except TypeError:
-        period = None
-    if period is None or isinstance(every, bool):
-        came = type(every).__name__
-        raise TypeError(beats(called, "every is a Python int", came, instead))
-    if period < 1:
-        raise ValueError(beats(called, "every is at least 1", f"{every}", instead))
-    return period
+    return whole(every, "every", called, instead="every=20; jax.lax.scan for no stop")
 
 
 def _length(xs: Any, length: int | None, called: str) -> int:
@@ -111,5 +100,5 @@ def _length(xs: Any, length: int | None, called: str) -> int:
             return leaf.shape[0]
     if length is None:
         expected = "an array in xs with an axis to step along, or a length"
-        raise ValueError(beats(called, expected, "neither", "length=100"))
+        raise wrong(ValueError, called, expected, "neither", "length=100")
     return int(length)

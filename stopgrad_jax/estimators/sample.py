@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from stopgrad_jax._checks import option, real_floats, whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 from stopgrad_jax.substitution import replace_value
 
 from . import _draws as draws
@@ -82,7 +83,7 @@ def bernoulli(
       Stochastic Neurons for Conditional Computation".
     """
     called = "bernoulli(key, logits)"
-    x = draws.wide(draws.floating(logits, "logits", called))
+    x = draws.wide(real_floats(logits, "logits", called))
     x = jax.lax.stop_gradient(x)
     drawn = jax.random.bernoulli(key, jax.nn.sigmoid(x))
     sample = jnp.where(jnp.isnan(x), x, drawn.astype(x.dtype))
@@ -110,14 +111,12 @@ def bernoulli_given(
       TypeError, ValueError: as `bernoulli`; or sample has another shape.
     """
     called = "bernoulli_given(sample, logits)"
-    x = draws.floating(logits, "logits", called)
+    x = real_floats(logits, "logits", called)
     value = draws.fitting(sample, "sample", x.shape, x.dtype, called)
+    option(adjust, "adjust", ("identity", "sigmoid"), called)
     if adjust == "identity":
         return replace_value(x, value)
-    if adjust == "sigmoid":
-        return replace_value(jax.nn.sigmoid(draws.wide(x)).astype(x.dtype), value)
-    expected = 'adjust is "identity" or "sigmoid"'
-    raise ValueError(beats(called, expected, repr(adjust), 'adjust="sigmoid"'))
+    return replace_value(jax.nn.sigmoid(draws.wide(x)).astype(x.dtype), value)
 
 
 @public
@@ -313,9 +312,9 @@ def top_k_mask(scores: ArrayLike, k: int) -> jax.Array:
     """
     called = f"top_k_mask(scores, k={k})"
     x = draws.choices(scores, "scores", called)
-    if draws.count(k, "k", called) > x.shape[-1]:
+    if whole(k, "k", called) > x.shape[-1]:
         expected = f"k is at most {x.shape[-1]}, the length of a row"
-        raise ValueError(beats(called, expected, type_of(x), f"k={x.shape[-1]}"))
+        raise wrong(ValueError, called, expected, type_of(x), f"k={x.shape[-1]}")
     fixed = jax.lax.stop_gradient(x)
     places = jax.lax.top_k(_unsigned_zero(fixed), k)[1]
     zeros = jnp.zeros_like(fixed)

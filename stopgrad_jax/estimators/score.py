@@ -17,11 +17,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._checks import is_known, real_floats, real_number
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 from stopgrad_jax.substitution import replace_value
 
-from ._draws import floating
 from ._inputs import wider
 
 __all__ = ["dice", "leave_one_out", "magic_box", "score_loss"]
@@ -60,7 +60,7 @@ def magic_box(log_prob: ArrayLike) -> jax.Array:
       Foerster, Farquhar, Al-Shedivat, Rocktäschel, Xing and Whiteson (2018), "DiCE: The
       Infinitely Differentiable Monte Carlo Estimator".
     """
-    x = floating(log_prob, "log_prob", "magic_box(log_prob)")
+    x = real_floats(log_prob, "log_prob", "magic_box(log_prob)")
     return jnp.exp(replace_value(x, jnp.where(jnp.isnan(x), x, jnp.zeros_like(x))))
 
 
@@ -104,7 +104,7 @@ def score_loss(
       Connectionist Reinforcement Learning".
     """
     called = "score_loss(cost, log_prob)"
-    log, costs = floating(log_prob, "log_prob", called), _costs(cost, "cost", called)
+    log, costs = real_floats(log_prob, "log_prob", called), _costs(cost, "cost", called)
     _same_shape(costs, log, "cost", "log_prob", called)
     dtype = _together(costs, log)
     costs = costs.astype(dtype)
@@ -157,7 +157,7 @@ def leave_one_out(costs: ArrayLike, *, axis: int = 0) -> jax.Array:
     if not -x.ndim <= axis < x.ndim or x.shape[axis] < 2:
         expected = f"costs of two samples at least, along axis {axis}"
         instead = "jax.vmap over the keys of several samples"
-        raise ValueError(beats(called, expected, type_of(x), instead))
+        raise wrong(ValueError, called, expected, type_of(x), instead)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     x = x.astype(wider(dtype))
     others = jnp.sum(x, axis, keepdims=True) - x
@@ -220,11 +220,14 @@ def dice(
       and Variance in Any-Order Score Function Gradient Estimators".
     """
     called = "dice(log_probs, costs)"
-    log, cost = floating(log_probs, "log_probs", called), _costs(costs, "costs", called)
+    log, cost = (
+        real_floats(log_probs, "log_probs", called),
+        _costs(costs, "costs", called),
+    )
     _same_shape(cost, log, "costs", "log_probs", called)
     if not log.ndim:
         expected, instead = "a time axis, [time, ...]", "sg.score.score_loss"
-        raise ValueError(beats(called, expected, type_of(log), instead))
+        raise wrong(ValueError, called, expected, type_of(log), instead)
     dtype = _together(cost, log)
     log, cost = log.astype(dtype), cost.astype(dtype)
     powers = _powers(_fraction(discount, "discount", called), log)
@@ -288,7 +291,7 @@ def _costs(x: ArrayLike, name: str, called: str) -> jax.Array:
     array = jnp.asarray(x)
     if jnp.iscomplexobj(array):
         instead = f"jnp.real({name})"
-        raise TypeError(beats(called, f"real {name}", type_of(array), instead))
+        raise wrong(TypeError, called, f"real {name}", type_of(array), instead)
     return array
 
 
@@ -307,7 +310,7 @@ def _same_shape(
         instead = f"{log_name}.sum(-1), one number for each cost"
         if log.ndim <= cost.ndim:
             instead = f"jnp.broadcast_to({log_name}, {cost.shape}), if it is of each"
-        raise ValueError(beats(called, expected, type_of(log), instead))
+        raise wrong(ValueError, called, expected, type_of(log), instead)
 
 
 def _baseline(x: ArrayLike, cost: jax.Array, called: str) -> jax.Array:
@@ -318,17 +321,17 @@ def _baseline(x: ArrayLike, cost: jax.Array, called: str) -> jax.Array:
         expected = f"a baseline that broadcasts to the costs, {type_of(cost)}"
         instead = "baseline.reshape(...), one number for each cost"
         came = type_of(baseline)
-        raise ValueError(beats(called, expected, came, instead)) from None
+        raise wrong(ValueError, called, expected, came, instead) from None
 
 
 def _fraction(x: ArrayLike, name: str, called: str) -> jax.Array:
-    number = jnp.asarray(x)
-    if number.ndim or jnp.iscomplexobj(number):
+    number = real_number(x, name, called)
+    if number.ndim:
         came = type_of(number)
-        raise ValueError(beats(called, f"{name} is a number", came, f"{name}=0.99"))
+        raise wrong(ValueError, called, f"{name} is a scalar", came, f"{name}=0.99")
     # Of x: under jit jnp.asarray(0.5) is traced.
-    if not _jax.is_traced(x) and not 0 <= np.asarray(x) <= 1:
+    if is_known(x) and not 0 <= np.asarray(x) <= 1:
         came = f"{name}={x}"
         expected = f"{name} is from 0 to 1"
-        raise ValueError(beats(called, expected, came, f"{name}=0.99"))
+        raise wrong(ValueError, called, expected, came, f"{name}=0.99")
     return number

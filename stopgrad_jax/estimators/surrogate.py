@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-import stopgrad_jax._jax as _jax
+from stopgrad_jax._checks import real_floats
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, function_name, type_of
+from stopgrad_jax._errors import function_name, type_of, wrong
 from stopgrad_jax.gates import scale_gradient
 from stopgrad_jax.substitution import replace_value
 
@@ -144,12 +144,7 @@ def sign(
 
 def _two_valued(x: Any, derivative: Any, low: int, at_zero: Any, name: str) -> Any:
     called = f"{name}(x, {function_name(derivative)})"
-    if not _jax.carries_gradient(x) or jnp.iscomplexobj(x):
-        came = type_of(jnp.asarray(x)) if hasattr(x, "dtype") else type(x).__name__
-        raise TypeError(
-            beats(called, "x is a real float array", came, "x.astype(float)")
-        )
-    x = jnp.asarray(x)
+    x = real_floats(x, "x", called)
     slopes = _slopes(derivative, x, called)
     # At a known at_zero that is one of the two values, one comparison less.
     known = at_zero if isinstance(at_zero, int | float) else None
@@ -166,28 +161,26 @@ def _slopes(derivative: Any, x: jax.Array, called: str) -> jax.Array:
         came = "one that returns a function" if callable(slopes) else f"{derivative!r}"
         expected = "derivative is a function of x with a result like x"
         instead = "sg.surrogate.sigmoid(), with the parentheses, or lambda x: ..."
-        raise TypeError(beats(called, expected, came[:60], instead))
+        raise wrong(TypeError, called, expected, came[:60], instead)
     slopes = jnp.asarray(slopes)
     if slopes.shape != x.shape:
-        raise ValueError(
-            beats(
-                called,
-                f"derivative(x) has the shape of x, {type_of(x)}",
-                type_of(slopes),
-                "a derivative that works entry by entry, or "
-                "jnp.broadcast_to(result, x.shape) in it",
-            )
+        raise wrong(
+            ValueError,
+            called,
+            f"derivative(x) has the shape of x, {type_of(x)}",
+            type_of(slopes),
+            "a derivative that works entry by entry, or "
+            "jnp.broadcast_to(result, x.shape) in it",
         )
     weak = getattr(slopes, "weak_type", False) and not jnp.iscomplexobj(slopes)
     if weak or not jnp.issubdtype(slopes.dtype, jnp.inexact):
         return slopes.astype(x.dtype)
     if slopes.dtype != x.dtype:
-        raise TypeError(
-            beats(
-                called,
-                f"derivative(x) has the dtype of x, {type_of(x)}",
-                type_of(slopes),
-                "result.astype(x.dtype) in it",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            f"derivative(x) has the dtype of x, {type_of(x)}",
+            type_of(slopes),
+            "result.astype(x.dtype) in it",
         )
     return slopes

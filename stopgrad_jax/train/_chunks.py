@@ -18,7 +18,7 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import printed
 from stopgrad_jax._checks import require_arrays
-from stopgrad_jax._errors import beats, function_name, type_of
+from stopgrad_jax._errors import function_name, type_of, wrong
 from stopgrad_jax._program.trace import is_traceable
 
 from ._owned import copied, made
@@ -210,13 +210,12 @@ def _kept_with(step: Any, draw: Any) -> dict[Any, Program]:
 
 
 def _wrong_step(step: Any, expected: str, came: str) -> TypeError:
-    return TypeError(
-        beats(
-            "fit(step, state, batches)",
-            f"the step {function_name(step)} {expected}",
-            came,
-            "return state.replace(params=...), metrics",
-        )
+    return wrong(
+        TypeError,
+        "fit(step, state, batches)",
+        f"the step {function_name(step)} {expected}",
+        came,
+        "return state.replace(params=...), metrics",
     )
 
 

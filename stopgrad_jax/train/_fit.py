@@ -11,8 +11,9 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import leaf_paths
+from stopgrad_jax._checks import whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, type_of
+from stopgrad_jax._errors import type_of, wrong
 
 from ._chunks import Runner, given
 from ._progress import Progress, interruptible
@@ -179,13 +180,12 @@ def _source(batches: Any, steps: int) -> tuple[Any, Iterator[Any] | None]:
     try:
         return given, iter(batches)
     except TypeError:
-        raise TypeError(
-            beats(
-                CALLED,
-                "batches are arrays, a function of the step number, or an iterable",
-                f"{batches!r:.60}",
-                "fit(step, state, lambda number: batch, steps=...)",
-            )
+        raise wrong(
+            TypeError,
+            CALLED,
+            "batches are arrays, a function of the step number, or an iterable",
+            f"{batches!r:.60}",
+            "fit(step, state, lambda number: batch, steps=...)",
         ) from None
 
 
@@ -203,14 +203,13 @@ def _refuse_leaf(batches: Any) -> None:
     """Name a leaf that keeps a tree from being arrays of batches."""
     for path, leaf in zip(leaf_paths(batches), jax.tree.leaves(batches), strict=True):
         if not isinstance(leaf, jax.Array | np.ndarray):
-            raise TypeError(
-                beats(
-                    CALLED,
-                    "a tree of batches holds arrays with a leading axis of batches",
-                    f'{leaf!r:.40} ({type(leaf).__name__}) at "{path}"',
-                    "arrays alone: what does not change is bound before, as by "
-                    "make_step(functools.partial(loss, ...), ...)",
-                )
+            raise wrong(
+                TypeError,
+                CALLED,
+                "a tree of batches holds arrays with a leading axis of batches",
+                f'{leaf!r:.40} ({type(leaf).__name__}) at "{path}"',
+                "arrays alone: what does not change is bound before, as by "
+                "make_step(functools.partial(loss, ...), ...)",
             )
 
 
@@ -222,10 +221,10 @@ def _check_arrays(batches: Any, steps: int) -> None:
     if scalars:
         came = f'a scalar at "{scalars[0]}"' if scalars[0] else "a scalar"
         instead = "lambda number: batch, for the same batch at every step"
-        raise ValueError(beats(CALLED, expected, came, instead))
+        raise wrong(ValueError, CALLED, expected, came, instead)
     if len(set(sizes.values())) > 1:
         instead = "a list for batches one after the other: [batch, batch, ...]"
-        raise ValueError(beats(CALLED, expected, f"leading sizes {sizes}", instead))
+        raise wrong(ValueError, CALLED, expected, f"leading sizes {sizes}", instead)
     (size,) = set(sizes.values())
     if size < steps:
         came = f"{size} batches, {type_of(flat[0][1])}"
@@ -233,7 +232,7 @@ def _check_arrays(batches: Any, steps: int) -> None:
         instead += f"lambda x: x[number % {size}], batches)"
         if not size:
             instead = "at least one batch"
-        raise ValueError(beats(CALLED, expected, came, instead))
+        raise wrong(ValueError, CALLED, expected, came, instead)
 
 
 def _window(batches: Any, first: int, size: int) -> tuple[Any, int]:
@@ -247,40 +246,34 @@ def _next(source: Iterator[Any], runner: Runner, steps: int) -> Any:
     try:
         return next(source)
     except StopIteration:
-        raise ValueError(
-            beats(
-                CALLED,
-                f"batches for steps={steps}",
-                f"{runner.done} batches, then the iterable ended",
-                "itertools.cycle(batches) for a list, or fewer steps; the state so far "
-                "is the attribute state of this exception",
-            )
+        raise wrong(
+            ValueError,
+            CALLED,
+            f"batches for steps={steps}",
+            f"{runner.done} batches, then the iterable ended",
+            "itertools.cycle(batches) for a list, or fewer steps; the state so far "
+            "is the attribute state of this exception",
         ) from None
 
 
 def _check(step: Any, steps: int, log_every: int) -> None:
     if not callable(step):
-        raise TypeError(
-            beats(
-                CALLED,
-                "step is a function of (state, batch)",
-                f"{step!r:.60}",
-                "step = make_step(loss, optimizer)",
-            )
+        raise wrong(
+            TypeError,
+            CALLED,
+            "step is a function of (state, batch)",
+            f"{step!r:.60}",
+            "step = make_step(loss, optimizer)",
         )
     for name, value in {"steps": steps, "log_every": log_every}.items():
-        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not is_count or value < 1:
-            expected = f"{name} is an int, at least 1"
-            raise ValueError(beats(CALLED, expected, f"{value!r}", f"{name}=100"))
+        whole(value, name, CALLED, instead=f"{name}=100")
     if _jax.is_tracing():
-        raise TypeError(
-            beats(
-                CALLED,
-                "a call outside of jax.jit: it shows progress and returns NumPy arrays",
-                "a call that is being traced",
-                "jax.lax.scan(step, state, batches) inside a program",
-            )
+        raise wrong(
+            TypeError,
+            CALLED,
+            "a call outside of jax.jit: it shows progress and returns NumPy arrays",
+            "a call that is being traced",
+            "jax.lax.scan(step, state, batches) inside a program",
         )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import optax
 
 from stopgrad_jax._address import Address
+from stopgrad_jax._checks import option, whole
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, function_name, quoted
+from stopgrad_jax._errors import function_name, wrong
 from stopgrad_jax._program.lookup import listed
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import freeze
@@ -113,29 +114,21 @@ def make_step(
     """
     called = f"make_step({function_name(loss)}, ...)"
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            beats(
-                called,
-                "an optax transformation",
-                f"{optimizer!r:.60}",
-                "make_step(loss, optax.adam(1e-3))",
-            )
+        raise wrong(
+            TypeError,
+            called,
+            "an optax transformation",
+            f"{optimizer!r:.60}",
+            "make_step(loss, optax.adam(1e-3))",
         )
-    is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool)
-    if not is_count or accumulate < 1:
-        expected = "accumulate is a number of micro-batches, at least 1"
-        raise ValueError(beats(called, expected, f"{accumulate!r}", "accumulate=4"))
-    if nonfinite not in (None, "report", "skip"):
-        expected = 'nonfinite is None, "report" or "skip"'
-        instead = 'nonfinite="skip" to leave out such steps'
-        raise ValueError(beats(called, expected, f"{nonfinite!r}", instead))
-    if untrained not in OPTIONS:
-        expected = "untrained is one of " + quoted(OPTIONS)
-        instead = 'untrained="freeze" for no state and no decay'
-        raise ValueError(beats(called, expected, f"{untrained!r}", instead))
+    whole(accumulate, "accumulate", called, instead="accumulate=4")
+    instead = 'nonfinite="skip" to leave out such steps'
+    option(nonfinite, "nonfinite", (None, "report", "skip"), called, instead)
+    instead = 'untrained="freeze" for no state and no decay'
+    option(untrained, "untrained", OPTIONS, called, instead)
     if weighted not in (None, False, True):
         expected = "weighted is True for a loss that returns (sum, weight), or False"
-        raise TypeError(beats(called, expected, f"{weighted!r:.60}", "weighted=True"))
+        raise wrong(TypeError, called, expected, f"{weighted!r:.60}", "weighted=True")
     wants_value = isinstance(optimizer, optax.GradientTransformationExtraArgs)
     if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
         pair = (optimizer.init, optimizer.update)
@@ -146,5 +139,5 @@ def make_step(
     watch = Watch(objective, frozen, untrained, averages)
     inner = optax.with_extra_args_support(optimizer)
     update = Update(objective, inner, wants_value, nonfinite, watch)
-    whole = optimizer if frozen is None else freeze(optimizer, frozen)
-    return Step(update, whole, frozen, donate)
+    every = optimizer if frozen is None else freeze(optimizer, frozen)
+    return Step(update, every, frozen, donate)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import leaf_paths
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import wrong
 
 
 def split(batch: Any, rounds: int, called: str) -> Any:
@@ -27,17 +27,17 @@ def split(batch: Any, rounds: int, called: str) -> Any:
         shape = jnp.shape(leaf)
         if not shape:
             came = f'a scalar at "{path}"' if path else "a scalar"
-            raise ValueError(beats(called, expected, came, instead))
+            raise wrong(ValueError, called, expected, came, instead)
         sizes[path or "batch"] = shape[0]
     if len(set(sizes.values())) != 1:
         came = f"leading sizes {sizes}" if sizes else "no array"
-        raise ValueError(beats(called, expected, came, instead))
+        raise wrong(ValueError, called, expected, came, instead)
     (size,) = set(sizes.values())
     if size % rounds or not size:
         near = max(rounds, size - size % rounds)
         instead = f"accumulate={_divisor(size, rounds)}, or {near} examples"
         came = f"a leading size of {size}"
-        raise ValueError(beats(called, expected, came, instead))
+        raise wrong(ValueError, called, expected, came, instead)
     return structure.unflatten(
         jnp.reshape(x, (size // rounds, rounds, *jnp.shape(x)[1:])) for x in flat
     )

@@ -15,7 +15,7 @@ import jax
 
 import stopgrad_jax._words.train as words
 from stopgrad_jax._address import is_address, printed
-from stopgrad_jax._errors import beats
+from stopgrad_jax._errors import wrong
 from stopgrad_jax._where import Where
 
 from ._examine import Examined
@@ -63,7 +63,7 @@ def refuse_trained(
             also = words.FROZEN_STATISTICS if library == "nnx" else also
         elif not all(map(is_address, before)):
             also = words.FROZEN_TOO
-        raise ValueError(beats(called, *words.state_trains(library, paths, also)))
+        raise wrong(ValueError, called, *words.state_trains(library, paths, also))
 
 
 def refuse_lost(states: Sequence[Stateful], examined: Examined, called: str) -> None:
@@ -71,14 +71,14 @@ def refuse_lost(states: Sequence[Stateful], examined: Examined, called: str) -> 
     counts = [s for s in states if s.counts and any(map(examined.stays, s.leaves))]
     if counts:
         paths, streams = [s.path for s in counts], [s.stream for s in counts]
-        raise ValueError(beats(called, *words.same_numbers(paths, streams)))
+        raise wrong(ValueError, called, *words.same_numbers(paths, streams))
     rest = (s for s in states if not s.counts)
     lost = [s for s in rest if any(map(examined.is_thrown_away, s.leaves))]
     if lost:
         library = lost[0].library
         paths = [s.path for s in lost if s.library == library]
         told = words.state_is_lost(library, paths)
-        raise ValueError(beats(called, *told))
+        raise wrong(ValueError, called, *told)
 
 
 def _by_type(params: Any) -> Iterator[Stateful]:

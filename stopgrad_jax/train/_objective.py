@@ -13,7 +13,7 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.train as words
-from stopgrad_jax._errors import beats, function_name, type_of
+from stopgrad_jax._errors import function_name, type_of, wrong
 
 from ._micro import wide
 
@@ -91,7 +91,7 @@ class Loss:
 
     def _pair(self, out: Any, expected: str, instead: str) -> tuple[Any, Any]:
         if not isinstance(out, tuple | list) or len(out) != 2:
-            raise TypeError(beats(self.called, expected, described(out), instead))
+            raise wrong(TypeError, self.called, expected, described(out), instead)
         return out[0], out[1]
 
     def _scalar(self, out: Any, is_pair: bool) -> jax.Array:
@@ -103,15 +103,15 @@ class Loss:
             instead += "weighted=True for (sum, weight)"
         if not isinstance(out, _NUMBER):
             expected = "the loss returns one scalar"
-            raise TypeError(beats(self.called, expected, described(out), instead))
+            raise wrong(TypeError, self.called, expected, described(out), instead)
         value = jnp.asarray(out)
         if value.shape != ():
             expected = "the loss is a scalar"
-            raise TypeError(beats(self.called, expected, type_of(value), instead))
+            raise wrong(TypeError, self.called, expected, type_of(value), instead)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             instead = "a loss that is computed in floats; metrics go to aux"
             expected = "the loss is a real float"
-            raise TypeError(beats(self.called, expected, type_of(value), instead))
+            raise wrong(TypeError, self.called, expected, type_of(value), instead)
         return value
 
     def _weight(self, out: Any) -> jax.Array:
@@ -121,7 +121,7 @@ class Loss:
             expected = "with weighted, the weight is a real scalar"
             came = described(out if value is None else value)
             instead = "jnp.sum(mask), or the number of examples"
-            raise TypeError(beats(self.called, expected, came, instead))
+            raise wrong(TypeError, self.called, expected, came, instead)
         if jnp.issubdtype(value.dtype, jnp.inexact):
             return wide(value)
         return value.astype(jnp.int32) if value.dtype == bool else value
@@ -145,7 +145,7 @@ def over_devices(value: Value, trained: Iterable[Any], called: str) -> Value:
     own = frozenset().union(*(_jax.varying(jax.typeof(x)) for x in trained))
     if ours != theirs or ours & own:
         told = words.unclear_devices(*map(sorted, (ours, theirs, ours & own)))
-        raise ValueError(beats(called, *told))
+        raise wrong(ValueError, called, *told)
     axes = tuple(sorted(ours))
     return Value(jax.lax.psum(total, axes), jax.lax.psum(weight, axes))
 

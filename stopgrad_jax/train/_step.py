@@ -12,7 +12,7 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.train as words
 from stopgrad_jax._checks import require_arrays
 from stopgrad_jax._edge import public
-from stopgrad_jax._errors import beats, function_name
+from stopgrad_jax._errors import function_name, wrong
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import migrate_state
 
@@ -173,7 +173,7 @@ class Step:
             self._watch.begin(layout, params)
             if self._watch.freezes:
                 if batch is _NO_BATCH:
-                    raise ValueError(beats("step.init(params)", *words.NO_EXAMPLE))
+                    raise wrong(ValueError, "step.init(params)", *words.NO_EXAMPLE)
                 _require_arrays(batch, key, "step.init(params, batch, key)")
                 trained, rest = layout.split(leaves)
                 layout = self._watch.frozen(layout, trained, rest, batch, key)
@@ -206,25 +206,23 @@ class Step:
 
     def _arguments(self, state: State, batch: Any, key: Any) -> tuple[Layout, Any]:
         if not isinstance(state, State):
-            raise TypeError(
-                beats(
-                    "step(state, batch)",
-                    "a state",
-                    f"{type(state).__name__}",
-                    "state = step.init(params)",
-                )
+            raise wrong(
+                TypeError,
+                "step(state, batch)",
+                "a state",
+                f"{type(state).__name__}",
+                "state = step.init(params)",
             )
         leaves = jax.tree.leaves(state.params)
         if any(map(is_used_up, [*leaves, *jax.tree.leaves(state.opt_state)])):
-            raise RuntimeError(
-                beats(
-                    "step(state, batch)",
-                    "a state that is not used up: a step donates its memory",
-                    "a state whose arrays are deleted",
-                    "state, metrics = step(state, batch), and go on with that (where "
-                    "two states share parameters: state.replace(params=other.params)); "
-                    "or make_step(..., donate=False)",
-                )
+            raise wrong(
+                RuntimeError,
+                "step(state, batch)",
+                "a state that is not used up: a step donates its memory",
+                "a state whose arrays are deleted",
+                "state, metrics = step(state, batch), and go on with that (where "
+                "two states share parameters: state.replace(params=other.params)); "
+                "or make_step(..., donate=False)",
             )
         _require_arrays(batch, key, "step(state, batch, key)")
         layout = self._layout(state.params, batch, key)
@@ -274,11 +272,10 @@ def _require_arrays(batch: Any, key: Any, called: str) -> None:
 def _nothing_trains(called: str, params: Any) -> Exception:
     leaves = jax.tree.leaves(params)
     floats = sum(map(_jax.carries_gradient, leaves))
-    return ValueError(
-        beats(
-            called,
-            "at least one leaf of params trains",
-            f"{len(leaves)} leaves, {floats} of floats, and all of these frozen",
-            'frozen="encoder" for a part of the parameters' if floats else "floats",
-        )
+    return wrong(
+        ValueError,
+        called,
+        "at least one leaf of params trains",
+        f"{len(leaves)} leaves, {floats} of floats, and all of these frozen",
+        'frozen="encoder" for a part of the parameters' if floats else "floats",
     )

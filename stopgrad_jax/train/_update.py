@@ -12,7 +12,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import leaf_paths
-from stopgrad_jax._errors import beats, quoted
+from stopgrad_jax._errors import quoted, wrong
 
 from ._gradient import Objective
 from ._state import Layout, Split
@@ -96,15 +96,14 @@ class Update:
         if not (missing or excess):
             missing = {"": jax.tree.structure(expected)}
             excess = {"": jax.tree.structure(opt_state)}
-        raise ValueError(
-            beats(
-                "step(state, batch)",
-                "the optimizer's state is one that this step made for these "
-                f"parameters, with {_listed(missing) or 'nothing else'}",
-                _listed(excess) or "none of it",
-                "state = step.init(params), or step.migrate(state, old_step) to keep "
-                "the moments of another step",
-            )
+        raise wrong(
+            ValueError,
+            "step(state, batch)",
+            "the optimizer's state is one that this step made for these "
+            f"parameters, with {_listed(missing) or 'nothing else'}",
+            _listed(excess) or "none of it",
+            "state = step.init(params), or step.migrate(state, old_step) to keep "
+            "the moments of another step",
         )
 
 
@@ -112,14 +111,13 @@ def _refuse_unchecked() -> None:
     """Refuse what would train each device's copy on its own part of the batch."""
     axes = _jax.unchecked_axes()
     if axes:
-        raise ValueError(
-            beats(
-                "step(state, batch)",
-                "in a shard_map, one that knows which values differ by device: it adds "
-                "the gradients of a parameter up over the devices, once",
-                f"shard_map(..., check_vma=False) over {quoted(sorted(axes))}",
-                "shard_map(..., check_vma=True)",
-            )
+        raise wrong(
+            ValueError,
+            "step(state, batch)",
+            "in a shard_map, one that knows which values differ by device: it adds "
+            "the gradients of a parameter up over the devices, once",
+            f"shard_map(..., check_vma=False) over {quoted(sorted(axes))}",
+            "shard_map(..., check_vma=True)",
         )
 
 

@@ -10,7 +10,7 @@ import jax
 
 import stopgrad_jax._words.train as words
 from stopgrad_jax._edge import warn
-from stopgrad_jax._errors import beats, shortened
+from stopgrad_jax._errors import beats, shortened, wrong
 from stopgrad_jax._where import Where
 
 from ._examine import Examined
@@ -107,7 +107,7 @@ class Watch:
         thawed = {k: "" for k in held if k not in causes}
         if thawed:
             told = words.thawed(self._by_cause(split, thawed)[""])
-            raise ValueError(beats(called, *told))
+            raise wrong(ValueError, called, *told)
         causes = {k: why for k, why in causes.items() if k not in held}
         self._refuse_all(split, causes)
         new = {k: why for k, why in causes.items() if (layout, k) not in self._told}
@@ -118,7 +118,7 @@ class Watch:
         frozen = frozen_too(params, trained, causes, self._frozen)
         told = words.untrained(self._by_cause(split, new), frozen)
         if self._untrained == "error":
-            raise ValueError(beats(called, *told))
+            raise wrong(ValueError, called, *told)
         self._told.update((layout, k) for k in new)
         self._waiting.append(beats(called, *told))
 
@@ -126,7 +126,7 @@ class Watch:
         """Raise where nothing is left that trains."""
         if len(causes) == len(split.trained):
             told = words.nothing_trains(self._by_cause(split, causes))
-            raise ValueError(beats(self._objective.called, *told))
+            raise wrong(ValueError, self._objective.called, *told)
 
     def _by_cause(self, split: Split, causes: Mapping[int, str]) -> Any:
         layout = split.layout
