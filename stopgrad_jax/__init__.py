@@ -1,12 +1,15 @@
 """stopgrad_jax: say, query, see and test where gradients flow in JAX."""
 
 from . import train
+from ._address import Address
 from ._check.check import check_gradients
 from ._errors import AddressError
 from ._flow.contracts import assert_gradient, assert_no_gradient
-from ._flow.flow import flow
+from ._flow.flow import Flow, flow
 from ._nonfinite.nonfinite import find_nonfinite
-from ._statistics import gradient_stats
+from ._nonfinite.report import Nonfinite
+from ._statistics import Stats, gradient_stats
+from ._where import Where
 from .cotangents import (
     clip_gradient,
     clip_gradient_norm,
@@ -29,8 +32,16 @@ from .query import gradients, value_and_gradients
 from .substitution import replace_value, straight_through, with_backward
 from .trees import combine, mask, partition
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "Address",
     "AddressError",
+    "Flow",
+    "Nonfinite",
+    "Stats",
+    "Where",
+    "__version__",
     "assert_gradient",
     "assert_no_gradient",
     "capture",
@@ -72,3 +83,7 @@ __all__ = [
     "var",
     "with_backward",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

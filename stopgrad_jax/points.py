@@ -96,8 +96,8 @@ def name(tree: T, name: str) -> T:
 
 @public
 def capture(
-    fun: Callable[P, Any], names: Address | Iterable[Address]
-) -> Callable[P, tuple[Any, dict[Address, Any]]]:
+    fun: Callable[P, T], names: Address | Iterable[Address]
+) -> Callable[P, tuple[T, dict[Address, Any]]]:
     """Return the values at addresses beside the function's own result.
 
     Forward: `fun`'s, and the values; a value in a scan is stacked over its steps, one

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from ._program.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
 from ._reach.differentiate import Differentiation
 
 P = ParamSpec("P")
+R = TypeVar("R")
+Unconnected = Literal["none", "zero", "error"]
 
 
 @public
@@ -39,7 +41,7 @@ def gradients(
     ys: Any = None,
     grad_ys: Any = None,
     stop_gradients: Any = (),
-    unconnected_gradients: str = "none",
+    unconnected_gradients: Unconnected = "none",
     has_aux: bool = False,
 ) -> Callable[P, Any]:
     """Differentiate any values of a function by any others.
@@ -116,15 +118,15 @@ def gradients(
 
 @public
 def value_and_gradients(
-    fun: Callable[P, Any],
+    fun: Callable[P, R],
     xs: Any,
     *,
     ys: Any = None,
     grad_ys: Any = None,
     stop_gradients: Any = (),
-    unconnected_gradients: str = "none",
+    unconnected_gradients: Unconnected = "none",
     has_aux: bool = False,
-) -> Callable[P, tuple[Any, Any]]:
+) -> Callable[P, tuple[R, Any]]:
     """Evaluate a function and differentiate any of its values by any others.
 
     Forward: `fun`'s own result, bit for bit.
@@ -198,7 +200,7 @@ class _Query:
                 f"{self.xs!r}",
                 'xs="name" for the argument or point of that name',
             )
-        name, options = "unconnected_gradients", ("none", "zero", "error")
+        name, options = "unconnected_gradients", get_args(Unconnected)
         instead = f'{name}="zero" for zeros instead of None'
         option(self.unconnected, name, options, self.called, instead)
 

@@ -65,8 +65,8 @@ def replace_value(x: T, value: Any) -> T:
 
 @public
 def straight_through(
-    forward: Callable[..., Any], backward: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+    forward: Callable[P, T], backward: Callable[..., Any] | None = None
+) -> Callable[P, T]:
     """Compose the value of one function with the derivative of another.
 
     Forward: forward(*xs), bit for bit; an int or bool result becomes a float.
@@ -99,10 +99,11 @@ def straight_through(
         require_function(backward, "straight_through", "backward")
     called = f"straight_through({function_name(forward)}"
     called += f", {function_name(backward)})" if backward else ")"
+    value_of: Callable[..., Any] = forward
 
     @public
     @functools.wraps(forward)
-    def composed(*xs: Any, **kwargs: Any) -> Any:
+    def composed(*xs: P.args, **kwargs: P.kwargs) -> Any:
         if backward is not None:
             source, name = backward(*xs, **kwargs), "backward's result"
         elif xs:
@@ -115,7 +116,7 @@ def straight_through(
                 "none",
                 "sg.straight_through(forward, backward)",
             )
-        value = forward(*_stopped(xs), **_stopped(kwargs))
+        value = value_of(*_stopped(xs), **_stopped(kwargs))
         names = (name, "forward's result")
         return _replaced(source, value, called, names, VALUE_OF_FORWARD)
 

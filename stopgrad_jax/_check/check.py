@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ P = ParamSpec("P")
 def check_gradients(
     fun: Callable[P, Any],
     *,
-    order: int = 1,
-    modes: Sequence[str] = ("rev",),
+    order: Literal[1, 2] = 1,
+    modes: Sequence[Literal["rev", "fwd"]] = ("rev",),
     tol: float | None = None,
     allow: Collection[str] = (),
 ) -> Check[P]:

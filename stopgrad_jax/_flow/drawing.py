@@ -15,6 +15,7 @@ from .dot import to_dot, to_mermaid
 from .model import Picture
 from .render import has_engine, image_html, to_png, to_svg
 from .shrink import merged, too_big
+from .theme import Direction, ThemeName
 
 _MOST = 300  # steps that are still drawn
 
@@ -33,15 +34,15 @@ class Drawing:
     def __rich__(self) -> Any:
         return self.text.__rich__()
 
-    def to_dot(self, *, theme: str = "light", direction: str = "TB") -> str:
+    def to_dot(self, *, theme: ThemeName = "light", direction: Direction = "TB") -> str:
         """Return the picture in Graphviz' language."""
         return to_dot(self._merged(), theme=theme, direction=direction)
 
-    def to_mermaid(self, *, direction: str = "TB") -> str:
+    def to_mermaid(self, *, direction: Direction = "TB") -> str:
         """Return the picture in Mermaid's language, for a README."""
         return to_mermaid(self._merged(), direction=direction)
 
-    def to_svg(self, *, theme: str = "light", direction: str = "TB") -> str:
+    def to_svg(self, *, theme: ThemeName = "light", direction: Direction = "TB") -> str:
         """Return the picture as SVG, laid out by Graphviz.
 
         Raises:
@@ -69,7 +70,7 @@ class Drawing:
         )
 
     def save(
-        self, path: str, *, theme: str = "light", direction: str = "TB"
+        self, path: str, *, theme: ThemeName = "light", direction: Direction = "TB"
     ) -> pathlib.Path:
         """Write it to a file: .svg, .png, .dot, .mmd, .html, .json or .txt.
 
@@ -80,7 +81,7 @@ class Drawing:
           ValueError: another ending.
         """
         target = pathlib.Path(path)
-        looks = {"theme": theme, "direction": direction}
+        looks: Any = {"theme": theme, "direction": direction}
         match target.suffix:
             case ".svg":
                 target.write_text(self.to_svg(**looks), encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 from stopgrad_jax._checks import option
 
@@ -46,6 +47,7 @@ class Theme:
     tint: dict[str, str]
 
 
+ThemeName = Literal["light", "dark"]
 THEMES = {
     "light": Theme(
         card="#FFFFFF",
@@ -89,7 +91,8 @@ THEMES = {
     ),
 }
 
-DIRECTIONS = ("TB", "LR")
+Direction = Literal["TB", "LR"]
+DIRECTIONS = get_args(Direction)
 
 # status: line style, width, end shape, and what the legend says
 LINES = {

@@ -206,3 +206,7 @@ def clip(
     )
     low, high = parameter(lo, x, "lo", called), parameter(hi, x, "hi", called)
     return replace_value(x, jnp.clip(x, per_entry(low, x), per_entry(high, x)))
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -102,3 +102,7 @@ def _length(xs: Any, length: int | None, called: str) -> int:
         expected = "an array in xs with an axis to step along, or a length"
         raise wrong(ValueError, called, expected, "neither", "length=100")
     return int(length)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -332,3 +332,7 @@ def _unsigned_zero(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
     is_zero = (x == 0) & (bits == bits.dtype.type(1 << (width - 1)))
     return jnp.where(is_zero, jnp.zeros_like(x), x)
+
+
+def __dir__() -> list[str]:
+    return __all__

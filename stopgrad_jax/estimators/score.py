@@ -335,3 +335,7 @@ def _fraction(x: ArrayLike, name: str, called: str) -> jax.Array:
         expected = f"{name} is from 0 to 1"
         raise wrong(ValueError, called, expected, came, f"{name}=0.99")
     return number
+
+
+def __dir__() -> list[str]:
+    return __all__

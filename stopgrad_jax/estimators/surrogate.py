@@ -184,3 +184,7 @@ def _slopes(derivative: Any, x: jax.Array, called: str) -> jax.Array:
             "result.astype(x.dtype) in it",
         )
     return slopes
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,3 +8,7 @@ from ._state import State as State
 from ._step import Step as Step
 
 __all__ = ["State", "Step", "fit", "make_step"]
+
+
+def __dir__() -> list[str]:
+    return __all__

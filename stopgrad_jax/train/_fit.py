@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,12 +19,13 @@ from ._chunks import Runner, given
 from ._progress import Progress, interruptible
 
 CALLED = "fit(step, state, batches)"
+S = TypeVar("S")
 
 
 @public
 def fit(
     step: Callable[..., Any],
-    state: Any,
+    state: S,
     batches: Any,
     *,
     steps: int,
@@ -32,7 +33,7 @@ def fit(
     log_every: int = 100,
     progress: bool = True,
     callback: Callable[[Any, Any], Any] | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[S, Any]:
     """Run a training step many times.
 
     Where batches are arrays or a function, whole chunks of steps run as one `lax.scan`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -33,8 +33,8 @@ def make_step(
     accumulate: int = 1,
     weighted: bool | None = None,
     stats: Sequence[Address] | Address = (),
-    nonfinite: str | None = None,
-    untrained: str = "warn",
+    nonfinite: Literal["report", "skip"] | None = None,
+    untrained: Literal["warn", "error", "freeze", "ignore"] = "warn",
     donate: bool = True,
 ) -> Step:
     """Turn a loss and an optimizer into a jitted training step.
