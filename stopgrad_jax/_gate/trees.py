@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._checks import require_broadcast
 from stopgrad_jax._errors import shortened, type_of, wrong
+from stopgrad_jax._trees import Split
 
 from .primitive import gate
 from .rule import Rule
@@ -42,11 +43,10 @@ def all_at_once(tree: Any, parameters: Sequence[Any], rule: Rule, called: str) -
     """Gate all leaves together: the rule sees every cotangent of the tree."""
     leaves, structure = jax.tree.flatten(tree)
     require_gradient(leaves, called)
-    arrays = [jnp.asarray(x) for x in leaves if _jax.carries_gradient(x)]
-    gated = iter(gate(arrays, arrays, parameters, rule))
-    return structure.unflatten(
-        [next(gated) if _jax.carries_gradient(x) else x for x in leaves]
-    )
+    carry = Split([_jax.carries_gradient(x) for x in leaves])
+    arrays = list(map(jnp.asarray, carry.chosen(leaves)))
+    gated = gate(arrays, arrays, parameters, rule)
+    return structure.unflatten(carry.joined(gated, leaves))
 
 
 def require_gradient(leaves: Sequence[Any], called: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from stopgrad_jax._address import nodes
 from stopgrad_jax._errors import function_name, has_beats, type_of, wrong
 from stopgrad_jax._source.as_written import anew, as_written
 from stopgrad_jax._source.watched import Seen, watching
+from stopgrad_jax._trees import Split
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -119,24 +121,20 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
     call = args, kwargs
     flat, tree = jax.tree.flatten(call)
     static = _static(fun, args, kwargs)
-    dynamic = [is_traceable(x) and not s for x, s in zip(flat, static, strict=True)]
-    leaves = [_as_array(x) for x, d in zip(flat, dynamic, strict=True) if d]
+    pairs = zip(flat, static, strict=True)
+    dynamic = Split([is_traceable(x) and not is_static for x, is_static in pairs])
+    leaves = list(map(_as_array, dynamic.chosen(flat)))
     result: list[Any] = []
 
     # A fresh function each time: JAX caches jaxprs by function object, and an old
     # one would hold the old values of closed-over arrays and globals.
     def run(*traced: Any) -> list[Any]:
-        values = iter(traced)
-        filled = [next(values) if d else x for x, d in zip(flat, dynamic, strict=True)]
-        args, kwargs = jax.tree.unflatten(tree, filled)
+        args, kwargs = jax.tree.unflatten(tree, dynamic.joined(traced, flat))
         out, out_tree = jax.tree.flatten(_called(fun, args, kwargs))
-        arrays = [x for x in out if is_traceable(x)]
-        index = iter(range(len(arrays)))
-        places = [
-            Value("output", next(index)) if is_traceable(x) else Static(x) for x in out
-        ]
+        arrays = Split(list(map(is_traceable, out)))
+        places = _places("output", arrays, out)
         result.append(jax.tree.unflatten(out_tree, places))
-        return arrays
+        return arrays.chosen(out)
 
     try:
         with as_written():
@@ -145,12 +143,7 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         if _jax_errors.is_traced_static(error):
             _refuse_static(fun, args, kwargs)
         raise
-    index = iter(range(len(leaves)))
-    places = [
-        Value("argument", next(index)) if d else Static(x)
-        for x, d in zip(flat, dynamic, strict=True)
-    ]
-    args, kwargs = jax.tree.unflatten(tree, places)
+    args, kwargs = jax.tree.unflatten(tree, _places("argument", dynamic, flat))
     return Traced(
         function_name(fun),
         closed.jaxpr,
@@ -163,6 +156,12 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         call,
         run,
     )
+
+
+def _places(kind: str, traced: Split, leaves: Sequence[Any]) -> list[Any]:
+    """Stand for leaves: those that are traced by number, all else as it is."""
+    numbered = (Value(kind, k) for k in itertools.count())
+    return traced.joined(numbered, map(Static, leaves))
 
 
 def _own(traced: Callable[[], Any]) -> Any:

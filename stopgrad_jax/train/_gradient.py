@@ -15,7 +15,7 @@ from stopgrad_jax._program.trace import trace
 from stopgrad_jax._statistics import measured
 
 from ._objective import Loss, Value, over_devices
-from ._state import Split
+from ._state import Parted
 
 
 class Found(NamedTuple):
@@ -64,7 +64,7 @@ class Objective:
         """Say what was called, for errors."""
         return self.loss.called
 
-    def gradients(self, split: Split, batch: Any, key: Any) -> Found:
+    def gradients(self, split: Parted, batch: Any, key: Any) -> Found:
         """Differentiate at a batch: at its micro-batches, one after the other."""
         if self.accumulate == 1:
             return self._at(split, batch, key, None)
@@ -92,31 +92,31 @@ class Objective:
         gradients = [s.astype(x.dtype) for s, x in pairs]
         return found._replace(value=value, gradients=gradients)
 
-    def value(self, split: Split, batch: Any, key: Any) -> jax.Array:
+    def value(self, split: Parted, batch: Any, key: Any) -> jax.Array:
         """Return the loss alone, for optimizers that search along a line."""
         if self.accumulate == 1:
             return self.evaluate(split, batch, key)[0].mean
         parts = micro.split(batch, self.accumulate, self.called)
         return self._total(split, parts, key, jnp.arange(self.accumulate)).mean
 
-    def evaluate(self, split: Split, batch: Any, key: Any) -> tuple[Value, Any]:
+    def evaluate(self, split: Parted, batch: Any, key: Any) -> tuple[Value, Any]:
         """Return what the loss comes to at one batch or micro-batch, and aux."""
         params = split.layout.join(split.trained, split.rest)
         return self._evaluated(params, split, batch, key)
 
     def _evaluated(
-        self, params: Any, split: Split, batch: Any, key: Any
+        self, params: Any, split: Parted, batch: Any, key: Any
     ) -> tuple[Value, Any]:
         value, aux = self.loss(params, batch, key)
         return over_devices(value, split.trained, self.called), aux
 
-    def _total(self, split: Split, parts: Any, key: Any, rounds: jax.Array) -> Value:
+    def _total(self, split: Parted, parts: Any, key: Any, rounds: jax.Array) -> Value:
         def at(i: Any) -> Value:
             return self.evaluate(split, *micro.picked(parts, key, i))[0]
 
         return jax.lax.map(at, rounds).summed
 
-    def _at(self, split: Split, batch: Any, key: Any, whole: Whole | None) -> Found:
+    def _at(self, split: Parted, batch: Any, key: Any, whole: Whole | None) -> Found:
         if self.stats:
             return self._measured(split, batch, key, whole)
 
@@ -129,7 +129,7 @@ class Objective:
         return Found(value, gradients, aux, {})
 
     def _measured(
-        self, split: Split, batch: Any, key: Any, whole: Whole | None
+        self, split: Parted, batch: Any, key: Any, whole: Whole | None
     ) -> Found:
         """Differentiate once for gradients and statistics, as `sg.gradient_stats`."""
 
