@@ -28,7 +28,7 @@ from stopgrad_jax._reach.unfold import unfold
 from stopgrad_jax._source.labels import Labels
 
 from ._gradient import Objective
-from ._state import Split
+from ._state import Parted
 
 # What makes a number of others: their sum, a multiple of one, or one of them.
 _PARTS = frozenset(
@@ -48,7 +48,7 @@ class Examined:
       places: the place of each leaf of the parameters, in JAX's order.
     """
 
-    def __init__(self, objective: Objective, split: Split, batch: Any, key: Any):
+    def __init__(self, objective: Objective, split: Parted, batch: Any, key: Any):
         """Trace the loss."""
         self._called = objective.called
         if objective.accumulate > 1:
