@@ -159,41 +159,52 @@ class Search:
         assigned: Mapping[Any, Sequence[Hit]],
         jaxpr: Any,
     ) -> tuple[Found, ...]:
-        hits: tuple[Hit, ...] = ()
+        """Return what is found of each result of an equation, if of any."""
         point = _jax.params_of(eqn)["name"] if _jax.kind_of(eqn) == "name" else ""
+        whole, count = list(self._hits(eqn, point, context)), len(eqn.outvars)
+        parts = [
+            whole if count == 1 else [_part(hit, k, count) for hit in whole]
+            for k in range(count)
+        ]
+        pairs = zip(parts, eqn.outvars, strict=True)
+        every = [(*hits, *assigned.get(var, ())) for hits, var in pairs]
+        if not any(every):
+            return ()
+        name = point if point and whole else next(filter(None, every))[0].root
+        line, taken = _jax.line_of(eqn), self._differentiated(eqn, context)
+
+        def found(var: Any, hits: tuple[Hit, ...]) -> Found:
+            # A call that takes a derivative is no part of what it differentiates.
+            is_call = bool(hits) and all(hit.group is not None for hit in hits)
+            own = context.differentiated if is_call else taken
+            return Found(
+                name,
+                hits,
+                var.aval,
+                line,
+                context.rule,
+                context.dynamic,
+                own,
+                math.prod(getattr(var.aval, "shape", ())),
+                feeds=bool(hits) and own and not point and _feeds(jaxpr, eqn, var),
+            )
+
+        return tuple(map(found, eqn.outvars, every))
+
+    def _hits(self, eqn: Any, point: str, context: _Context) -> Iterator[Hit]:
+        """Yield what an equation is as a whole: a point, an operation."""
+        # The name of a parameter is ours: no error may tell it as one that is there.
         if point and not isinstance(point, Parameter):
             self.names[point] = None
-            hits = self._named(point)
+            yield from self._named(point)
         if self._ops:
-            hits = (*hits, *self._operation(eqn, context))
-        mine = [tuple(assigned.get(var, ())) for var in eqn.outvars]
-        first = next((hit for each in (hits, *mine) for hit in each), None)
-        if first is None:
-            return ()
-        name = point if point and hits else first.root
-        line, state = _jax.line_of(eqn), (context.rule, context.dynamic)
-        taken = self._differentiated(eqn, context)
-        count, found = len(eqn.outvars), []
-        for position, var in enumerate(eqn.outvars):
-            parts = [_part(hit, position, count) for hit in hits]
-            every = (*(hits if count == 1 else parts), *mine[position])
-            # A call that takes a derivative is no part of what it differentiates.
-            whole = bool(every) and all(hit.group is not None for hit in every)
-            own = context.differentiated if whole else taken
-            size = math.prod(getattr(var.aval, "shape", ()))
-            feeds = bool(every) and own and not point and _feeds(jaxpr, eqn, var)
-            found.append(
-                Found(name, every, var.aval, line, *state, own, size, feeds=feeds)
-            )
-        return tuple(found)
+            yield from self._operation(eqn, context)
 
-    def _named(self, name: str) -> tuple[Hit, ...]:
-        hits = []
+    def _named(self, name: str) -> Iterator[Hit]:
         for target, regex in self._points:
             root = next((p for p in prefixes(name) if regex.fullmatch(p + "/")), None)
             if root is not None:
-                hits.append(_hit(target, root, name))
-        return tuple(hits)
+                yield _hit(target, root, name)
 
     def _operation(self, eqn: Any, context: _Context) -> Iterator[Hit]:
         primitive = eqn.primitive.name
