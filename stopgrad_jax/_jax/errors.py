@@ -47,6 +47,11 @@ def is_of_a_closure(error: Exception) -> bool:
     return coming or isinstance(error, jax.errors.UnexpectedTracerError)
 
 
+def is_no_reverse(error: Exception) -> bool:
+    """Tell JAX's refusal to differentiate a while loop backwards from other errors."""
+    return isinstance(error, ValueError) and "Reverse-mode" in str(error)
+
+
 def message_of(error: Exception) -> str:
     """Return the type and the message of an error, as they were where it was raised.
 

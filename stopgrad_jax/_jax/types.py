@@ -196,6 +196,28 @@ def is_tracer(x: Any) -> bool:
     return jax.core.Tracer in type(x).__mro__
 
 
+def is_key(x: Any) -> bool:
+    """Tell a PRNG key, or another value of a dtype that NumPy does not have."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def mark(array: Any, owner: object) -> None:
+    """Note on an array what owns it; copies and aliases have no mark.
+
+    An attribute, where arrays can have one: a registry of weak references would take
+    as long as the call of a compiled step. Without a mark an array is copied, not lost.
+    """
+    if isinstance(array, jax.Array) and not is_traced(array):
+        with contextlib.suppress(AttributeError):
+            array._stopgrad_jax_owner = owner  # type: ignore
+
+
+def owner_of(array: Any) -> object | None:
+    """Return what `mark` was last called with for this very array."""
+    return getattr(array, "_stopgrad_jax_owner", None)
+
+
 # Tracing at a place -------------------------------------------------------------
 
 
