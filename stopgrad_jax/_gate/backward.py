@@ -120,6 +120,8 @@ def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
             "None, where nothing flows",
         )
     ct = jnp.asarray(ct)
+    # What is computed from Python numbers takes the value's dtype, as everywhere in
+    # JAX; but a cast from complex to real would drop a part without a word.
     real = jnp.iscomplexobj(leaf) or not jnp.iscomplexobj(ct)
     if getattr(ct, "weak_type", False) and real:
         ct = ct.astype(leaf.dtype)

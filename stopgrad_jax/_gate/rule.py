@@ -101,6 +101,8 @@ def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
     called much later, in another trace. So whatever `fun` closes over is handed to
     the gate as a parameter.
     """
+    # A new function each time: JAX keeps a jaxpr by the function that it is of, with
+    # the values that this closed over then.
     closed = jax.make_jaxpr(lambda *args: fun(*args))(*examples)
     jaxpr, consts = _jax.closed_over(closed)
     return Program(jaxpr, len(consts)), consts

@@ -85,6 +85,8 @@ def axis_index(name: str, called: str) -> jax.Array:
 
 def in_dtype_of_both(pull: Callable[[Any, Any], Any], ct: Any, p: Any) -> Any:
     """Apply `pull` in the wider dtype of the two, and round once."""
+    # In bfloat16 a float32 factor would be rounded before the product, and the product
+    # once more. An integer has no precision to lose.
     inexact = jnp.issubdtype(p.dtype, jnp.inexact)
     wider = inexact and p.dtype.itemsize > ct.dtype.itemsize
     dtype = p.dtype if wider else ct.dtype

@@ -183,6 +183,7 @@ _HIGH = {
 
 def high_of(eqn: Any) -> Any:
     """Object of a `call_hi_primitive` of JAX's own, or None."""
+    # Another package may have such an object too, with any parameters.
     high = (
         eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
     )

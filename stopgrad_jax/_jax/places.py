@@ -95,6 +95,8 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
                 frame = Frame(code, file, code.co_qualname, *place, identity=id(code))
                 _FRAMES[key] = frame
             frames.append(frame)
+        # The innermost come first: no frame of the user's lies between it and the
+        # equation.
         elif not frames and code.co_filename.startswith(_RANDOM):
             sampler = True
     return tuple(reversed(frames)), sampler

@@ -62,6 +62,7 @@ def also_varying(aval: Any, axes: frozenset[str]) -> Any:
 
 def unchecked_axes() -> frozenset[str]:
     """Mesh axes of the `shard_map(check_vma=False)` that is being traced."""
+    # Without checks not even the index of a device is known to differ.
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return frozenset(a for a in axes if not varying(jax.typeof(jax.lax.axis_index(a))))
 
@@ -169,6 +170,8 @@ def filled(aval: Any, value: Any) -> jax.Array:
 
 def _filled(aval: Any, value: Any) -> jax.Array:
     sharding = explicit_sharding(aval)
+    # `full` has a weak type of a Python number alone, and then the default width: what
+    # is wider or narrower gets a strong one.
     if getattr(aval, "weak_type", False) and sharding is None:
         weak = jax.lax.full(aval.shape, aval.dtype.type(value).item())
         if weak.dtype == aval.dtype:
@@ -262,6 +265,10 @@ def _closed_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
         return jax.make_jaxpr(lambda *args: function(*args))(*arguments)
 
     def inside(check_vma: bool) -> Any:
+        """Trace inside a `shard_map`, which knows the names of the axes.
+
+        The program is no array and cannot be returned from it: it is put aside.
+        """
         jaxprs = list[Any]()
 
         def body() -> tuple[()]:

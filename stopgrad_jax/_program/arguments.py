@@ -77,6 +77,8 @@ def cotangents(
             if isinstance(y, Value):
                 aval = program.types[y]
                 checked = _ones(aval, called) if ct is None else _like(ct, aval, called)
+                # An integer has no cotangent, but one that is given for it is checked
+                # all the same.
                 if _jax.is_differentiable(aval):
                     checked = _jax.sharded_as(checked, aval)
                     pairs.append((y, _jax.vary(checked, _jax.varying(aval))))
@@ -148,6 +150,7 @@ def perturbations_by_place(
                 _require_zero(p, called, address)  # of which there is no sum
                 continue
             with _jax.at_width_of(aval):
+                # Two addresses may select one value: it is perturbed by both.
                 given[place] = p if place not in given else given[place] + p
     return given
 

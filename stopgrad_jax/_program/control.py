@@ -152,6 +152,8 @@ class _Rule(Control):
         return len(body.invars) == len(eqn.invars)
 
     def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+        # The rule stays the derivative of the results. What leaves is of a second run
+        # of the function, of which nothing else is used.
         out = _jax.bind(self.eqn, *operands)
         if not any(extras.slots):
             return out, []
@@ -261,6 +263,7 @@ class _While(Control):
             return list(call(1, reads, given[split:], shared)[0])
 
         out = self._loop(goes_on, step, list(operands[end:]))
+        # Nothing leaves a while loop: nobody knows how many rounds there are to stack.
         return out, [None] * len(given)
 
     def _loop(
@@ -310,6 +313,7 @@ class _Cond(Control):
     def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
         slots = extras.slots or [()] * len(self.bodies)
         ends = list(itertools.accumulate(map(len, slots)))
+        # All branches must return alike: each has something for the slots of every one.
         every = list(itertools.chain(*slots))
 
         def branch(k: int) -> Callable[..., Any]:
@@ -328,6 +332,7 @@ class _Cond(Control):
         return jax.lax.switch(extras.lead(operands[0]), branches, *rest)
 
     def rounds(self, operands: Values, at: At, lead: Lead) -> Rounds:
+        # As `jax.lax.switch` does with an index that is out of range.
         index = min(max(int(lead(operands[0])), 0), len(self.bodies) - 1)
         return [[x] for x in (yield Round(index, 0, list(operands[1:])))]
 
@@ -344,6 +349,7 @@ class _ShardMap(Control):
         return Copies(count, devices=True) if axes else None
 
     def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+        # The equation has no spec for what crosses besides its operands and results.
         slots = itertools.chain(*extras.slots)
         crossings = [Crossing(self.eqn, slot) for slot in slots]
 

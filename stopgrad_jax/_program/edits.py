@@ -42,6 +42,8 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
             f"fun(x).astype({str(old.dtype)!r}) or another value of that shape; "
             "to change a type, edit where the value is used",
         )
+    # Of the type `type_of` prints neither sharding nor mesh axes, and a user's function
+    # need not keep them: what follows was traced with those of the old value.
     aval = jax.typeof(old) if isinstance(old, jax.Array) else old
     with _jax.at_width_of(aval):
         new = _jax.vary(_jax.sharded_as(jnp.asarray(new), aval), _jax.varying(aval))
@@ -202,6 +204,7 @@ class NamedEdits:
     ) -> dict[Any, Any]:
         new = {var: value}
         for k, hit in enumerate(found.hits[start:], start):
+            # An operation is edited where it is run, see `edited_operation`.
             if hit.operation or hit.target not in self._edits:
                 continue
             tree = (hit.target, hit.root, hit.parts)
@@ -220,6 +223,7 @@ class NamedEdits:
     def _edited(
         self, found: Found, eqn: Any, hit: Hit, values: dict[Any, Any]
     ) -> dict[Any, Any]:
+        """Return what the user's function makes of a value, or of a whole tree."""
         old = assembled(hit, list(values.values()))
         with _jax.in_an_edit(eqn), _jax.at_width_of(*jax.tree.leaves(old)):
             out = self._edits[hit.target](old)

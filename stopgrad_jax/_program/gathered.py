@@ -25,6 +25,8 @@ def together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any
         alone = hit.tree is None
         part = found.name[len(root) + 1 :] if alone else hit.parts[hit.position]
         same = last is not None and hit.parts == last.parts
+        # The next value begins: a part comes twice, as of a name in a Python loop, or
+        # it is of another tree.
         if parts and (not same or part in parts or "" in (part, *parts)):
             yield whole()
             parts = {}

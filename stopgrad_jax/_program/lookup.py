@@ -273,6 +273,8 @@ def _searched(
     if missing and libraries:
         missing = named(missing, "at home")
         home = parameters[-1]
+        # A parameter that could not be told may be a statement's variable in a library:
+        # that it could not is said only where nothing else is found.
         missing |= home.untold
         found, plan = search(missing)
         if found.variables and missing & found.variables.missing:

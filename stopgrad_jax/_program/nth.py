@@ -62,6 +62,8 @@ def unclear(plan: Plan, op: Op, target: int) -> str:
     every = list(_operations(plan, target))
     reasons = [x.unclear for x in every if isinstance(x, Group) and x.unclear]
     meant = set[tuple[int, ...]]()
+    # Counted as one, two and three calls: what `nth` means is clear if it is the same
+    # each time, as `nth=0` is of a clear call before an unclear one.
     for times in (1, 2, 3) if reasons else ():
         parts = [[x] * (times if _is_unclear(x) else 1) for x in every]
         calls = [x for part in parts for x in part]
@@ -117,6 +119,10 @@ class _Only:
         return Plan(plan.jaxpr, plan.consts, matches, found)
 
     def _matches(self, plan: Plan, numbers: dict[int, int]) -> Iterator[Match]:
+        """Yield the matches of a plan that are left with the chosen operations alone.
+
+        Bodies come before their equation: `nth` counts as `_operations` does.
+        """
         for match in plan.matches:
             plans = tuple(map(self.plan, match.plans))
             for operation in _own(match, self._target):

@@ -231,6 +231,8 @@ class Parameters:
             handed_on = dict[Any, Call]()
             for call in found:
                 run = [by_index[k] for k in call.indices]
+                # What the traced function itself is handed are its arguments, which
+                # have addresses.
                 if depth == 0 and handed.is_origin(run[0].spots[0]):
                     if spread is not None:
                         self.own.update(dict.fromkeys(targets, place.name))

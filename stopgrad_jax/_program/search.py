@@ -88,6 +88,8 @@ class Search:
         return self._plan(jaxpr, consts, _Context(frozenset(k for k, _ in self._ops)))
 
     def _plan(self, jaxpr: Any, consts: Sequence[Any], context: _Context) -> Plan:
+        # What is meant in a jaxpr depends on where it is called: each context has a
+        # plan.
         key = (id(jaxpr), context)
         if key not in self._plans:
             matches = tuple(self._matches(jaxpr, context))
@@ -96,6 +98,11 @@ class Search:
         return self._plans[key]
 
     def _matches(self, jaxpr: Any, context: _Context) -> Iterator[Match]:
+        """Yield the equations with a match of their own, or in a program they hold.
+
+        An address is not looked for again in an operation that it means: neither in its
+        other equations nor in the bodies below.
+        """
         assigned = self._assigned(jaxpr)
         groups = self._groups(jaxpr, context) if self._ops else []
         covered: dict[int, set[int]] = {}
@@ -126,6 +133,7 @@ class Search:
         """Note a program that cannot be opened, and the wanted names in it."""
         line = _jax.line_of(eqn)
         programs = [_jax.opened(jaxpr) for jaxpr in _jax.inner_jaxprs(eqn)]
+        # Apart for so long: names in there are known from those that can be addressed.
         outside, self.names = self.names, {}
         for jaxpr in programs:
             names = self._plan(*jaxpr, dataclasses.replace(context, ops=frozenset()))
@@ -321,6 +329,8 @@ def lifted(found: Found, inner: Control, eqn: Any) -> Found:
 def _hit(target: int, root: str, name: str) -> Hit:
     if not isinstance(name, PointName):
         return Hit(target, root)
+    # An address may mean a part of a named tree, "cache/0" of "cache": the leaves of
+    # that part belong together, and no others.
     below = root[len(name.root) + 1 :]
     tree = next(tree for path, tree in nodes(name.tree) if path == below)
     parts = tuple(leaf.name for leaf in leaves(tree))

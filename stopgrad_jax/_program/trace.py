@@ -107,6 +107,8 @@ class Traced:
 
 def is_traceable(leaf: Any) -> bool:
     """Arrays and Python floats are traced; every other leaf stays as it is."""
+    # Strings and objects are no arrays of JAX. bfloat16 and its like are, and NumPy has
+    # no kind for them but that of raw bytes.
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in "biufc" or _is_extension_float(leaf.dtype)
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | float | complex)
@@ -211,6 +213,8 @@ def _called(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any
         came += f" and {', '.join(kwargs)} by keyword" if kwargs else ""
         call = f"{name}({', '.join(signature.parameters) if signature else '...'})"
         expected = "the arguments that it takes"
+        # Raised behind the `except`, so that Python does not print its error above this
+        # one.
         refused = wrong(TypeError, call, expected, f"{came}: {got}", call)
     raise refused
 

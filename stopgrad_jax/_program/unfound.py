@@ -68,6 +68,11 @@ class Looked:
                 raise error
 
     def _refusal(self, target: int, var: Var, called: str) -> AddressError | None:
+        """Return the error for a variable that is not clear; None if it is one value.
+
+        Statements come before parameters, and that there are several before what cannot
+        be told of one: the address is to be made clear first.
+        """
         variables = self.variables
         sites = [*variables.statements[target].values(), *variables.quiet(target, var)]
         if len(sites) > 1:
@@ -94,6 +99,7 @@ class Looked:
     def _several(
         self, target: int, var: Var, sites: Sequence[Site], called: str
     ) -> AddressError:
+        """Return the error for several statements, with an address of each."""
         sites = sorted(sites, key=lambda s: (s.spot.file, s.binding.place))
         found = self.variables.statements[target]
         why = {key: w for key, (_, w) in self.variables.unclear[target].items()}
@@ -118,7 +124,10 @@ class Looked:
         lines = []
         for site in sites:
             mine = [v for v in every[site.key] if v in works]
+            # What works here may still mean another of these statements, too.
             mine = [v for v in mine if [s for s in sites if s.is_meant(v)] == [site]]
+            # Else by line or by number: the one changes with all text above it, the
+            # other with each assignment before it.
             alone = [v for v in mine if v.line is None and v.nth is None]
             by_line = [v for v in mine if v.line is not None]
             by_number = [v for v in mine if v.nth is not None]

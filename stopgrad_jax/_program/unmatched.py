@@ -160,6 +160,7 @@ class Unmatched:
         )
         names = {id(x): path for path, x in self._edges.items()}
         places = dict(by_position) | self._edges
+        # The longest first; the path itself is what matched nothing.
         for path in list(prefixes(text))[-2::-1]:
             place = places.get(path)
             path = names.get(id(place), path)
@@ -224,6 +225,7 @@ class Unmatched:
     def _called(self, text: str) -> Told | None:
         """A function or a primitive."""
         names = [text]
+        # `x.mean` of an argument `x` is its method, and no function of a module `x`.
         if text.split(".")[0] not in self.traced.arguments:
             names += self._without_modules(text)
         works = self.working(map(Op, names))[:1]
