@@ -70,7 +70,7 @@ class Mapped:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class TracedRule:
     """A traced function as a `pull`; what it closed over is among the residuals."""
 
     jaxpr: Any
@@ -92,7 +92,7 @@ class Refusal:
         raise TypeError(self.message)
 
 
-def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
+def program(fun: Callable[..., Any], *examples: Any) -> tuple[TracedRule, Arrays]:
     """Trace a flat function on values like the examples.
 
     Returns the program and what it closes over.
@@ -105,4 +105,4 @@ def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
     # the values that this closed over then.
     closed = jax.make_jaxpr(lambda *args: fun(*args))(*examples)
     jaxpr, consts = _jax.closed_over(closed)
-    return Program(jaxpr, len(consts)), consts
+    return TracedRule(jaxpr, len(consts)), consts

@@ -15,7 +15,7 @@ from stopgrad_jax._errors import quoted, type_of, wrong
 
 from .operations import Group
 from .perturbation import edited
-from .plan import Found, Hit, Leaf, Match, Plan
+from .plan import Found, Hit, Match, NamedLeaf, Plan
 
 Edits = Mapping[int, Callable[..., Any]]  # position of an address -> its function
 
@@ -25,7 +25,9 @@ def assembled(hit: Hit, values: Sequence[Any]) -> Any:
     if hit.tree is None:
         return values[0]
     part = dict(zip(hit.parts, values, strict=True))
-    return jax.tree.map(lambda x: part[x.name] if isinstance(x, Leaf) else x, hit.tree)
+    return jax.tree.map(
+        lambda x: part[x.name] if isinstance(x, NamedLeaf) else x, hit.tree
+    )
 
 
 def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
@@ -90,7 +92,7 @@ def group_edits(plan: Plan, edits: Edits) -> list[tuple[Group, list[Any]]]:
     ]
 
 
-def inside(plan: Plan, group: Group) -> Plan:
+def own_plan(plan: Plan, group: Group) -> Plan:
     """Return the plan of a group's own equations: what happens in its function.
 
     What a caller assigns of its results happens behind it, see `behind`.
@@ -234,7 +236,7 @@ class NamedEdits:
             leaves = [
                 x
                 for leaf, value, x in zip(*trio, strict=True)
-                if isinstance(leaf, Leaf) or kept(value, x, hit.root)
+                if isinstance(leaf, NamedLeaf) or kept(value, x, hit.root)
             ]
         else:
             raise wrong(

@@ -7,7 +7,7 @@ from typing import Any
 
 from .edits import assembled
 from .plan import Found, Hit
-from .trace import Static, Value
+from .trace import Place, Static
 
 
 def together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any]:
@@ -30,7 +30,7 @@ def together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any
         if parts and (not same or part in parts or "" in (part, *parts)):
             yield whole()
             parts = {}
-        parts[part], last = Value("point", k), hit
+        parts[part], last = Place("point", k), hit
     yield whole()
 
 

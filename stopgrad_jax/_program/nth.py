@@ -18,7 +18,7 @@ from .search import Search, lifted
 INNER = "jax.grad(sg.edit(f, ...)): the address in the inner function"
 
 
-def count(plan: Plan, target: int) -> int:
+def how_many(plan: Plan, target: int) -> int:
     """Return how many operations of a program an address matches."""
     return sum(1 for _ in _operations(plan, target))
 
@@ -50,7 +50,7 @@ def require_told(found: Search, plan: Plan, op: Op, target: int, called: str) ->
 
 def taken(found: Search, plan: Plan, target: int) -> str:
     """Return the line of a call that is left out beside those found, or ""."""
-    return found.taken.get(target, "") if count(plan, target) else ""
+    return found.taken.get(target, "") if how_many(plan, target) else ""
 
 
 def unclear(plan: Plan, op: Op, target: int) -> str:
@@ -81,12 +81,12 @@ def _is_unclear(operation: Any) -> bool:
     return isinstance(operation, Group) and bool(operation.unclear)
 
 
-def only(plan: Plan, target: int, chosen: Container[int]) -> Plan:
+def narrowed(plan: Plan, target: int, chosen: Container[int]) -> Plan:
     """Return a plan in which an address means those of its matches only.
 
     A body that is run in several places is taken apart: each has its own matches.
     """
-    return _Only(target, chosen).plan(plan)
+    return _Narrowed(target, chosen).plan(plan)
 
 
 def _operations(plan: Plan, target: int) -> Iterator[Any]:
@@ -107,7 +107,7 @@ def _own(match: Match, target: int) -> Iterator[Any]:
     yield from dict.fromkeys(hit.group or match for hit in hits)
 
 
-class _Only:
+class _Narrowed:
     def __init__(self, target: int, chosen: Container[int]) -> None:
         self._target, self._chosen = target, chosen
         self._number = itertools.count()

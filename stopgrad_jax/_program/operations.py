@@ -130,7 +130,7 @@ class Operations:
         for target, names in self._functions:
             # From outside, since what lies inside a match is not matched again.
             for level, (code, _) in enumerate(stack):
-                name = next((n for n in called(code) if n in names), None)
+                name = next((n for n in source_names(code) if n in names), None)
                 if name is not None:
                     yield target, name, level
                     break
@@ -203,7 +203,7 @@ def _names(op: Op) -> frozenset[str]:
 
 
 @functools.cache
-def called(code: types.CodeType) -> tuple[str, ...]:
+def source_names(code: types.CodeType) -> tuple[str, ...]:
     """Return what the source calls a function: a module's call by its class.
 
     Of JAX's own functions those count that users call; the others have any names.

@@ -28,18 +28,18 @@ from stopgrad_jax._source.watched import Seen
 
 from .anew import map_jaxprs, naming, reading, with_eqns
 from .control import control
-from .origins import def_line, made_in, origin_of, path_of, spread_of
+from .origins import def_line, made_in, origin_of_traced, path_of, spread_of
 from .trace import Traced
 
 
-class Parameter(str):
+class ParameterName(str):
     """The name that a value is given; no address matches it but `sg.var`."""
 
     __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Parameter:
     """A parameter of a function: the names around it, and the line of its `def`."""
 
     path: tuple[str, ...]
@@ -91,7 +91,7 @@ class _Naming:
     var: Any
     start: int
     indices: frozenset[int]
-    name: Parameter
+    name: ParameterName
     targets: list[int]
     own: bool = False
 
@@ -115,14 +115,14 @@ class Parameters:
         fun = traced.fun if where == "at home" else None
         self._labels = _Shown(fun, labels)
         self._changed: dict[int, tuple[Any, Any]] = {}
-        self._in_path: dict[Any, list[tuple[int, Function, Place, list[int]]]] = {}
-        self.found: dict[int, dict[Place, None]] = {k: {} for k in targets}
-        self.unclear: dict[int, dict[Place, str]] = {k: {} for k in targets}
+        self._in_path: dict[Any, list[tuple[int, Function, Parameter, list[int]]]] = {}
+        self.found: dict[int, dict[Parameter, None]] = {k: {} for k in targets}
+        self.unclear: dict[int, dict[Parameter, str]] = {k: {} for k in targets}
         self.own: dict[int, str] = {}
         self.named: dict[Any, list[tuple[int, str]]] = {}
         # The variables of all programs, and those that parameters were told to be.
         self._every = set[Any]()
-        self._given: dict[tuple[int, Place], set[Any]] = {}
+        self._given: dict[tuple[int, Parameter], set[Any]] = {}
 
     def compare(self, seen: Iterable[Seen]) -> None:
         """Note the parameters that were seen to be handed more than was found.
@@ -142,7 +142,9 @@ class Parameters:
     def program(self) -> Any:
         """Return the traced program with names for what was found."""
         jaxpr = self._traced.jaxpr
-        return self._with_names(jaxpr, origin_of(self._traced), spread_of(self._traced))
+        return self._with_names(
+            jaxpr, origin_of_traced(self._traced), spread_of(self._traced)
+        )
 
     def _with_names(
         self, jaxpr: Any, origin: _jax.Origin | None, spread: Spread | None
@@ -174,7 +176,7 @@ class Parameters:
         indices = made_in(jaxpr, origin)
         for spelled, k in origin.inputs.items():
             name = spelled.split("[")[0].split(".")[0]
-            place = Place(path, name, origin.file, def_line(origin))
+            place = Parameter(path, name, origin.file, def_line(origin))
             targets = [t for t, var in self._targets.items() if place.is_meant(var)]
             for target in targets:
                 if name != spelled:
@@ -182,10 +184,10 @@ class Parameters:
                 else:
                     self._found(target, place, jaxpr.invars[k])
             if targets and name == spelled:
-                name = Parameter(place.label)
+                name = ParameterName(place.label)
                 yield _Naming(jaxpr.invars[k], 0, indices, name, targets, own=True)
 
-    def _found(self, target: int, place: Place, var: Any) -> None:
+    def _found(self, target: int, place: Parameter, var: Any) -> None:
         self.found[target][place] = None
         self._given.setdefault((target, place), set()).add(var)
 
@@ -201,7 +203,7 @@ class Parameters:
     ) -> Iterator[_Naming]:
         """Parameters of functions that are called while a jaxpr is traced."""
         items, calls = [], Calls(jaxpr.eqns)
-        meant: dict[Any, tuple[int, Function, Place, list[int]]] = {}
+        meant: dict[Any, tuple[int, Function, Parameter, list[int]]] = {}
         backward: dict[Any, list[int]] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = self._labels.path(eqn, self._labels.nowhere)
@@ -254,19 +256,19 @@ class Parameters:
                     self._found(target, place, var)
                 indices, name = (
                     frozenset({*call.indices} | read),
-                    Parameter(place.label),
+                    ParameterName(place.label),
                 )
                 yield _Naming(var, call.indices[0], indices, name, targets)
 
     def _meant(
         self, spots: Sequence[Spot]
-    ) -> Iterator[tuple[int, Function, Place, list[int]]]:
+    ) -> Iterator[tuple[int, Function, Parameter, list[int]]]:
         for depth, spot in enumerate(spots):
             if spot.is_current:
                 function = spot.source.function(spot.position)
                 path = [p for p in spot.function.split(".") if p != "<locals>"]
                 for name in function.parameters:
-                    place = Place(tuple(path), name, spot.frame.file, function.line)
+                    place = Parameter(tuple(path), name, spot.frame.file, function.line)
                     meant = [t for t, v in self._targets.items() if place.is_meant(v)]
                     if meant:
                         yield depth, function, place, meant
@@ -299,7 +301,7 @@ class Parameters:
         run: Sequence[Item],
         depth: int,
         function: Function,
-        place: Place,
+        place: Parameter,
     ) -> Any:
         """Return the variable that a parameter was in one call."""
         if call.is_unclear:

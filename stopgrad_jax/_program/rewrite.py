@@ -24,9 +24,9 @@ from .edits import (
     behind,
     edited_operation,
     group_edits,
-    inside,
     operation,
     operation_edits,
+    own_plan,
 )
 from .operations import Group
 from .perturbation import hold, perturb, shift
@@ -148,7 +148,7 @@ class Rewriter:
         edits: NamedEdits,
     ) -> dict[Any, Any]:
         """Evaluate an edited operation of several equations."""
-        own = inside(plan, group)
+        own = own_plan(plan, group)
 
         def original(*operands: Any) -> list[Any]:
             none = [None] * len(own.found)

@@ -27,8 +27,8 @@ from stopgrad_jax._source.variables import Variables
 
 from .control import Control, control
 from .operations import Group, Operations, Taken, callers
-from .parameters import Parameter
-from .plan import Found, Hit, Leaf, Match, Plan, PointName, leaves
+from .parameters import ParameterName
+from .plan import Found, Hit, Match, NamedLeaf, Plan, PointName, leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +151,12 @@ class Search:
             return found
         for var, hits in self.variables.find(jaxpr).items():
             found[var] = [
-                Hit(target, name, tree=Leaf(""), level=level)
+                Hit(target, name, tree=NamedLeaf(""), level=level)
                 for target, name, level in hits
             ]
         for eqn in jaxpr.eqns if self._handed else ():
             for target, name in self._handed.get((*eqn.outvars, None)[0], ()):
-                hit = Hit(target, name, tree=Leaf(""))
+                hit = Hit(target, name, tree=NamedLeaf(""))
                 found.setdefault(eqn.outvars[0], []).append(hit)
         return found
 
@@ -202,7 +202,7 @@ class Search:
     def _hits(self, eqn: Any, point: str, context: _Context) -> Iterator[Hit]:
         """Yield what an equation is as a whole: a point, an operation."""
         # The name of a parameter is ours: no error may tell it as one that is there.
-        if point and not isinstance(point, Parameter):
+        if point and not isinstance(point, ParameterName):
             self.names[point] = None
             yield from self._named(point)
         if self._ops:
@@ -340,7 +340,7 @@ def _hit(target: int, root: str, name: str) -> Hit:
 def _part(hit: Hit, position: int, count: int) -> Hit:
     """Return what an operation with several results is at one of them."""
     parts = tuple(map(str, range(count)))
-    tree = tuple(map(Leaf, parts))
+    tree = tuple(map(NamedLeaf, parts))
     return dataclasses.replace(hit, position=position, parts=parts, tree=tree)
 
 

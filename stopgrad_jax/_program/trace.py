@@ -22,7 +22,7 @@ from stopgrad_jax._trees import Split
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Value:
+class Place:
     """One array-valued place of a traced function, by number."""
 
     kind: str  # "argument", "output" or "point" (a value found inside)
@@ -41,7 +41,7 @@ class Traced:
     """A function traced at its arguments.
 
     `arguments` maps each parameter's name to its argument with every leaf replaced
-    by a `Value` or a `Static`; `positional` holds the positional ones in order, and
+    by a `Place` or a `Static`; `positional` holds the positional ones in order, and
     `output` is the result in the same way. `call` is what it was called with, and
     `run(*leaves)` calls it anew with other leaves and returns the arrays of its result.
     """
@@ -101,7 +101,7 @@ class Traced:
             place.index: path
             for root, tree in self.named.items()
             for path, place in nodes(tree, root)
-            if isinstance(place, Value)
+            if isinstance(place, Place)
         }
 
 
@@ -162,7 +162,7 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
 
 def _places(kind: str, traced: Split, leaves: Sequence[Any]) -> list[Any]:
     """Stand for leaves: those that are traced by number, all else as it is."""
-    numbered = (Value(kind, k) for k in itertools.count())
+    numbered = (Place(kind, k) for k in itertools.count())
     return traced.joined(numbered, map(Static, leaves))
 
 
@@ -293,11 +293,11 @@ def _bind(fun: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(kwargs)
 
 
-def filled(tree: Any, places: Mapping[str, Sequence[Any]]) -> Any:
+def arrays_at(tree: Any, places: Mapping[str, Sequence[Any]]) -> Any:
     """Put arrays where a tree holds places: `places[value.kind][value.index]`."""
 
     def fill(leaf: Any) -> Any:
-        if isinstance(leaf, Value):
+        if isinstance(leaf, Place):
             return places[leaf.kind][leaf.index]
         return leaf.value if isinstance(leaf, Static) else leaf
 

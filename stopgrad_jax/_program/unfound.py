@@ -18,7 +18,7 @@ from stopgrad_jax._source.variables import Site, Variables, is_called
 from stopgrad_jax._source.watched import Seen
 
 from .control import control
-from .parameters import Parameters, Place
+from .parameters import Parameter, Parameters
 from .trace import Traced
 
 _IN_THE_SOURCE = "sg.name in the source there"
@@ -137,7 +137,7 @@ class Looked:
         return lines
 
     def _several_parameters(
-        self, var: Var, own: str | None, places: Sequence[Place], called: str
+        self, var: Var, own: str | None, places: Sequence[Parameter], called: str
     ) -> AddressError:
         functions = [f"{p.place} ({'.'.join(p.path)})" for p in places]
         if own is not None:
@@ -175,7 +175,7 @@ class Looked:
             return [f'"{name}"']
         place = self.traced.by_position(name)
         by_position = self.working([place]) if place is not None else []
-        write = [f"{written(a)} for the argument" for a in by_position]
+        write = [f"{as_code(a)} for the argument" for a in by_position]
         write += [f"{a!r} for the point" for a in self.working([Point(name)])]
         return write if by_position else [*write, "another name for the point"]
 
@@ -231,7 +231,7 @@ class Looked:
                 alias = spot.source.name(binding.assigned.value)
                 if alias:
                     candidates += self._same(Site(spot, binding), function, alias)
-        return came, [written(a) for a in self.working(candidates)[-1:]]
+        return came, [as_code(a) for a in self.working(candidates)[-1:]]
 
     def _same(self, site: Site, function: Function, alias: str) -> Iterator[Address]:
         """Yield what may be the arrays of a statement that gives one another name.
@@ -372,5 +372,5 @@ def _all(site: Site) -> list[str]:
     return list(dict.fromkeys((name, site.label, ".".join([*site.path, name]))))
 
 
-def written(address: Address) -> str:
+def as_code(address: Address) -> str:
     return f'"{address}"' if isinstance(address, str) else repr(address)

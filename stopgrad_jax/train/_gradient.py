@@ -18,7 +18,7 @@ from ._objective import Loss, Value, over_devices
 from ._state import Parted
 
 
-class Found(NamedTuple):
+class Evaluation(NamedTuple):
     """What one evaluation of a loss yields; of micro-batches, stacked or averaged."""
 
     value: Value
@@ -64,7 +64,7 @@ class Objective:
         """Say what was called, for errors."""
         return self.loss.called
 
-    def gradients(self, split: Parted, batch: Any, key: Any) -> Found:
+    def gradients(self, split: Parted, batch: Any, key: Any) -> Evaluation:
         """Differentiate at a batch: at its micro-batches, one after the other."""
         if self.accumulate == 1:
             return self._at(split, batch, key, None)
@@ -74,7 +74,7 @@ class Objective:
             total = self._total(split, parts, key, rounds)
             whole = Whole.of(total)
 
-        def add(sums: list[Any], i: Any) -> tuple[list[Any], Found]:
+        def add(sums: list[Any], i: Any) -> tuple[list[Any], Evaluation]:
             found = self._at(split, *micro.picked(parts, key, i), whole)
             pairs = zip(sums, found.gradients, strict=True)
             sums = [s + g.astype(s.dtype) for s, g in pairs]
@@ -116,7 +116,9 @@ class Objective:
 
         return jax.lax.map(at, rounds).summed
 
-    def _at(self, split: Parted, batch: Any, key: Any, whole: Whole | None) -> Found:
+    def _at(
+        self, split: Parted, batch: Any, key: Any, whole: Whole | None
+    ) -> Evaluation:
         if self.stats:
             return self._measured(split, batch, key, whole)
 
@@ -126,11 +128,11 @@ class Objective:
 
         differentiate = jax.value_and_grad(objective, has_aux=True)
         (_, (value, aux)), gradients = differentiate(split.trained)
-        return Found(value, gradients, aux, {})
+        return Evaluation(value, gradients, aux, {})
 
     def _measured(
         self, split: Parted, batch: Any, key: Any, whole: Whole | None
-    ) -> Found:
+    ) -> Evaluation:
         """Differentiate once for gradients and statistics, as `sg.gradient_stats`."""
 
         @functools.wraps(self.loss.fun)
@@ -147,7 +149,7 @@ class Objective:
         pairs = zip(xs, split.trained, strict=True)
         zeros = jnp.zeros_like
         gradients = [found[x] if x in found else zeros(old) for x, old in pairs]
-        return Found(out[1][0], gradients, out[1][1], stats)
+        return Evaluation(out[1][0], gradients, out[1][1], stats)
 
 
 def _share(value: Value, whole: Whole | None) -> jax.Array:
