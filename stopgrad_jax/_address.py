@@ -366,6 +366,7 @@ def paths_of(tree: Any) -> list[list[str]]:
     """For each leaf: the paths of all that it lies in, its own last; see `nodes`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     known: dict[Any, tuple[str, str]] = {(): ("", "")}
+    # Each node is printed once, however many leaves are below it.
     for path, _ in flat:
         for k in range(1, len(path) + 1):
             if path[:k] not in known:

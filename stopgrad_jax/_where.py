@@ -253,6 +253,7 @@ def leaves_like(tree: Any, like: Any) -> list[Any]:
         return [None] * len(jax.tree.leaves(like))
     if jax.tree_util.all_leaves([like]):  # not so an empty container, nor None
         return [tree]
+    # Level by level, since None may stand for a whole subtree at each.
     is_child = lambda node: node is not like  # noqa: E731
     children, structure = jax.tree.flatten(like, is_leaf=is_child)
     parts = structure.flatten_up_to(tree)

@@ -54,6 +54,7 @@ def attached(
         connected[:] = [k for k, ct in pairs if ct is not None]
         return [ct for _, ct in pairs if ct is not None]
 
+    # Cotangents are typed as the values are: these stand for them while it is traced.
     pull, closed_over = program(flat, *values, *arrays, *values)
     rule = Rule(
         "with_backward",
@@ -100,6 +101,7 @@ def _cotangents(pulled: Any, args: tuple, called: str) -> list[Any]:
 
 
 def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
+    # float0 is the cotangent that JAX itself gives to an integer.
     if ct is None or getattr(ct, "dtype", None) == jax.dtypes.float0:
         return None
     if not _jax.carries_gradient(leaf):

@@ -250,6 +250,7 @@ def _pullback_values(*operands: Any, rule: Rule, count: int, types: Any) -> list
     return list(operands[:count])
 
 
+# Compiled as they are evaluated: the gate to its values, a rule to what it computes.
 for _p, _values, _jvp, _transpose, _batch in (
     (gate_p, _gate_values, _gate_jvp, _gate_transpose, _gate_batch),
     (

@@ -77,6 +77,8 @@ class TracedRule:
     consts: int
 
     def __call__(self, cts: Arrays, residuals: Arrays) -> Arrays:
+        # The jaxpr takes first what it closed over, see `_jax.closed_over`; the gate
+        # has that behind its own parameters.
         split = len(residuals) - self.consts
         consts, others = residuals[split:], residuals[:split]
         return _jax.evaluate(self.jaxpr, (), [*consts, *others, *cts])

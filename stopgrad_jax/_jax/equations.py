@@ -157,6 +157,7 @@ def is_ref(aval: Any) -> bool:
 def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
     """Return the shardings a `jit` asks for its operands and results, or None each."""
 
+    # JAX has an object for a sharding that nobody asked for; it is not public.
     def asked(key: str) -> list[Any]:
         every = eqn.params[key]
         return [s if isinstance(s, jax.sharding.Sharding) else None for s in every]

@@ -59,6 +59,7 @@ def message_of(error: Exception) -> str:
     """
     lines = [row for row in str(error).splitlines() if row.strip()]
     frames = [k for k, row in enumerate(lines) if row.startswith('  File "')]
+    # Behind the last frame, whose lines are indented: a message may have several.
     for row in lines[frames[-1] :] if frames else ():
         if row[0] != " ":
             return row

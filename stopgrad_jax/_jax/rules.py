@@ -46,6 +46,7 @@ def _has_rule_of_jax(primitive: Any) -> bool:
     rule = ad.primitive_jvps.get(primitive)
     while isinstance(rule, functools.partial):
         rule = rule.func
+    # Without a rule there is no derivative that could be told anything.
     code = getattr(rule, "__code__", None)
     return rule is None or (code is not None and code.co_filename.startswith(OWN))
 
@@ -68,6 +69,8 @@ def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
         for wrapped in wraps:
             function = wrapped.f if hasattr(wrapped, "call_wrapped") else wrapped
             for transform in getattr(wrapped, "transforms", ()):
+                # JAX makes some of these functions anew at every call: they would tell
+                # it from all others.
                 static = [p for p in transform[1] if not callable(p)]
                 found.append((transform[0], *static))
             cells = [

@@ -76,6 +76,7 @@ class Control:
     def with_bodies(self, bodies: Sequence[Body]) -> Control:
         """Return it with other programs, of the same variables."""
         new = copy.copy(self)
+        # In the place of what the cached property would look up.
         new.bodies = bodies
         return new
 

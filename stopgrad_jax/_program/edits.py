@@ -67,6 +67,7 @@ def kept(old: Any, new: Any, called: str) -> bool:
 
 def operation_edits(match: Match, edits: Edits) -> list[Callable[..., Any]]:
     """Edits of the operation that an equation is."""
+    # All results have the hits of their operation: those of the first are every one.
     hits = [hit for found in match.own[:1] for hit in found.hits]
     own = [h.target for h in hits if h.operation and h.group is None]
     return [edits[target] for target in own if target in edits]
@@ -102,6 +103,8 @@ def own_plan(plan: Plan, group: Group) -> Plan:
     def kept(var: Any, found: Found) -> Found:
         late = {id(hit) for hit in _late(found, var, group)}
         hits = [hit for hit in found.hits if id(hit) not in late]
+        # A function that does nothing but call another one has the same equations, and
+        # is edited with it, see `group_edits`.
         hits = [h for h in hits if h.group is None or h.group.indices != group.indices]
         return dataclasses.replace(found, hits=tuple(hits))
 

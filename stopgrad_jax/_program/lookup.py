@@ -158,6 +158,7 @@ def _looked(found: _Searched) -> Unmatched:
     ) -> list[Address]:
         return _working(traced, list(dict.fromkeys(addresses)), wanted)
 
+    # The function is called anew for each variable, and several errors ask of one.
     @functools.cache
     def look(var: Var) -> Any:
         return _looked(_searched(traced, [var], libraries=False)).variables
@@ -248,6 +249,8 @@ def _searched(
     labels = (t.label for t in targets if isinstance(t, Var))
     names = frozenset(label.rpartition(".")[2] for label in labels)
     if names:
+        # What is watched is searched, too: the variables that are seen are of that
+        # trace.
         traced, seen = traced.watched(names | {also})
 
     def search(anywhere: frozenset[int] = frozenset()) -> tuple[Search, Plan]:
@@ -364,6 +367,9 @@ class _Finder:
         if self._edge is None:
             self._edge = dict(self._edges(self._traced.roots))
         known = self._edge
+        # An argument has two paths, by name and by position, and a pattern is to mean
+        # it once. Results are meant where it begins with them: `**` is all that goes
+        # in.
         if has_wildcard(text):
             outputs = text.startswith(RETURN)
             known = dict(self._edges(self._traced.named, outputs))

@@ -113,6 +113,7 @@ class _Narrowed:
         self._number = itertools.count()
 
     def plan(self, plan: Plan) -> Plan:
+        # Anew each time: where a body is run once more its operations are further ones.
         numbers: dict[int, int] = {}
         matches = tuple(self._matches(plan, numbers))
         found = tuple(f for match in matches for f in (*match.inside, *match.own))

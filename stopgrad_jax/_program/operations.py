@@ -194,6 +194,7 @@ def _exact(name: str) -> frozenset[str]:
 
 @functools.cache
 def _loose(name: str) -> frozenset[str]:
+    # The name of a primitive means it alone, and no function that is called the same.
     return frozenset() if _jax.is_primitive(name) else frozenset({name, _public(name)})
 
 

@@ -246,6 +246,7 @@ class Parameters:
                     read = {
                         k for k in backward.get(key, ()) if var in jaxpr.eqns[k].invars
                     }
+                    # A backward pass does not tell which of the calls it is of.
                     if again and read:
                         raise Unclear("several calls are handed it, and a derivative")
                 except Unclear as why:

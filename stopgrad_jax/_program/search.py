@@ -298,6 +298,8 @@ class Search:
 
     @staticmethod
     def _differentiated(eqn: Any, context: _Context) -> bool:
+        # The values that a derivative is taken at stand in its scope, beside the
+        # tangents: an edit of them would not reach these.
         return context.differentiated or "jvp" in _jax.transforms_of(eqn)
 
 

@@ -55,6 +55,8 @@ class Runs:
         if run.key is None:
             return _evaluate(run, *values)
         if run.key not in self._functions:
+            # Inlined: the program that is made holds the equations, and no call of
+            # ours.
             function = functools.partial(_evaluate, run)
             self._functions[run.key] = jax.jit(function, inline=True)
         return self._functions[run.key](*values)
@@ -169,6 +171,7 @@ def _wired(
     """Make runs of consecutive blocks; each hands on only what is read later."""
     needed = {v for v in outvars if not isinstance(v, _jax.Literal)}
     runs = []
+    # Backwards: what a block hands on is known when all behind it have been seen.
     for block in reversed(list(blocks)):
         writes = tuple(v for eqn in block for v in eqn.outvars if v in needed)
         reads = _reads(block)

@@ -174,6 +174,7 @@ def _own(traced: Callable[[], Any]) -> Any:
     """
     closed = traced()
     rules = list(_rules_in(closed.jaxpr))
+    # What is nested may be in JAX's cache, and then it is not ours alone.
     if any(is_nested for is_nested, _ in rules):
         with anew():
             closed = traced()

@@ -242,6 +242,7 @@ class Looked:
         own = function.line == self._own_line and alias in self.traced.arguments
         count = len(function.statements(alias))
         labels = [Var(alias), *(Var(around + alias, nth=k) for k in range(count))]
+        # Of several statements the bare name means none by itself.
         for var in labels if count < 2 else labels[1:]:
             variables, seen = self.assigned(var, site.binding.name)
             if variables is not None:

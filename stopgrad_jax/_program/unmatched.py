@@ -67,6 +67,7 @@ class Unmatched:
 
     def suggesting(self, wanted: Any) -> Unmatched:
         """Return this for a call that takes only what is `wanted`."""
+        # Whatever tries addresses for an error is to try them as this call takes them.
         working = functools.partial(self.working, wanted=wanted)
 
         def looked(told: Looked) -> Looked:
