@@ -170,12 +170,10 @@ class Search:
         """Return what is found of each result of an equation, if of any."""
         point = _jax.params_of(eqn)["name"] if _jax.kind_of(eqn) == "name" else ""
         whole, count = list(self._hits(eqn, point, context)), len(eqn.outvars)
-        parts = [
-            whole if count == 1 else [_part(hit, k, count) for hit in whole]
-            for k in range(count)
+        every = [
+            (*(_part(hit, k, count) for hit in whole), *assigned.get(var, ()))
+            for k, var in enumerate(eqn.outvars)
         ]
-        pairs = zip(parts, eqn.outvars, strict=True)
-        every = [(*hits, *assigned.get(var, ())) for hits, var in pairs]
         if not any(every):
             return ()
         name = point if point and whole else next(filter(None, every))[0].root
@@ -340,7 +338,9 @@ def _hit(target: int, root: str, name: str) -> Hit:
 
 
 def _part(hit: Hit, position: int, count: int) -> Hit:
-    """Return what an operation with several results is at one of them."""
+    """Return what an operation is at one of its results."""
+    if count == 1:
+        return hit
     parts = tuple(map(str, range(count)))
     tree = tuple(map(NamedLeaf, parts))
     return dataclasses.replace(hit, position=position, parts=parts, tree=tree)
@@ -351,7 +351,7 @@ def _hits_of(group: Group) -> Iterator[tuple[Any, Hit]]:
     hit = Hit(group.target, group.name, operation=True, group=group)
     count = len(group.writes)
     for k, var in enumerate(group.writes):
-        yield var, hit if count == 1 else _part(hit, k, count)
+        yield var, _part(hit, k, count)
 
 
 def live(
