@@ -96,6 +96,26 @@ class _Naming:
     own: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Meant:
+    """A parameter that targets mean; its function is so deep in a path of calls."""
+
+    depth: int
+    function: Function
+    place: Parameter
+    targets: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CallsIn:
+    """The calls in a jaxpr, by the path and the parameter; what is backward apart."""
+
+    items: list[Item]
+    calls: Calls
+    meant: dict[Any, _Meant] = dataclasses.field(default_factory=dict)
+    backward: dict[Any, list[int]] = dataclasses.field(default_factory=dict)
+
+
 class Parameters:
     """Look for parameters, and name what they were handed.
 
@@ -115,7 +135,7 @@ class Parameters:
         fun = traced.fun if where == "at home" else None
         self._labels = _Shown(fun, labels)
         self._changed: dict[int, tuple[Any, Any]] = {}
-        self._in_path: dict[Any, list[tuple[int, Function, Parameter, list[int]]]] = {}
+        self._in_path: dict[Any, list[_Meant]] = {}
         self.found: dict[int, dict[Parameter, None]] = {k: {} for k in targets}
         self.unclear: dict[int, dict[Parameter, str]] = {k: {} for k in targets}
         self.own: dict[int, str] = {}
@@ -202,50 +222,28 @@ class Parameters:
         spread: Spread | None,
     ) -> Iterator[_Naming]:
         """Parameters of functions that are called while a jaxpr is traced."""
-        items, calls = [], Calls(jaxpr.eqns)
-        meant: dict[Any, tuple[int, Function, Parameter, list[int]]] = {}
-        backward: dict[Any, list[int]] = {}
-        for index, eqn in enumerate(jaxpr.eqns):
-            path = self._labels.path(eqn, self._labels.nowhere)
-            if not path.spots:
-                continue
-            if path not in self._in_path:
-                self._in_path[path] = list(self._meant(path.spots))
-            if is_backward(eqn):
-                for depth, _, place, _ in self._in_path[path]:
-                    backward.setdefault((path.spots[:depth], place), []).append(index)
-                continue
-            item = Item(index, eqn, path.spots)
-            items.append(item)
-            calls.step()
-            for depth, function, place, targets in self._in_path[path]:
-                level = function_level(_jax.stack_of(eqn), item, depth)
-                if level is not None:
-                    key = (path.spots[:depth], place)
-                    meant[key] = depth, function, place, targets
-                    calls.add(key, index, eqn, _jax.stack_of(eqn), level)
-        if not meant:
+        seen = self._calls_in(jaxpr)
+        if not seen.meant:
             return
-        handed = Handed(jaxpr, items, origin, spread)
-        by_index = {item.index: item for item in items}
-        for key, found in calls.found.items():
-            depth, function, place, targets = meant[key]
-            handed_on = dict[Any, Call]()
+        handed = Handed(jaxpr, seen.items, origin, spread)
+        by_index = {item.index: item for item in seen.items}
+        for key, found in seen.calls.found.items():
+            meant, handed_on = seen.meant[key], dict[Any, Call]()
+            place, targets = meant.place, meant.targets
             for call in found:
                 run = [by_index[k] for k in call.indices]
                 # What the traced function itself is handed are its arguments, which
                 # have addresses.
-                if depth == 0 and handed.is_origin(run[0].spots[0]):
+                if meant.depth == 0 and handed.is_origin(run[0].spots[0]):
                     if spread is not None:
                         self.own.update(dict.fromkeys(targets, place.name))
                     continue
                 try:
-                    var = self._told(handed, call, run, depth, function, place)
+                    var = self._told(handed, call, run, meant)
                     again = handed_on.setdefault(var, call) is not call
                     # The derivatives that are taken in the call read it, too.
-                    read = {
-                        k for k in backward.get(key, ()) if var in jaxpr.eqns[k].invars
-                    }
+                    backward = seen.backward.get(key, ())
+                    read = {k for k in backward if var in jaxpr.eqns[k].invars}
                     # A backward pass does not tell which of the calls it is of.
                     if again and read:
                         raise Unclear("several calls are handed it, and a derivative")
@@ -255,15 +253,36 @@ class Parameters:
                     continue
                 for target in targets:
                     self._found(target, place, var)
-                indices, name = (
-                    frozenset({*call.indices} | read),
-                    ParameterName(place.label),
-                )
-                yield _Naming(var, call.indices[0], indices, name, targets)
+                indices, name = {*call.indices, *read}, ParameterName(place.label)
+                start = call.indices[0]
+                yield _Naming(var, start, frozenset(indices), name, targets)
 
-    def _meant(
-        self, spots: Sequence[Spot]
-    ) -> Iterator[tuple[int, Function, Parameter, list[int]]]:
+    def _calls_in(self, jaxpr: Any) -> _CallsIn:
+        """Return the calls in a jaxpr of functions with a parameter that is meant."""
+        seen = _CallsIn([], Calls(jaxpr.eqns))
+        for index, eqn in enumerate(jaxpr.eqns):
+            path = self._labels.path(eqn, self._labels.nowhere)
+            if not path.spots:
+                continue
+            if path not in self._in_path:
+                self._in_path[path] = list(self._meant(path.spots))
+            every = [((path.spots[: m.depth], m.place), m) for m in self._in_path[path]]
+            if is_backward(eqn):
+                for key, _ in every:
+                    seen.backward.setdefault(key, []).append(index)
+                continue
+            item = Item(index, eqn, path.spots)
+            seen.items.append(item)
+            seen.calls.step()
+            for key, meant in every:
+                stack = _jax.stack_of(eqn)
+                level = function_level(stack, item, meant.depth)
+                if level is not None:
+                    seen.meant[key] = meant
+                    seen.calls.add(key, index, eqn, stack, level)
+        return seen
+
+    def _meant(self, spots: Sequence[Spot]) -> Iterator[_Meant]:
         for depth, spot in enumerate(spots):
             if spot.is_current:
                 function = spot.source.function(spot.position)
@@ -272,7 +291,7 @@ class Parameters:
                     place = Parameter(tuple(path), name, spot.frame.file, function.line)
                     meant = [t for t, v in self._targets.items() if place.is_meant(v)]
                     if meant:
-                        yield depth, function, place, meant
+                        yield _Meant(depth, function, place, meant)
 
     @property
     def silent(self) -> frozenset[int]:
@@ -296,19 +315,13 @@ class Parameters:
                 self.unclear[target].clear()
 
     @staticmethod
-    def _told(
-        handed: Handed,
-        call: Call,
-        run: Sequence[Item],
-        depth: int,
-        function: Function,
-        place: Parameter,
-    ) -> Any:
+    def _told(handed: Handed, call: Call, run: Sequence[Item], meant: _Meant) -> Any:
         """Return the variable that a parameter was in one call."""
+        depth, function, name = meant.depth, meant.function, meant.place.name
         if call.is_unclear:
             raise Unclear("it cannot be told where one call of it ends")
-        var = handed.value(run[0], depth, function, place.name)
-        if not handed.reads(run, depth, place.name, var):
+        var = handed.value(run[0], depth, function, name)
+        if not handed.reads(run, depth, name, var):
             raise Unclear("no operation of the function reads it as it was handed over")
         inside, start = set(call.indices), call.indices[0]
         later = [k for k in handed.users.get(var, ()) if k >= start or k < 0]
@@ -317,7 +330,7 @@ class Parameters:
                 "the value is used after the call too: whether the function returned "
                 "it is not told"
             )
-        Routes(handed, run, depth, function, var).refuse(place.name)
+        Routes(handed, run, depth, function, var).refuse(name)
         return var
 
     # What is made of it ---------------------------------------------------------
