@@ -241,6 +241,8 @@ def pattern(text: str) -> re.Pattern[str]:
     out = []
     for segment in text.split("/"):
         if segment == "**":
+            # Each level is matched with its "/", and a path has one at its end then: so
+            # this may be no level at all.
             out.append("(?:[^/]+/)*")
         else:
             parts = [re.escape(part) for part in segment.split("*")]
@@ -266,6 +268,7 @@ def matching(text: str, paths: Iterable[str]) -> list[str]:
         return [path for path in paths if plain(path) == text]
     regex, found = pattern(text), list[str]()
     for path in paths:
+        # Depth first: what lies below a match follows it at once.
         below = found and path.startswith(found[-1] + "/")
         if not below and regex.fullmatch(plain(path) + "/"):
             found.append(path)
@@ -286,6 +289,7 @@ def require_one_meaning(text: str, matched: list[str], called: str) -> None:
 
 def prefixes(path: str) -> Iterator[str]:
     """Yield `a`, `a/b`, `a/b/c` for `a/b/c`; a quoted key is one level."""
+    # Of the same length, as the slashes are looked for by their places.
     bare = _QUOTED.sub(lambda found: "_" * len(found[0]), path)
     for end in re.finditer(r"/|\Z", bare):
         yield path[: end.start()]
@@ -346,6 +350,7 @@ def _below(tree: Any, root: str, full: str) -> Iterator[tuple[str, str, Any]]:
     for path, child in jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is not tree
     )[0]:
+        # A leaf is flattened to itself, at the empty path.
         if path:
             names = joined(root, printed(path)), joined(full, exact(path))
             yield (*names, child)
@@ -361,6 +366,7 @@ def paths_of(tree: Any) -> list[list[str]]:
     """For each leaf: the paths of all that it lies in, its own last; see `nodes`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     known: dict[Any, tuple[str, str]] = {(): ("", "")}
+    # Each node is printed once, however many leaves are below it.
     for path, _ in flat:
         for k in range(1, len(path) + 1):
             if path[:k] not in known:

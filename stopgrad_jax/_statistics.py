@@ -25,9 +25,9 @@ from ._gate.summaries import (
     summary_dtype,
 )
 from ._program.arguments import cotangents, default_ys
-from ._program.lookup import Program, listed, look_up
+from ._program.lookup import LookedUp, addresses_in, look_up
 from ._program.refuse import refuse_factors, refuse_loops, refuse_outputs, refuse_rules
-from ._program.trace import Traced, Value, filled, trace
+from ._program.trace import Place, Traced, arrays_at, trace
 from ._program.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
 from ._reach.differentiate import Differentiation
 
@@ -103,8 +103,8 @@ def gradient_stats(
     require_function(fun, "gradient_stats")
     over = "" if ys is None else f", ys={shown(ys)}"
     called = f"gradient_stats({function_name(fun)}, {shown(xs)}{over})"
-    wanted = listed(xs, called, "xs")
-    asked = None if ys is None else listed(ys, called, "ys")
+    wanted = addresses_in(xs, called, "xs")
+    asked = None if ys is None else addresses_in(ys, called, "ys")
     if not wanted:
         raise wrong(
             TypeError,
@@ -125,13 +125,13 @@ def gradient_stats(
 
 def measured(
     traced: Traced,
-    xs: Iterable[Value],
+    xs: Iterable[Place],
     stats: Iterable[Address],
     called: str,
     *,
     ys: Any = None,
     has_aux: bool = False,
-) -> tuple[Any, dict[Value, jax.Array], dict[str, Stats]]:
+) -> tuple[Any, dict[Place, jax.Array], dict[str, Stats]]:
     """Differentiate a traced function once, for gradients and for their statistics.
 
     Returns its result (if there are `xs`), the gradients of those xs that are
@@ -166,11 +166,11 @@ def measured(
         else:
             cause = differentiation.why(place)
             result[path] = _no_stats(program, place, cause)
-    value = filled(traced.output, {"output": out}) if xs else None
+    value = arrays_at(traced.output, {"output": out}) if xs else None
     return value, {x: found[x] for x in xs if x in found}, result
 
 
-def _totals(program: Program, place: Value, gradient: Any) -> tuple[jax.Array, int]:
+def _totals(program: LookedUp, place: Place, gradient: Any) -> tuple[jax.Array, int]:
     """Return the summary of a gradient, and how many entries it is of, in each step."""
     if place.kind == "point":
         at = program.plan.found[place.index]
@@ -182,7 +182,7 @@ def _totals(program: Program, place: Value, gradient: Any) -> tuple[jax.Array, i
     return totals, size * devices * around
 
 
-def _no_stats(program: Program, place: Value, cause: str) -> Stats:
+def _no_stats(program: LookedUp, place: Place, cause: str) -> Stats:
     point = place.kind == "point"
     steps = program.plan.found[place.index].steps if point else ()
     dtype = summary_dtype(program.types[place].dtype)
@@ -208,7 +208,7 @@ class _Place:
     address: Address
     root: str
     path: str
-    value: Value
+    value: Place
 
     @property
     def name(self) -> str:
@@ -217,9 +217,9 @@ class _Place:
         return whole + self.path[len(self.root) :]
 
 
-def _named(places: Sequence[_Place]) -> dict[str, Value]:
+def _named(places: Sequence[_Place]) -> dict[str, Place]:
     """Return each place by its path; by its address where that is another's path."""
-    at: dict[str, set[Value]] = {}
+    at: dict[str, set[Place]] = {}
     for place in places:
         at.setdefault(place.path, set()).add(place.value)
     shared = {p.address for p in places if len(at[p.path]) > 1}
@@ -227,7 +227,7 @@ def _named(places: Sequence[_Place]) -> dict[str, Value]:
 
 
 def _places(
-    program: Program, addresses: Iterable[Address], called: str
+    program: LookedUp, addresses: Iterable[Address], called: str
 ) -> Iterator[_Place]:
     """Yield each array that is asked for."""
     for address in addresses:
@@ -235,7 +235,7 @@ def _places(
             _Place(address, root, path, place)
             for root, tree in program.matched[address].places.items()
             for path, place in nodes(tree, root)
-            if isinstance(place, Value)
+            if isinstance(place, Place)
         ]
         types = [program.types[place.value] for place in every]
         pairs = zip(every, types, strict=True)

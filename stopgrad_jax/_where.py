@@ -111,6 +111,7 @@ def _at_addresses(tree: Any, addresses: list[Any], called: str) -> list[bool]:
             excluded.append(tops)
         else:
             selected |= tops
+    # Addresses add up, those with "!" too: "!a" and "!b" are together all leaves.
     return [
         not selected.isdisjoint(above)
         or any(tops.isdisjoint(above) for tops in excluded)
@@ -131,6 +132,7 @@ def _tops(
             'a path such as "encoder/**/kernel"',
         )
     text = str(address)
+    # A key may begin with "!" itself.
     negated = text.startswith("!") and text not in known
     wanted = text[1:] if negated else text
     tops = matching(wanted, known)
@@ -214,6 +216,7 @@ def _is_bool(x: Any) -> bool:
 def _some_gradient(
     tree: Any, chosen: list[bool], where: Where, called: str
 ) -> list[bool]:
+    """Keep what carries a gradient of a selection; refuse one in which nothing does."""
     leaves = _leaves(tree)
     pairs = zip(chosen, leaves, strict=True)
     chosen = [c and _jax.carries_gradient(leaf) for c, (_, leaf) in pairs]
@@ -250,6 +253,7 @@ def leaves_like(tree: Any, like: Any) -> list[Any]:
         return [None] * len(jax.tree.leaves(like))
     if jax.tree_util.all_leaves([like]):  # not so an empty container, nor None
         return [tree]
+    # Level by level, since None may stand for a whole subtree at each.
     is_child = lambda node: node is not like  # noqa: E731
     children, structure = jax.tree.flatten(like, is_leaf=is_child)
     parts = structure.flatten_up_to(tree)

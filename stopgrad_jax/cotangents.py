@@ -26,6 +26,7 @@ from ._gate.primitive import varying_together
 from ._gate.rule import Rule, program
 from ._gate.rules import ABOVE, BELOW, BETWEEN, FINITE, NormClip
 from ._gate.trees import all_at_once, axis_index, leaf_by_leaf, require_gradient
+from ._trees import Split
 
 __all__ = [
     "clip_gradient",
@@ -198,12 +199,11 @@ def transform_gradient(
     leaves, structure = jax.tree.flatten(tree)
     require_gradient(leaves, called)
     function: Callable[[Any], Any] = stateless(fn, called) if is_optax else fn  # pyright: ignore
-    carries = [_jax.carries_gradient(x) for x in leaves]
-    arrays = [jnp.asarray(x) for x, c in zip(leaves, carries, strict=True) if c]
+    carry = Split([_jax.carries_gradient(x) for x in leaves])
+    arrays = list(map(jnp.asarray, carry.chosen(leaves)))
 
     def flat(*cts: Any) -> list[Any]:
-        given = iter(cts)
-        ct = structure.unflatten([next(given) if c else None for c in carries])
+        ct = structure.unflatten(carry.joined(cts, [None] * len(leaves)))
         return same_types(ct, function(ct), called)
 
     arrays = [_jax.vary(x, varying_together(arrays)) for x in arrays]

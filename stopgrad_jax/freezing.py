@@ -19,6 +19,7 @@ import stopgrad_jax._jax as _jax
 from ._address import leaf_paths, printed
 from ._edge import public
 from ._errors import beats, shortened, type_of, wrong
+from ._trees import Split
 from ._where import Where, is_predicate, leaves_like, selected
 
 __all__ = ["freeze", "migrate_state"]
@@ -278,8 +279,7 @@ def _given(x: Any, params: Any, trains: list[bool]) -> Any:
     def whole(tree: Any) -> Any:
         if jax.tree.structure(tree) != hidden:
             return tree
-        mine, pairs = iter(jax.tree.leaves(tree)), zip(leaves, trains, strict=True)
-        return structure.unflatten(next(mine) if t else leaf for leaf, t in pairs)
+        return structure.unflatten(Split(trains).joined(jax.tree.leaves(tree), leaves))
 
     if is_predicate(x):
 

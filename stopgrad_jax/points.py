@@ -21,7 +21,7 @@ from ._edge import public
 from ._errors import function_name, wrong
 from ._program.arguments import perturbations_by_place, require_keys
 from ._program.edits import kept, same_type
-from ._program.lookup import Program, listed, look_up
+from ._program.lookup import LookedUp, addresses_in, look_up
 from ._program.perturbation import shift
 from ._program.refuse import (
     refuse_differentiated,
@@ -30,8 +30,8 @@ from ._program.refuse import (
     refuse_rules,
 )
 from ._program.rewrite import Actions, Rewriter
-from ._program.search import Leaf, PointName
-from ._program.trace import Value, filled, is_traceable, trace
+from ._program.search import NamedLeaf, PointName
+from ._program.trace import Place, arrays_at, is_traceable, trace
 from ._program.wanted import Wanted
 from ._reach.closures import refusing
 
@@ -83,10 +83,9 @@ def name(tree: T, name: str) -> T:
     if paths == [""] and is_traceable(tree):
         return checkpoint_name(tree, name)
     names = [f"{name}/{path}" if path else name for path in paths]
-    template = jax.tree.unflatten(
-        structure,
-        [Leaf(n) if is_traceable(x) else x for n, x in zip(names, flat, strict=True)],
-    )
+    pairs = zip(names, flat, strict=True)
+    marked = [NamedLeaf(n) if is_traceable(x) else x for n, x in pairs]
+    template = jax.tree.unflatten(structure, marked)
     leaves = [
         checkpoint_name(x, PointName(n, name, template)) if is_traceable(x) else x
         for n, x in zip(names, flat, strict=True)
@@ -126,7 +125,7 @@ def capture(
     """
     require_function(fun, "capture")
     called = f"capture({function_name(fun)}, {shown(names)})"
-    addresses = listed(_as_list(names), called, "names")
+    addresses = addresses_in(_as_list(names), called, "names")
 
     @public
     @functools.wraps(fun)
@@ -140,8 +139,10 @@ def capture(
         traced = program.traced
         out, values = Rewriter(actions).run(program.plan, traced.leaves, none, None)
         places = {"argument": traced.leaves, "output": out, "point": values}
-        result = filled(traced.output, places)
-        return result, {a: filled(program.matched[a].tree, places) for a in addresses}
+        result = arrays_at(traced.output, places)
+        return result, {
+            a: arrays_at(program.matched[a].tree, places) for a in addresses
+        }
 
     return captured
 
@@ -186,7 +187,7 @@ def edit(
     _require_edits(edits)
     keys = ", ".join(map(repr, edits))
     called = f"edit({function_name(fun)}, {{{keys:.80}}})"
-    addresses = listed(list(edits), called, "addresses")
+    addresses = addresses_in(list(edits), called, "addresses")
 
     @public
     @functools.wraps(fun)
@@ -209,7 +210,7 @@ def edit(
         out, _ = run(program.plan, leaves, none, None)
         for address in addresses:
             _edit_places(program, address, "output", out, edits[address])
-        return filled(traced.output, {"output": out, "argument": leaves})
+        return arrays_at(traced.output, {"output": out, "argument": leaves})
 
     return edited
 
@@ -249,7 +250,7 @@ def perturb(
     """
     require_function(fun, "perturb")
     called = f"perturb({function_name(fun)}, {shown(names)})"
-    addresses = listed(_as_list(names), called, "names")
+    addresses = addresses_in(_as_list(names), called, "names")
 
     @public
     def perturbed(perturbations: Mapping[Address, Any], *args: Any, **kwargs: Any) -> T:
@@ -264,14 +265,14 @@ def perturb(
         given = perturbations_by_place(program, addresses, perturbations, called)
 
         def perturbed_at(kind: str, values: list[Any]) -> list[Any]:
-            pairs = ((x, given.get(Value(kind, k))) for k, x in enumerate(values))
+            pairs = ((x, given.get(Place(kind, k))) for k, x in enumerate(values))
             return [x if p is None else shift(x, p) for x, p in pairs]
 
         leaves = perturbed_at("argument", traced.leaves)
-        inside = [given.get(Value("point", k)) for k in range(len(program.plan.found))]
+        inside = [given.get(Place("point", k)) for k in range(len(program.plan.found))]
         run = Rewriter(Actions(once=False)).run
         out = perturbed_at("output", run(program.plan, leaves, inside, None)[0])
-        return filled(traced.output, {"output": out})
+        return arrays_at(traced.output, {"output": out})
 
     return perturbed
 
@@ -296,11 +297,11 @@ def _as_list(names: Any) -> list[Any]:
 
 
 def _edit_places(
-    program: Program, address: Address, kind: str, values: list[Any], function: Any
+    program: LookedUp, address: Address, kind: str, values: list[Any], function: Any
 ) -> None:
     """Apply an edit to each argument or output that its address selects."""
     for path, tree in program.matched[address].places.items():
-        places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
+        places = [v for v in jax.tree.leaves(tree) if isinstance(v, Place)]
         if not places:
             raise wrong(
                 TypeError,
@@ -313,7 +314,7 @@ def _edit_places(
             )
         if places[0].kind != kind:
             continue
-        old = filled(tree, {kind: values})
+        old = arrays_at(tree, {kind: values})
         with _jax.at_width_of(*jax.tree.leaves(old)):
             new = function(old)
         if jax.tree.structure(new) != jax.tree.structure(old):
@@ -325,7 +326,7 @@ def _edit_places(
                 "jax.tree.map(function_of_a_leaf, tree)",
             )
         for place, x in zip(jax.tree.leaves(tree), jax.tree.leaves(new), strict=True):
-            if isinstance(place, Value):
+            if isinstance(place, Place):
                 values[place.index] = same_type(x, values[place.index], path, "")
             else:
                 kept(place.value, x, path)

@@ -22,9 +22,9 @@ from ._checks import option, require_function, shown
 from ._edge import public
 from ._errors import function_name, wrong
 from ._program.arguments import cotangents, default_ys
-from ._program.lookup import Program, listed, look_up
+from ._program.lookup import LookedUp, addresses_in, look_up
 from ._program.refuse import refuse_factors, refuse_loops, refuse_outputs, refuse_rules
-from ._program.trace import Traced, Value, filled, trace
+from ._program.trace import Place, Traced, arrays_at, trace
 from ._program.wanted import TO_DIFFERENTIATE, TO_DIFFERENTIATE_BY
 from ._reach.differentiate import Differentiation
 
@@ -189,9 +189,9 @@ class _Query:
     def __post_init__(self) -> None:
         """Check what can be checked before the function is called."""
         for what in ("xs", "stop_gradients"):
-            listed(getattr(self, what), self.called, what)
+            addresses_in(getattr(self, what), self.called, what)
         if self.ys is not None:
-            listed(self.ys, self.called, "ys")
+            addresses_in(self.ys, self.called, "ys")
         if not jax.tree.leaves(self.xs):
             raise wrong(
                 TypeError,
@@ -223,23 +223,23 @@ class _Query:
             y_tree = program.tree(self.ys)
         pairs = cotangents(program, y_tree, self.grad_ys, called)
         x_tree = program.tree(self.xs)
-        wanted = {v for v in jax.tree.leaves(x_tree) if isinstance(v, Value)}
+        wanted = {v for v in jax.tree.leaves(x_tree) if isinstance(v, Place)}
         ends = [y for y, _ in pairs]
         differentiation = Differentiation(program, wanted, ends, stops, called)
         if self.unconnected == "error":
             self._refuse_unconnected(program, differentiation)
         out, grads = differentiation.gradients(pairs, want_value)
-        value = filled(traced.output, {"output": out}) if want_value else None
+        value = arrays_at(traced.output, {"output": out}) if want_value else None
         return value, self._filled(x_tree, grads, program)
 
     def _refuse_unconnected(
-        self, program: Program, differentiation: Differentiation
+        self, program: LookedUp, differentiation: Differentiation
     ) -> None:
         """Raise if no y is connected to some x, and say where each gradient ends."""
         connected, why = set(differentiation.connected), []
         for address in jax.tree.leaves(self.xs):
             for path, tree in program.matched[address].places.items():
-                below = [(p, v) for p, v in nodes(tree, path) if isinstance(v, Value)]
+                below = [(p, v) for p, v in nodes(tree, path) if isinstance(v, Place)]
                 carry = [
                     (p, v) for p, v in below if _jax.is_differentiable(program.types[v])
                 ]
@@ -257,7 +257,7 @@ class _Query:
                 'unconnected_gradients="none" for None, "zero" for zeros',
             )
 
-    def _filled(self, tree: Any, grads: dict[Value, Any], program: Program) -> Any:
+    def _filled(self, tree: Any, grads: dict[Place, Any], program: LookedUp) -> Any:
         """Put a gradient, or what stands for none, at each place."""
 
         def fill(leaf: Any) -> Any:
@@ -265,7 +265,7 @@ class _Query:
                 return grads[leaf]
             if self.unconnected != "zero":
                 return None
-            if isinstance(leaf, Value):
+            if isinstance(leaf, Place):
                 return _jax.zeros(program.types[leaf])
             numeric = isinstance(leaf.value, bool | int)
             return jnp.zeros_like(jnp.asarray(leaf.value)) if numeric else None

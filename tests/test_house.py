@@ -26,7 +26,7 @@ ARROWS = {
     "estimators": "_gate public",
     "train": "_source _program _reach _statistics public",
 }
-GROUND = "_errors _places _jax _address _where _checks _edge _words".split()
+GROUND = "_errors _places _jax _address _trees _where _checks _edge _words".split()
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
 
 

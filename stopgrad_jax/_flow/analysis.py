@@ -12,10 +12,9 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.flow as _words
 from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._errors import AddressError, wrong
-from stopgrad_jax._program.lookup import Program, look_up
+from stopgrad_jax._program.lookup import LookedUp, look_up
 from stopgrad_jax._program.refuse import refuse_outputs
-from stopgrad_jax._program.trace import Traced
-from stopgrad_jax._program.trace import Value as Place
+from stopgrad_jax._program.trace import Place, Traced
 from stopgrad_jax._program.wanted import Wanted
 from stopgrad_jax._reach.cuts import Analysis, Cut
 from stopgrad_jax._reach.differentiate import needed_for, places, try_gradient
@@ -129,7 +128,7 @@ class Look:
     # What was asked -------------------------------------------------------------
 
     def _asked(
-        self, program: Program
+        self, program: LookedUp
     ) -> Iterator[tuple[str, str, Place, int, bool, Address | None]]:
         """Every place that is looked at: those of xs, then the arguments beside them.
 
@@ -158,7 +157,7 @@ class Look:
                 if place not in seen:
                     yield path, root, place, 0, False, None
 
-    def _outputs_asked(self, program: Program) -> Iterator[tuple[str, Place]]:
+    def _outputs_asked(self, program: LookedUp) -> Iterator[tuple[str, Place]]:
         """Path and place of each output that is differentiated."""
         if self.ys is None:
             trees = [(RETURN, self.traced.output)]

@@ -11,7 +11,7 @@ from stopgrad_jax._checks import require_function, shown
 from stopgrad_jax._edge import Check, public
 from stopgrad_jax._errors import function_name, quoted, wrong
 from stopgrad_jax._page import page
-from stopgrad_jax._program.lookup import listed
+from stopgrad_jax._program.lookup import addresses_in
 from stopgrad_jax._program.trace import trace
 from stopgrad_jax._source.labels import Labels
 
@@ -163,8 +163,8 @@ def _contract(
     require_function(fun, name)
     named = "" if ys is None else f", ys={shown(ys)}"
     called = f"{name}({function_name(fun)}, {shown(xs)}{named})"
-    wanted = listed(xs, called, "xs")
-    asked = None if ys is None else listed(ys, called, "ys")
+    wanted = addresses_in(xs, called, "xs")
+    asked = None if ys is None else addresses_in(ys, called, "ys")
 
     def check(*args: P.args, **kwargs: P.kwargs) -> None:
         traced, labels = trace(fun, args, kwargs), Labels(fun)

@@ -13,7 +13,7 @@ from stopgrad_jax._edge import public
 from stopgrad_jax._errors import AddressError, function_name, quoted, wrong
 from stopgrad_jax._page import Page, page
 from stopgrad_jax._places import printed_file
-from stopgrad_jax._program.lookup import listed
+from stopgrad_jax._program.lookup import addresses_in
 from stopgrad_jax._program.trace import Traced, trace
 from stopgrad_jax._source.labels import Labels, code_of
 
@@ -280,8 +280,8 @@ def flow(
     """
     require_function(fun, "flow")
     called = f"flow({function_name(fun)})"
-    wanted = None if xs is None else listed(xs, called, "xs")
-    asked = None if ys is None else listed(ys, called, "ys")
+    wanted = None if xs is None else addresses_in(xs, called, "xs")
+    asked = None if ys is None else addresses_in(ys, called, "ys")
 
     @public
     @functools.wraps(fun)

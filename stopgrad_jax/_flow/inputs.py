@@ -9,7 +9,7 @@ from typing import Any
 
 from stopgrad_jax._address import Address
 from stopgrad_jax._errors import type_of
-from stopgrad_jax._program.trace import Value as Place
+from stopgrad_jax._program.trace import Place
 from stopgrad_jax._reach.graph import Value
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import beats, type_of, wrong
+from stopgrad_jax._trees import Split
 from stopgrad_jax._where import leaves_like
 
 from .primitive import gate
@@ -31,27 +32,29 @@ def attached(
     """
     leaves, structure = jax.tree.flatten(out)
     require_gradient(leaves, f"{called}: the result")
-    learns = [_jax.carries_gradient(x) for x in leaves]
-    values = [jnp.asarray(x) for x, c in zip(leaves, learns, strict=True) if c]
-    # All that the backward pass reads and that may be traced is handed to the gate.
+    learns = Split([_jax.carries_gradient(x) for x in leaves])
+    values = list(map(jnp.asarray, learns.chosen(leaves)))
+    # All that the backward pass reads and that may be traced is handed to the gate:
+    # it runs when the trace in which it was written may have ended.
     known, read = jax.tree.flatten((args, keywords, leaves))
-    is_array = [_jax.carries_gradient(x) or isinstance(x, jax.Array) for x in known]
-    arrays = [jnp.asarray(x) for x, a in zip(known, is_array, strict=True) if a]
+    handed = Split(
+        [_jax.carries_gradient(x) or isinstance(x, jax.Array) for x in known]
+    )
+    arrays = list(map(jnp.asarray, handed.chosen(known)))
     connected: list[int] = []  # which leaves of the arguments get a cotangent
 
     def flat(*operands: Any) -> list[Any]:
-        results = iter(operands[: len(values)])
-        given = iter(operands[len(values) : -len(values)])
-        cts = iter(operands[-len(values) :])
-        filled = [next(given) if a else x for x, a in zip(known, is_array, strict=True)]
-        args, keywords, old = read.unflatten(filled)
-        new = [next(results) if c else x for x, c in zip(old, learns, strict=True)]
-        ct = structure.unflatten([next(cts) if c else None for c in learns])
-        pulled = backward(ct, structure.unflatten(new), *args, **keywords)
+        count = len(values)
+        new, given, cts = operands[:count], operands[count:-count], operands[-count:]
+        args, keywords, old = read.unflatten(handed.joined(given, known))
+        out = structure.unflatten(learns.joined(new, old))
+        ct = structure.unflatten(learns.joined(cts, [None] * len(leaves)))
+        pulled = backward(ct, out, *args, **keywords)
         pairs = list(enumerate(_cotangents(pulled, args, called)))
         connected[:] = [k for k, ct in pairs if ct is not None]
         return [ct for _, ct in pairs if ct is not None]
 
+    # Cotangents are typed as the values are: these stand for them while it is traced.
     pull, closed_over = program(flat, *values, *arrays, *values)
     rule = Rule(
         "with_backward",
@@ -64,9 +67,8 @@ def attached(
     )
     flat_args = jax.tree.leaves(args)
     sources = [jnp.asarray(flat_args[k]) for k in connected]
-    results = iter(gate(values, sources, [*arrays, *closed_over], rule))
-    pairs = zip(leaves, learns, strict=True)
-    return structure.unflatten([next(results) if c else x for x, c in pairs])
+    gated = gate(values, sources, [*arrays, *closed_over], rule)
+    return structure.unflatten(learns.joined(gated, leaves))
 
 
 def _cotangents(pulled: Any, args: tuple, called: str) -> list[Any]:
@@ -99,6 +101,7 @@ def _cotangents(pulled: Any, args: tuple, called: str) -> list[Any]:
 
 
 def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
+    # float0 is the cotangent that JAX itself gives to an integer.
     if ct is None or getattr(ct, "dtype", None) == jax.dtypes.float0:
         return None
     if not _jax.carries_gradient(leaf):
@@ -119,6 +122,8 @@ def _cotangent(ct: Any, leaf: Any, number: int, called: str) -> Any:
             "None, where nothing flows",
         )
     ct = jnp.asarray(ct)
+    # What is computed from Python numbers takes the value's dtype, as everywhere in
+    # JAX; but a cast from complex to real would drop a part without a word.
     real = jnp.iscomplexobj(leaf) or not jnp.iscomplexobj(ct)
     if getattr(ct, "weak_type", False) and real:
         ct = ct.astype(leaf.dtype)

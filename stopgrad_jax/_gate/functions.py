@@ -12,7 +12,11 @@ from stopgrad_jax._errors import shortened, type_of, wrong
 
 
 def stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
+    """Return an optax transformation as a function of a cotangent, if it can be one."""
+
     def update(ct: Any) -> Any:
+        # A backward pass is run any number of times, and in no order: there is no next
+        # step that could read a state.
         state = transformation.init(ct)
         if jax.tree.leaves(state):
             raise wrong(
@@ -25,6 +29,7 @@ def stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
         try:
             return transformation.update(ct, state, None)[0]
         except ValueError as error:
+            # By its text: optax has no type of its own for this error.
             if "params" not in str(error):
                 raise
             raise wrong(
@@ -39,6 +44,11 @@ def stateless(transformation: Any, called: str) -> Callable[[Any], Any]:
 
 
 def same_types(ct: Any, out: Any, called: str) -> list[Any]:
+    """Return the leaves of what a user's function made of a cotangent, type for type.
+
+    Of another shape or dtype JAX would refuse it in the backward pass, in words that
+    name neither the gate nor the function.
+    """
     leaves, structure = jax.tree.flatten(ct)
     if jax.tree.structure(out) != structure:
         raise wrong(

@@ -91,12 +91,18 @@ def _gate_jvp(primals: Arrays, tangents: Arrays, *, rule: Rule, split: Any) -> A
     out = gate_p.bind(*primals, rule=rule, split=split)
     value_dots, dots, _ = _parts(tangents, split)
     parameters = _parts(primals, split)[2]
+    # The values have their derivative from the sources alone: what else moves them was
+    # closed over, and `pull` has no cotangent for it.
     if rule.only_sources and not all(map(_is_zero, value_dots)):
         raise ValueError(rule.only_sources)
     if all(map(_is_zero, dots)):
         return out, _zeros(out)
     dots = [ad.instantiate_zeros(dot) for dot in dots]
+    # `out`, and not the values that went in: those of `with_backward` are computed from
+    # stopped arguments, so a second derivative would miss that they move.
     residuals = (*out, *parameters) if rule.reads_values else parameters
+    # The tangents do not tell them: a function's results are neither as many as its
+    # arguments nor of their shapes.
     types = tuple(jax.typeof(x).to_tangent_aval() for x in out)
     operands = (*dots, *residuals)
     return out, pullback_p.bind(*operands, rule=rule, count=len(dots), types=types)
@@ -113,6 +119,7 @@ def _pullback_jvp(primals: Arrays, tangents: Arrays, **params: Any) -> Any:
     if not all(map(_is_zero, dots)):
         dots = [ad.instantiate_zeros(dot) for dot in dots]
         result = pullback_p.bind(*dots, *residuals, **params)
+    # The product rule: above is the term of the tangents, here that of the parameters.
     if rule.linear and moved:  # a factor that is itself differentiated
         result = list(
             map(ad.add_tangents, result, _along(rule, primals, residual_dots))
@@ -156,9 +163,13 @@ def _pullback_transpose(
     cts: Arrays, *operands: Any, rule: Rule, count: int, types: Any
 ) -> Any:
     dots, residuals = operands[:count], operands[count:]
+    # Where no gradient comes there is none to transform, though a function of the
+    # user's may make something of zeros.
     if all(map(_is_zero, cts)):
         return [None] * len(operands)
     pulled = _pull(rule, cts, residuals)
+    # In a `shard_map` a cotangent must differ over the axes that its value does, and
+    # over no others: where the value is the same on all devices it is a sum.
     pulled = [
         _jax.vary_exactly(ct, _jax.varying(dot.aval))
         if ad.is_undefined_primal(dot)
@@ -173,6 +184,7 @@ def _pullback_transpose(
 
 def _mapped(rule: Rule, axis: Any, residual_dims: Sequence[int | None]) -> Rule:
     pull = Mapped(rule.pull, tuple(residual_dims), axis.name, axis.size, axis.spmd_name)
+    # The axis has its name inside `pull` from here on, and is no longer asked for.
     axes = tuple(name for name in rule.axes if name != axis.name)
     return dataclasses.replace(rule, pull=pull, axes=axes)
 
@@ -184,10 +196,15 @@ def _in_front(axis: Any, args: Arrays, dims: Sequence[int | None]) -> list[Any]:
 
 def _gate_batch(axis: Any, args: Arrays, dims: Any, *, rule: Rule, split: Any) -> Any:
     values = split[0]
+    # `psum` counts what is not mapped once for each example: the norm would be too
+    # large by the root of their number, and nothing would tell.
     if axis.name in rule.axes and any(d is None for d in dims[:values]):
         raise ValueError(_not_mapped(rule, axis.name))
+    # Else all that is computed from it would be computed for each example, too.
     if all(d is None for d in dims):
         return gate_p.bind(*args, rule=rule, split=split), [None] * values
+    # Values and sources are mapped even where only a parameter is: one value with a
+    # factor for each example has a cotangent for each.
     end = sum(split)
     front = _in_front(axis, args[:end], dims[:end])
     residual_dims = (0,) * values * rule.reads_values + tuple(dims[end:])
@@ -233,6 +250,7 @@ def _pullback_values(*operands: Any, rule: Rule, count: int, types: Any) -> list
     return list(operands[:count])
 
 
+# Compiled as they are evaluated: the gate to its values, a rule to what it computes.
 for _p, _values, _jvp, _transpose, _batch in (
     (gate_p, _gate_values, _gate_jvp, _gate_transpose, _gate_batch),
     (

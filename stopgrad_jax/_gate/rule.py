@@ -70,13 +70,15 @@ class Mapped:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class TracedRule:
     """A traced function as a `pull`; what it closed over is among the residuals."""
 
     jaxpr: Any
     consts: int
 
     def __call__(self, cts: Arrays, residuals: Arrays) -> Arrays:
+        # The jaxpr takes first what it closed over, see `_jax.closed_over`; the gate
+        # has that behind its own parameters.
         split = len(residuals) - self.consts
         consts, others = residuals[split:], residuals[:split]
         return _jax.evaluate(self.jaxpr, (), [*consts, *others, *cts])
@@ -92,7 +94,7 @@ class Refusal:
         raise TypeError(self.message)
 
 
-def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
+def program(fun: Callable[..., Any], *examples: Any) -> tuple[TracedRule, Arrays]:
     """Trace a flat function on values like the examples.
 
     Returns the program and what it closes over.
@@ -101,6 +103,8 @@ def program(fun: Callable[..., Any], *examples: Any) -> tuple[Program, Arrays]:
     called much later, in another trace. So whatever `fun` closes over is handed to
     the gate as a parameter.
     """
+    # A new function each time: JAX keeps a jaxpr by the function that it is of, with
+    # the values that this closed over then.
     closed = jax.make_jaxpr(lambda *args: fun(*args))(*examples)
     jaxpr, consts = _jax.closed_over(closed)
-    return Program(jaxpr, len(consts)), consts
+    return TracedRule(jaxpr, len(consts)), consts

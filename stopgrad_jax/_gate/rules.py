@@ -28,6 +28,7 @@ def _negated(cts: Any, parameters: Any) -> Any:
 
 
 def _masked(cts: Any, parameters: Any) -> Any:
+    # No product with the mask: that of a nan or an infinity and 0 is nan.
     kept = ranked(parameters[0], cts[0])
     return [jnp.where(kept, cts[0], jnp.zeros((), cts[0].dtype))]
 

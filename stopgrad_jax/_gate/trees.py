@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._checks import require_broadcast
 from stopgrad_jax._errors import shortened, type_of, wrong
+from stopgrad_jax._trees import Split
 
 from .primitive import gate
 from .rule import Rule
@@ -42,11 +43,10 @@ def all_at_once(tree: Any, parameters: Sequence[Any], rule: Rule, called: str) -
     """Gate all leaves together: the rule sees every cotangent of the tree."""
     leaves, structure = jax.tree.flatten(tree)
     require_gradient(leaves, called)
-    arrays = [jnp.asarray(x) for x in leaves if _jax.carries_gradient(x)]
-    gated = iter(gate(arrays, arrays, parameters, rule))
-    return structure.unflatten(
-        [next(gated) if _jax.carries_gradient(x) else x for x in leaves]
-    )
+    carry = Split([_jax.carries_gradient(x) for x in leaves])
+    arrays = list(map(jnp.asarray, carry.chosen(leaves)))
+    gated = gate(arrays, arrays, parameters, rule)
+    return structure.unflatten(carry.joined(gated, leaves))
 
 
 def require_gradient(leaves: Sequence[Any], called: str) -> None:
@@ -85,6 +85,8 @@ def axis_index(name: str, called: str) -> jax.Array:
 
 def in_dtype_of_both(pull: Callable[[Any, Any], Any], ct: Any, p: Any) -> Any:
     """Apply `pull` in the wider dtype of the two, and round once."""
+    # In bfloat16 a float32 factor would be rounded before the product, and the product
+    # once more. An integer has no precision to lose.
     inexact = jnp.issubdtype(p.dtype, jnp.inexact)
     wider = inexact and p.dtype.itemsize > ct.dtype.itemsize
     dtype = p.dtype if wider else ct.dtype

@@ -24,6 +24,7 @@ def tracers_in(values: Iterable[Any]) -> Iterator[Any]:
     waiting, seen = list(values), set[int]()
     while waiting:
         x = waiting.pop()
+        # Functions hold each other, and one that calls itself holds itself.
         if id(x) in seen:
             continue
         seen.add(id(x))

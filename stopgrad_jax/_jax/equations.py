@@ -11,14 +11,11 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 from jax.extend import core, source_info_util
 from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 
-from .closures import is_filled, tracers_in
-from .places import OWN, is_own
-from .types import is_traced
+from .places import is_own
 
 Jaxpr = core.Jaxpr
 ClosedJaxpr: Any = core.ClosedJaxpr  # type: ignore
@@ -91,7 +88,7 @@ def programs_in(eqn: Any) -> list[Any]:
     That is in the parameter `_prim`, and holds jaxprs or what `jax.jit(f).trace` gives.
     """
     found = inner_jaxprs(eqn)
-    for value in vars(_high(eqn) or types.SimpleNamespace()).values():
+    for value in vars(high_of(eqn) or types.SimpleNamespace()).values():
         traced = isinstance(value, jax.stages.Traced)
         value = value.jaxpr if traced else value
         if isinstance(value, Jaxpr | ClosedJaxpr):
@@ -108,7 +105,7 @@ def differentiated_in(eqn: Any) -> list[Any]:
     if eqn.primitive.name == "custom_linear_solve":
         jaxprs = eqn.params["jaxprs"]
         return [x for x in (jaxprs.matvec, jaxprs.vecmat) if x is not None]
-    root = _high(eqn)
+    root = high_of(eqn)
     if type(root).__name__ == "CustomRoot":
         _, guess, consts, _ = root.in_avals
         return [jax.make_jaxpr(root.f)(consts, guess)]
@@ -160,6 +157,7 @@ def is_ref(aval: Any) -> bool:
 def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
     """Return the shardings a `jit` asks for its operands and results, or None each."""
 
+    # JAX has an object for a sharding that nobody asked for; it is not public.
     def asked(key: str) -> list[Any]:
         every = eqn.params[key]
         return [s if isinstance(s, jax.sharding.Sharding) else None for s in every]
@@ -184,8 +182,9 @@ _HIGH = {
 }
 
 
-def _high(eqn: Any) -> Any:
+def high_of(eqn: Any) -> Any:
     """Object of a `call_hi_primitive` of JAX's own, or None."""
+    # Another package may have such an object too, with any parameters.
     high = (
         eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
     )
@@ -194,12 +193,12 @@ def _high(eqn: Any) -> Any:
 
 def kind_of(eqn: Any) -> str:
     """Name what an equation is: its primitive, by its older name if it has two."""
-    return _HIGH.get(type(_high(eqn)).__name__) or eqn.primitive.name
+    return _HIGH.get(type(high_of(eqn)).__name__) or eqn.primitive.name
 
 
 def params_of(eqn: Any) -> Mapping[str, Any]:
     """Parameters of an equation, by their older names."""
-    high = _high(eqn)
+    high = high_of(eqn)
     if high is None:
         return eqn.params
     traced = high.params.get("traced")
@@ -260,94 +259,6 @@ CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 NAMED = ("jit", *CUSTOM)  # what they call has a name of its own
 
 
-def has_own_jvp(eqn: Any) -> bool:
-    """Tell the call of a `custom_jvp`."""
-    return kind_of(eqn) == CUSTOM[0]
-
-
-def has_own_vjp(eqn: Any) -> bool:
-    """Tell the call of a `custom_vjp`."""
-    return kind_of(eqn) == CUSTOM[1]
-
-
-def sees_which_move(eqn: Any) -> bool:
-    """Tell a derivative rule that is told which operands are differentiated.
-
-    A custom rule with symbolic zeros is, and one whose function closes over arrays: JAX
-    hands those over as leading operands, and raises where one of them moves. So is the
-    rule that another package has given to a primitive of its own.
-    """
-    name = eqn.primitive.name
-    if name in CUSTOM:
-        return bool(eqn.params["symbolic_zeros"] or eqn.params["num_consts"])
-    if name == "gate":
-        return eqn.params["rule"].only_sources is not None
-    return name == "call_hi_primitive" or not _has_rule_of_jax(eqn.primitive)
-
-
-def _has_rule_of_jax(primitive: Any) -> bool:
-    """Tell whether JAX, or this package, differentiates a primitive."""
-    rule = ad.primitive_jvps.get(primitive)
-    while isinstance(rule, functools.partial):
-        rule = rule.func
-    code = getattr(rule, "__code__", None)
-    return rule is None or (code is not None and code.co_filename.startswith(OWN))
-
-
-def custom_rule(eqn: Any) -> tuple[Any, ...] | None:
-    """Return the user's functions behind a custom rule, to tell rules apart.
-
-    JAX wraps a rule anew at every call, so two calls of `relu` hold different
-    objects; the functions in their closures are the same. None: not found, and
-    the caller must take every call for a different rule.
-    """
-    high, found = _high(eqn), list[Any]()
-    if high is not None:
-        rules = [v for v in high.params.values() if isinstance(v, types.FunctionType)]
-        written = [f for rule in rules for f in _written(rule)]
-        return (high.in_tree, high.params["symbolic_zeros"], *written)
-    wraps = [v for v in eqn.params.values() if hasattr(v, "call_wrapped")]
-    for _ in range(4):  # the wrappers are three closures deep on 0.10 and 0.12
-        inner = []
-        for wrapped in wraps:
-            function = wrapped.f if hasattr(wrapped, "call_wrapped") else wrapped
-            for transform in getattr(wrapped, "transforms", ()):
-                static = [p for p in transform[1] if not callable(p)]
-                found.append((transform[0], *static))
-            cells = [
-                c.cell_contents for c in getattr(function, "__closure__", None) or ()
-            ]
-            hidden = [c for c in cells if hasattr(c, "call_wrapped")]
-            hidden += [c for c in cells if _is_jax_closure(c)]
-            if hidden and _is_jax_closure(function):
-                inner += hidden
-            else:
-                found.append(function)
-        wraps = inner
-    return tuple(found) if found and not wraps else None
-
-
-def closes_over_tracers(eqn: Any) -> bool:
-    """Tell whether a custom rule closes over a value that was traced with it.
-
-    JAX calls the rule when a derivative is taken; that value's trace has ended by then.
-    """
-    return any(True for _ in tracers_in(custom_rule(eqn) or ()))
-
-
-def _written(rule: types.FunctionType) -> list[types.FunctionType]:
-    """Functions that a function of JAX closes over, or itself."""
-    cells = [c.cell_contents for c in rule.__closure__ or ()]
-    inner = [f for f in cells if isinstance(f, types.FunctionType)]
-    own = rule.__code__.co_filename.startswith(OWN[0])
-    return inner if own and inner else [rule]
-
-
-def _is_jax_closure(f: Any) -> bool:
-    module = getattr(f, "__module__", None) or ""
-    return callable(f) and module == "jax._src.interpreters.partial_eval"
-
-
 def returns_tree(eqn: Any) -> bool:
     """Tell what returns the arrays of whatever its function returns."""
     return eqn.primitive.name in ("jit", "scan")
@@ -366,54 +277,3 @@ def result_paths(eqn: Any) -> tuple[str, ...] | None:
     if paths is None or len(paths) != len(eqn.outvars):
         return None
     return tuple(str(path).removeprefix("result") for path in paths)
-
-
-def rule_site(eqn: Any) -> str:
-    """Return `file:line` of the function that has this custom rule, or "".
-
-    `jax.custom_gradient` wraps the user's function in its own: then it is the one that
-    the wrapper closes over.
-    """
-    debug_info = opened(params_of(eqn)["call_jaxpr"])[0].debug_info
-    place = debug_info.func_src_info.partition(" at ")[2] if debug_info else ""
-    if not is_own(place):
-        return place
-    for rule in custom_rule(eqn) or ():
-        for cell in getattr(rule, "__closure__", None) or ():
-            code = is_filled(cell) and getattr(cell.cell_contents, "__code__", None)
-            if code and not is_own(code.co_filename):
-                return f"{code.co_filename}:{code.co_firstlineno}"
-    return place
-
-
-# Traces -------------------------------------------------------------------------
-
-
-def is_no_reverse(error: Exception) -> bool:
-    """Tell JAX's refusal to differentiate a while loop backwards from other errors."""
-    return isinstance(error, ValueError) and "Reverse-mode" in str(error)
-
-
-# Arrays -------------------------------------------------------------------------
-
-
-def mark(array: Any, owner: object) -> None:
-    """Note on an array what owns it; copies and aliases have no mark.
-
-    An attribute, where arrays can have one: a registry of weak references would take
-    as long as the call of a compiled step. Without a mark an array is copied, not lost.
-    """
-    if isinstance(array, jax.Array) and not is_traced(array):
-        with contextlib.suppress(AttributeError):
-            array._stopgrad_jax_owner = owner  # type: ignore
-
-
-def owner_of(array: Any) -> object | None:
-    """Return what `mark` was last called with for this very array."""
-    return getattr(array, "_stopgrad_jax_owner", None)
-
-
-def is_key(x: Any) -> bool:
-    """Tell a PRNG key, or another value of a dtype that NumPy does not have."""
-    dtype = getattr(x, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)

@@ -47,6 +47,11 @@ def is_of_a_closure(error: Exception) -> bool:
     return coming or isinstance(error, jax.errors.UnexpectedTracerError)
 
 
+def is_no_reverse(error: Exception) -> bool:
+    """Tell JAX's refusal to differentiate a while loop backwards from other errors."""
+    return isinstance(error, ValueError) and "Reverse-mode" in str(error)
+
+
 def message_of(error: Exception) -> str:
     """Return the type and the message of an error, as they were where it was raised.
 
@@ -54,6 +59,7 @@ def message_of(error: Exception) -> str:
     """
     lines = [row for row in str(error).splitlines() if row.strip()]
     frames = [k for k, row in enumerate(lines) if row.startswith('  File "')]
+    # Behind the last frame, whose lines are indented: a message may have several.
     for row in lines[frames[-1] :] if frames else ():
         if row[0] != " ":
             return row

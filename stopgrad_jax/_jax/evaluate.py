@@ -111,6 +111,7 @@ def _product(eqn: Any, k: int) -> Any:
     )
 
 
+# Traced once for each pair of types, as `as_called` is asked at each evaluation.
 @functools.lru_cache(4096)
 def _call_of(k: int, *avals: Any) -> Any:
     def multiply(*operands: Any) -> Any:

@@ -82,6 +82,8 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
     if not hasattr(traceback, "raw_frames"):
         return _summarized(eqn), False
     frames, sampler = [], False
+    # Every equation has the frames of all that ran around it, and mostly the same as
+    # the last one: each file and each place is looked at once.
     locate = type(traceback).code_addr2location
     for code, address in zip(*traceback.raw_frames(), strict=True):
         file = code.co_filename
@@ -95,6 +97,8 @@ def frames_of(eqn: Any) -> tuple[tuple[Frame, ...], bool]:
                 frame = Frame(code, file, code.co_qualname, *place, identity=id(code))
                 _FRAMES[key] = frame
             frames.append(frame)
+        # The innermost come first: no frame of the user's lies between it and the
+        # equation.
         elif not frames and code.co_filename.startswith(_RANDOM):
             sampler = True
     return tuple(reversed(frames)), sampler
@@ -128,6 +132,7 @@ def stack_of(eqn: Any) -> tuple[tuple[types.CodeType, int], ...]:
     if not hasattr(traceback, "raw_frames"):
         return ()
     frames = zip(*traceback.raw_frames(), strict=True)
+    # From 3.12 on a call has one offset.
     if sys.version_info < (3, 12):
         frames = ((code, _calls(code).get(offset, offset)) for code, offset in frames)
     return tuple(frames)[::-1]

@@ -62,6 +62,7 @@ def also_varying(aval: Any, axes: frozenset[str]) -> Any:
 
 def unchecked_axes() -> frozenset[str]:
     """Mesh axes of the `shard_map(check_vma=False)` that is being traced."""
+    # Without checks not even the index of a device is known to differ.
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return frozenset(a for a in axes if not varying(jax.typeof(jax.lax.axis_index(a))))
 
@@ -169,6 +170,8 @@ def filled(aval: Any, value: Any) -> jax.Array:
 
 def _filled(aval: Any, value: Any) -> jax.Array:
     sharding = explicit_sharding(aval)
+    # `full` has a weak type of a Python number alone, and then the default width: what
+    # is wider or narrower gets a strong one.
     if getattr(aval, "weak_type", False) and sharding is None:
         weak = jax.lax.full(aval.shape, aval.dtype.type(value).item())
         if weak.dtype == aval.dtype:
@@ -194,6 +197,28 @@ def is_traced(x: Any) -> bool:
 def is_tracer(x: Any) -> bool:
     """As `is_traced` of any object, and no code of its own is run, as a proxy has."""
     return jax.core.Tracer in type(x).__mro__
+
+
+def is_key(x: Any) -> bool:
+    """Tell a PRNG key, or another value of a dtype that NumPy does not have."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def mark(array: Any, owner: object) -> None:
+    """Note on an array what owns it; copies and aliases have no mark.
+
+    An attribute, where arrays can have one: a registry of weak references would take
+    as long as the call of a compiled step. Without a mark an array is copied, not lost.
+    """
+    if isinstance(array, jax.Array) and not is_traced(array):
+        with contextlib.suppress(AttributeError):
+            array._stopgrad_jax_owner = owner  # type: ignore
+
+
+def owner_of(array: Any) -> object | None:
+    """Return what `mark` was last called with for this very array."""
+    return getattr(array, "_stopgrad_jax_owner", None)
 
 
 # Tracing at a place -------------------------------------------------------------
@@ -240,6 +265,10 @@ def _closed_at(eqn: Any, function: Callable[..., Any], *avals: Any) -> Any:
         return jax.make_jaxpr(lambda *args: function(*args))(*arguments)
 
     def inside(check_vma: bool) -> Any:
+        """Trace inside a `shard_map`, which knows the names of the axes.
+
+        The program is no array and cannot be returned from it: it is put aside.
+        """
         jaxprs = list[Any]()
 
         def body() -> tuple[()]:

@@ -13,7 +13,7 @@ import stopgrad_jax._words.nonfinite as _words
 from stopgrad_jax._checks import require_function
 from stopgrad_jax._edge import public
 from stopgrad_jax._errors import function_name, wrong
-from stopgrad_jax._program.lookup import listed
+from stopgrad_jax._program.lookup import addresses_in
 from stopgrad_jax._program.trace import require_known, trace
 from stopgrad_jax._source.labels import Labels
 
@@ -75,8 +75,8 @@ def find_nonfinite(
     """
     require_function(fun, "find_nonfinite")
     called = f"find_nonfinite({function_name(fun)})"
-    wanted = None if xs is None else listed(xs, called, "xs")
-    asked = None if ys is None else listed(ys, called, "ys")
+    wanted = None if xs is None else addresses_in(xs, called, "xs")
+    asked = None if ys is None else addresses_in(ys, called, "ys")
 
     @public
     @functools.wraps(fun)

@@ -16,11 +16,10 @@ from stopgrad_jax._address import RETURN, nodes
 from stopgrad_jax._errors import quoted, wrong
 from stopgrad_jax._jax.errors import is_of_a_closure
 from stopgrad_jax._program.arguments import cotangents, default_ys
-from stopgrad_jax._program.lookup import Program as LookedUp
-from stopgrad_jax._program.lookup import look_up
+from stopgrad_jax._program.lookup import LookedUp, look_up
 from stopgrad_jax._program.refuse import refuse_loops, refuse_rules
 from stopgrad_jax._program.rewrite import Actions, Rewriter
-from stopgrad_jax._program.trace import Traced, Value
+from stopgrad_jax._program.trace import Place, Traced
 from stopgrad_jax._program.wanted import TO_DIFFERENTIATE, Wanted
 from stopgrad_jax._reach.closures import holds_closure, not_compiled
 from stopgrad_jax._reach.differentiate import inside_a_closure
@@ -205,7 +204,7 @@ def backward(
             default_ys(traced, False, called)  # raises: it must say which
         return None  # the gradients in it are its own
     y_tree = traced.output if ys is None else looked_up.tree(ys)
-    ends = [v for v in jax.tree.leaves(y_tree) if isinstance(v, Value)]
+    ends = [v for v in jax.tree.leaves(y_tree) if isinstance(v, Place)]
     types = [looked_up.types[y].dtype for y in ends]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in types):
         if ys is None and xs is None:
@@ -270,7 +269,7 @@ def backward(
     )
 
 
-def _handing_out(program: LookedUp, points: Sequence[Value]) -> tuple[Any, Any]:
+def _handing_out(program: LookedUp, points: Sequence[Place]) -> tuple[Any, Any]:
     """Return the function's program with values inside of it among its results."""
     plan = program.plan
     targets = frozenset(t for y in points for t in plan.found[y.index].targets)
@@ -291,13 +290,13 @@ def _constants(jaxpr: Any, consts: Sequence[Any]) -> set[int]:
 
 def _outputs(traced: Traced) -> Iterator[tuple[int, str]]:
     for path, place in nodes(traced.output, RETURN):
-        if isinstance(place, Value):
+        if isinstance(place, Place):
             yield place.index, path
 
 
 def _by(
     program: LookedUp, traced: Traced, xs: list[Any] | None, called: str
-) -> list[Value]:
+) -> list[Place]:
     """Places of the arguments to differentiate by."""
     if xs is None:
         trees = [*traced.positional, *traced.arguments.values()]
@@ -309,8 +308,8 @@ def _by(
     return places
 
 
-def _carrying(program: LookedUp, tree: Any) -> list[Value]:
-    places = [v for v in jax.tree.leaves(tree) if isinstance(v, Value)]
+def _carrying(program: LookedUp, tree: Any) -> list[Place]:
+    places = [v for v in jax.tree.leaves(tree) if isinstance(v, Place)]
     return [v for v in places if _jax.is_differentiable(program.types[v])]
 
 

@@ -32,6 +32,8 @@ def map_jaxprs(eqn: Any, change: Callable[[Any], Any]) -> Any:
             return value
         return new if old is value else value.replace(jaxpr=new)
 
+    # The same object where nothing changes: a jaxpr is known by its identity, and what
+    # was traced of one is looked up by that.
     params = {key: changed(value) for key, value in eqn.params.items()}
     same = all(params[key] is value for key, value in eqn.params.items())
     return eqn if same else eqn.replace(params=params)

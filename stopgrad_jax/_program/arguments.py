@@ -14,8 +14,8 @@ from stopgrad_jax._address import RETURN, Address, nodes
 from stopgrad_jax._checks import shown
 from stopgrad_jax._errors import quoted, type_of, wrong
 
-from .lookup import Program
-from .trace import Traced, Value
+from .lookup import LookedUp
+from .trace import Place, Traced
 
 
 def default_ys(traced: Traced, has_aux: bool, called: str) -> Any:
@@ -31,9 +31,9 @@ def default_ys(traced: Traced, has_aux: bool, called: str) -> Any:
                 "return y, aux",
             )
         output = output[0]
-    places = [v for v in jax.tree.leaves(output) if isinstance(v, Value)]
+    places = [v for v in jax.tree.leaves(output) if isinstance(v, Place)]
     if len(places) != 1:
-        values = [p for p, v in nodes(output, RETURN) if isinstance(v, Value)]
+        values = [p for p, v in nodes(output, RETURN) if isinstance(v, Place)]
         one = f'ys="{values[0]}" for one, ys="return" for the sum' if values else ""
         raise wrong(
             TypeError,
@@ -46,8 +46,8 @@ def default_ys(traced: Traced, has_aux: bool, called: str) -> Any:
 
 
 def cotangents(
-    program: Program, y_tree: Any, grad_ys: Any, called: str
-) -> list[tuple[Value, Any]]:
+    program: LookedUp, y_tree: Any, grad_ys: Any, called: str
+) -> list[tuple[Place, Any]]:
     """Pair each y that can be differentiated with its cotangent; None means ones.
 
     `grad_ys` is structured like the tree of places, or has None in place of a part.
@@ -65,7 +65,7 @@ def cotangents(
         ) from error
     pairs = []
     for ct, tree in zip(given, trees, strict=True):
-        if ct is not None and not isinstance(tree, Value):
+        if ct is not None and not isinstance(tree, Place):
             raise wrong(
                 TypeError,
                 called,
@@ -74,9 +74,11 @@ def cotangents(
                 "a tree of cotangents there, or None for ones",
             )
         for y in jax.tree.leaves(tree):
-            if isinstance(y, Value):
+            if isinstance(y, Place):
                 aval = program.types[y]
                 checked = _ones(aval, called) if ct is None else _like(ct, aval, called)
+                # An integer has no cotangent, but one that is given for it is checked
+                # all the same.
                 if _jax.is_differentiable(aval):
                     checked = _jax.sharded_as(checked, aval)
                     pairs.append((y, _jax.vary(checked, _jax.varying(aval))))
@@ -128,17 +130,17 @@ def require_keys(perturbations: Any, addresses: Sequence[Address], called: str) 
 
 
 def perturbations_by_place(
-    program: Program, addresses: Sequence[Address], perturbations: Any, called: str
-) -> dict[Value, Any]:
+    program: LookedUp, addresses: Sequence[Address], perturbations: Any, called: str
+) -> dict[Place, Any]:
     """Perturbations by the place that they perturb, checked."""
-    given: dict[Value, Any] = {}
+    given: dict[Place, Any] = {}
     for address in addresses:
         tree, mine = program.matched[address].tree, perturbations[address]
         if jax.tree.structure(tree) != jax.tree.structure(mine):
             expected = jax.tree.structure(tree)
             raise _wrong(called, address, f"a tree like {expected}", mine, None)
         for place, p in zip(jax.tree.leaves(tree), jax.tree.leaves(mine), strict=True):
-            if not isinstance(place, Value):
+            if not isinstance(place, Place):
                 continue
             aval = program.types[place]
             p = _jax.number_like(p, aval)
@@ -148,6 +150,7 @@ def perturbations_by_place(
                 _require_zero(p, called, address)  # of which there is no sum
                 continue
             with _jax.at_width_of(aval):
+                # Two addresses may select one value: it is perturbed by both.
                 given[place] = p if place not in given else given[place] + p
     return given
 

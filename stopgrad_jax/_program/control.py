@@ -27,14 +27,14 @@ from .wiring import (
     PLAIN,
     At,
     Body,
-    Call,
     Copies,
     Extras,
     Lead,
     Made,
     Round,
     Rounds,
-    Values,
+    RunBody,
+    Trees,
 )
 
 
@@ -76,6 +76,7 @@ class Control:
     def with_bodies(self, bodies: Sequence[Body]) -> Control:
         """Return it with other programs, of the same variables."""
         new = copy.copy(self)
+        # In the place of what the cached property would look up.
         new.bodies = bodies
         return new
 
@@ -127,11 +128,11 @@ class Control:
 
     # To run it again -----------------------------------------------------------------
 
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
         """Make the equation anew around `call`; return its results and what left it."""
         return call(0, operands, extras.given, extras.shared)
 
-    def rounds(self, operands: Values, at: At, lead: Lead) -> Rounds:
+    def rounds(self, operands: Trees, at: At, lead: Lead) -> Rounds:
         """Run it round by round; the operands are anything that stands for them."""
         return [[x] for x in (yield Round(0, 0, list(operands)))]
 
@@ -151,7 +152,9 @@ class _Rule(Control):
         body = _jax.opened(_jax.params_of(eqn)["call_jaxpr"])[0]
         return len(body.invars) == len(eqn.invars)
 
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
+        # The rule stays the derivative of the results. What leaves is of a second run
+        # of the function, of which nothing else is used.
         out = _jax.bind(self.eqn, *operands)
         if not any(extras.slots):
             return out, []
@@ -159,7 +162,7 @@ class _Rule(Control):
 
 
 class _Remat(Control):
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
         params = _jax.params_of(self.eqn)
         cse: Any = params.get("prevent_cse", True)
         if isinstance(cse, tuple):  # one for each operand; the rest is held apart too
@@ -200,7 +203,7 @@ class _Scan(Control):
     def copies(self, aval: Any) -> Copies | None:
         return Copies(self.eqn.params["length"])
 
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
         first, carries = self._arity
         consts, rest = operands[:first], operands[first:]
 
@@ -214,7 +217,7 @@ class _Scan(Control):
         carry, (ys, left) = jax.lax.scan(step, list(rest[:carries]), xs, **params)
         return [*carry, *ys], left
 
-    def rounds(self, operands: Values, at: At, lead: Lead) -> Rounds:
+    def rounds(self, operands: Trees, at: At, lead: Lead) -> Rounds:
         first, carries = self._arity
         consts, end = list(operands[:first]), first + carries
         carry, stacked = list(operands[first:end]), dict[int, list[Any]]()
@@ -247,7 +250,7 @@ class _While(Control):
             Body(*opened, operands, range(len(carry)), feedback, repeats=True),
         ]
 
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
         first, count = self._consts
         end, given, shared = first + count, extras.given, extras.shared
         split = len(extras.slots[0]) if extras.slots else 0
@@ -261,6 +264,7 @@ class _While(Control):
             return list(call(1, reads, given[split:], shared)[0])
 
         out = self._loop(goes_on, step, list(operands[end:]))
+        # Nothing leaves a while loop: nobody knows how many rounds there are to stack.
         return out, [None] * len(given)
 
     def _loop(
@@ -286,7 +290,7 @@ class _While(Control):
 
         return jax.lax.while_loop(lambda carry: jnp.any(goes_on(carry)), waits, start)
 
-    def rounds(self, operands: Values, at: At, lead: Lead) -> Rounds:
+    def rounds(self, operands: Trees, at: At, lead: Lead) -> Rounds:
         first, count = self._consts
         asked, consts = operands[:first], operands[first : first + count]
         carry = list(operands[first + count :])
@@ -307,9 +311,10 @@ class _Cond(Control):
         branches = map(_jax.opened, self.eqn.params["branches"])
         return [Body(*branch, operands, results) for branch in branches]
 
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
         slots = extras.slots or [()] * len(self.bodies)
         ends = list(itertools.accumulate(map(len, slots)))
+        # All branches must return alike: each has something for the slots of every one.
         every = list(itertools.chain(*slots))
 
         def branch(k: int) -> Callable[..., Any]:
@@ -327,7 +332,8 @@ class _Cond(Control):
         rest = list(operands[1:]), list(extras.given), extras.shared
         return jax.lax.switch(extras.lead(operands[0]), branches, *rest)
 
-    def rounds(self, operands: Values, at: At, lead: Lead) -> Rounds:
+    def rounds(self, operands: Trees, at: At, lead: Lead) -> Rounds:
+        # As `jax.lax.switch` does with an index that is out of range.
         index = min(max(int(lead(operands[0])), 0), len(self.bodies) - 1)
         return [[x] for x in (yield Round(index, 0, list(operands[1:])))]
 
@@ -343,7 +349,8 @@ class _ShardMap(Control):
         count = math.prod(self.eqn.params["mesh"].shape[axis] for axis in axes)
         return Copies(count, devices=True) if axes else None
 
-    def run(self, call: Call, operands: Values, extras: Extras = PLAIN) -> Made:
+    def run(self, call: RunBody, operands: Trees, extras: Extras = PLAIN) -> Made:
+        # The equation has no spec for what crosses besides its operands and results.
         slots = itertools.chain(*extras.slots)
         crossings = [Crossing(self.eqn, slot) for slot in slots]
 

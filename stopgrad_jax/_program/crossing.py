@@ -128,6 +128,8 @@ class Crossing:
         def inside() -> Any:
             return self.leave(_jax.zeros(self.slot.aval))
 
+        # JAX is asked: where the axes of the mesh are explicit a sharding is in the
+        # type.
         with _jax.at_source_of(self.eqn):
             around = again(self.eqn, inside, (), self._spec)
             aval = _jax.type_of_result(around)

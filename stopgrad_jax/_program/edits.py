@@ -15,7 +15,7 @@ from stopgrad_jax._errors import quoted, type_of, wrong
 
 from .operations import Group
 from .perturbation import edited
-from .plan import Found, Hit, Leaf, Match, Plan
+from .plan import Found, Hit, Match, NamedLeaf, Plan
 
 Edits = Mapping[int, Callable[..., Any]]  # position of an address -> its function
 
@@ -25,7 +25,9 @@ def assembled(hit: Hit, values: Sequence[Any]) -> Any:
     if hit.tree is None:
         return values[0]
     part = dict(zip(hit.parts, values, strict=True))
-    return jax.tree.map(lambda x: part[x.name] if isinstance(x, Leaf) else x, hit.tree)
+    return jax.tree.map(
+        lambda x: part[x.name] if isinstance(x, NamedLeaf) else x, hit.tree
+    )
 
 
 def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
@@ -42,6 +44,8 @@ def same_type(new: Any, old: Any, called: str, line: str) -> jax.Array:
             f"fun(x).astype({str(old.dtype)!r}) or another value of that shape; "
             "to change a type, edit where the value is used",
         )
+    # Of the type `type_of` prints neither sharding nor mesh axes, and a user's function
+    # need not keep them: what follows was traced with those of the old value.
     aval = jax.typeof(old) if isinstance(old, jax.Array) else old
     with _jax.at_width_of(aval):
         new = _jax.vary(_jax.sharded_as(jnp.asarray(new), aval), _jax.varying(aval))
@@ -63,6 +67,7 @@ def kept(old: Any, new: Any, called: str) -> bool:
 
 def operation_edits(match: Match, edits: Edits) -> list[Callable[..., Any]]:
     """Edits of the operation that an equation is."""
+    # All results have the hits of their operation: those of the first are every one.
     hits = [hit for found in match.own[:1] for hit in found.hits]
     own = [h.target for h in hits if h.operation and h.group is None]
     return [edits[target] for target in own if target in edits]
@@ -88,7 +93,7 @@ def group_edits(plan: Plan, edits: Edits) -> list[tuple[Group, list[Any]]]:
     ]
 
 
-def inside(plan: Plan, group: Group) -> Plan:
+def own_plan(plan: Plan, group: Group) -> Plan:
     """Return the plan of a group's own equations: what happens in its function.
 
     What a caller assigns of its results happens behind it, see `behind`.
@@ -98,6 +103,8 @@ def inside(plan: Plan, group: Group) -> Plan:
     def kept(var: Any, found: Found) -> Found:
         late = {id(hit) for hit in _late(found, var, group)}
         hits = [hit for hit in found.hits if id(hit) not in late]
+        # A function that does nothing but call another one has the same equations, and
+        # is edited with it, see `group_edits`.
         hits = [h for h in hits if h.group is None or h.group.indices != group.indices]
         return dataclasses.replace(found, hits=tuple(hits))
 
@@ -202,6 +209,7 @@ class NamedEdits:
     ) -> dict[Any, Any]:
         new = {var: value}
         for k, hit in enumerate(found.hits[start:], start):
+            # An operation is edited where it is run, see `edited_operation`.
             if hit.operation or hit.target not in self._edits:
                 continue
             tree = (hit.target, hit.root, hit.parts)
@@ -220,6 +228,7 @@ class NamedEdits:
     def _edited(
         self, found: Found, eqn: Any, hit: Hit, values: dict[Any, Any]
     ) -> dict[Any, Any]:
+        """Return what the user's function makes of a value, or of a whole tree."""
         old = assembled(hit, list(values.values()))
         with _jax.in_an_edit(eqn), _jax.at_width_of(*jax.tree.leaves(old)):
             out = self._edits[hit.target](old)
@@ -230,7 +239,7 @@ class NamedEdits:
             leaves = [
                 x
                 for leaf, value, x in zip(*trio, strict=True)
-                if isinstance(leaf, Leaf) or kept(value, x, hit.root)
+                if isinstance(leaf, NamedLeaf) or kept(value, x, hit.root)
             ]
         else:
             raise wrong(

@@ -7,7 +7,7 @@ from typing import Any
 
 from .edits import assembled
 from .plan import Found, Hit
-from .trace import Static, Value
+from .trace import Place, Static
 
 
 def together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any]:
@@ -25,10 +25,12 @@ def together(root: str, group: Iterable[tuple[int, Found, Hit]]) -> Iterator[Any
         alone = hit.tree is None
         part = found.name[len(root) + 1 :] if alone else hit.parts[hit.position]
         same = last is not None and hit.parts == last.parts
+        # The next value begins: a part comes twice, as of a name in a Python loop, or
+        # it is of another tree.
         if parts and (not same or part in parts or "" in (part, *parts)):
             yield whole()
             parts = {}
-        parts[part], last = Value("point", k), hit
+        parts[part], last = Place("point", k), hit
     yield whole()
 
 

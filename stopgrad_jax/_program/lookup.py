@@ -1,6 +1,6 @@
 """What an address means in a traced function: a tree of places.
 
-A place is a `Value` (an argument, an output or a found point, by number) or a
+A place is a `Place` (an argument, an output or a found point, by number) or a
 `Static`. Everything after this file works with places only.
 """
 
@@ -35,8 +35,8 @@ from .gathered import together
 from .parameters import Parameters
 from .plan import Found, Hit, Plan
 from .search import Search
-from .trace import Traced, Value
-from .unfound import Looked, written
+from .trace import Place, Traced
+from .unfound import Looked, as_code
 from .unmatched import Unmatched
 from .wanted import ANYTHING, Wanted
 
@@ -61,7 +61,7 @@ class Matched:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class LookedUp:
     """A traced function in which some addresses have been looked up."""
 
     traced: Traced
@@ -70,7 +70,7 @@ class Program:
     matched: dict[Address, Matched]
 
     @functools.cached_property
-    def types(self) -> dict[Value, Any]:
+    def types(self) -> dict[Place, Any]:
         """Type of every place."""
         edges = {
             "argument": self.traced.jaxpr.invars,
@@ -78,7 +78,7 @@ class Program:
             "point": self.plan.found,
         }
         return {
-            Value(kind, k): x.aval
+            Place(kind, k): x.aval
             for kind, xs in edges.items()
             for k, x in enumerate(xs)
         }
@@ -92,7 +92,7 @@ class Program:
     def found(self, addresses: Iterable[Address]) -> dict[int, Found]:
         """Found values that these addresses select, by number."""
         trees = [self.matched[a].tree for a in addresses]
-        values = [v for v in jax.tree.leaves(trees) if isinstance(v, Value)]
+        values = [v for v in jax.tree.leaves(trees) if isinstance(v, Place)]
         numbers = {v.index for v in values if v.kind == "point"}
         return {k: self.plan.found[k] for k in sorted(numbers)}
 
@@ -119,7 +119,7 @@ def look_up(
     addresses: Iterable[Address],
     called: str,
     wanted: Mapping[Address, Wanted] | None = None,
-) -> Program:
+) -> LookedUp:
     """Find what each address selects, or raise `AddressError`.
 
     `wanted` says what the call takes there, where that is not anything.
@@ -146,7 +146,7 @@ def look_up(
     finder = _Finder(found.traced, found.targets, plan, called, looked)
     takes = {a: (wanted or {}).get(a, ANYTHING) for a in addresses}
     matched = {a: Matched(a, finder.find(a, takes[a])) for a in addresses}
-    return Program(found.traced, plan, found.targets, matched)
+    return LookedUp(found.traced, plan, found.targets, matched)
 
 
 def _looked(found: _Searched) -> Unmatched:
@@ -158,6 +158,7 @@ def _looked(found: _Searched) -> Unmatched:
     ) -> list[Address]:
         return _working(traced, list(dict.fromkeys(addresses)), wanted)
 
+    # The function is called anew for each variable, and several errors ask of one.
     @functools.cache
     def look(var: Var) -> Any:
         return _looked(_searched(traced, [var], libraries=False)).variables
@@ -178,7 +179,7 @@ def _working(
     """Return those of some addresses that select something, and one thing only."""
     found, works = _searched(traced, addresses), []
     looked = _looked(found)
-    program = Program(found.traced, found.plan, found.targets, {})
+    program = LookedUp(found.traced, found.plan, found.targets, {})
     for address in addresses:
         target = _target(address)
         finder = _Finder(traced, found.targets, found.plan, "", looked)
@@ -210,7 +211,7 @@ def _is_told(found: _Searched, op: Op) -> bool:
 def _indices(plan: Plan, found: _Searched, op: Op) -> Sequence[int]:
     """Return which of the matches of an operation are meant."""
     try:
-        return op.chosen(nth.count(plan, found.targets.index(op)))
+        return op.chosen(nth.how_many(plan, found.targets.index(op)))
     except IndexError:
         return ()
 
@@ -218,7 +219,7 @@ def _indices(plan: Plan, found: _Searched, op: Op) -> Sequence[int]:
 def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
     """Keep only those matches of an operation that its `nth` means."""
     number = found.targets.index(op)
-    total, chosen = nth.count(plan, number), _indices(plan, found, op)
+    total, chosen = nth.how_many(plan, number), _indices(plan, found, op)
     if total and not chosen:
         first, whole = (dataclasses.replace(op, nth=n) for n in (0, None))
         raise wrong(
@@ -228,7 +229,7 @@ def _chosen(plan: Plan, found: _Searched, op: Op, called: str) -> Plan:
             f"{total} matches" if total > 1 else "1 match",
             f"{first!r}, or {whole!r} for all",
         )
-    return nth.only(plan, number, chosen)
+    return nth.narrowed(plan, number, chosen)
 
 
 def _searched(
@@ -248,6 +249,8 @@ def _searched(
     labels = (t.label for t in targets if isinstance(t, Var))
     names = frozenset(label.rpartition(".")[2] for label in labels)
     if names:
+        # What is watched is searched, too: the variables that are seen are of that
+        # trace.
         traced, seen = traced.watched(names | {also})
 
     def search(anywhere: frozenset[int] = frozenset()) -> tuple[Search, Plan]:
@@ -273,6 +276,8 @@ def _searched(
     if missing and libraries:
         missing = named(missing, "at home")
         home = parameters[-1]
+        # A parameter that could not be told may be a statement's variable in a library:
+        # that it could not is said only where nothing else is found.
         missing |= home.untold
         found, plan = search(missing)
         if found.variables and missing & found.variables.missing:
@@ -286,7 +291,7 @@ def _searched(
     return _Searched(traced, targets, found, plan, parameters, seen)
 
 
-def listed(addresses: Any, called: str, what: str) -> list[Address]:
+def addresses_in(addresses: Any, called: str, what: str) -> list[Address]:
     """Flatten a pytree of addresses, or raise if something else is in it."""
 
     def is_leaf(x: Any) -> bool:
@@ -339,7 +344,7 @@ class _Finder:
         if both:
             name = next(iter(both))
             place = self._traced.by_position(name)
-            other = "" if place is None else f"{written(place)} for the argument"
+            other = "" if place is None else f"{as_code(place)} for the argument"
             raise wrong(
                 AddressError,
                 f'{self._called}: address "{address}"',
@@ -362,6 +367,9 @@ class _Finder:
         if self._edge is None:
             self._edge = dict(self._edges(self._traced.roots))
         known = self._edge
+        # An argument has two paths, by name and by position, and a pattern is to mean
+        # it once. Results are meant where it begins with them: `**` is all that goes
+        # in.
         if has_wildcard(text):
             outputs = text.startswith(RETURN)
             known = dict(self._edges(self._traced.named, outputs))

@@ -18,7 +18,7 @@ from .search import Search, lifted
 INNER = "jax.grad(sg.edit(f, ...)): the address in the inner function"
 
 
-def count(plan: Plan, target: int) -> int:
+def how_many(plan: Plan, target: int) -> int:
     """Return how many operations of a program an address matches."""
     return sum(1 for _ in _operations(plan, target))
 
@@ -50,7 +50,7 @@ def require_told(found: Search, plan: Plan, op: Op, target: int, called: str) ->
 
 def taken(found: Search, plan: Plan, target: int) -> str:
     """Return the line of a call that is left out beside those found, or ""."""
-    return found.taken.get(target, "") if count(plan, target) else ""
+    return found.taken.get(target, "") if how_many(plan, target) else ""
 
 
 def unclear(plan: Plan, op: Op, target: int) -> str:
@@ -62,6 +62,8 @@ def unclear(plan: Plan, op: Op, target: int) -> str:
     every = list(_operations(plan, target))
     reasons = [x.unclear for x in every if isinstance(x, Group) and x.unclear]
     meant = set[tuple[int, ...]]()
+    # Counted as one, two and three calls: what `nth` means is clear if it is the same
+    # each time, as `nth=0` is of a clear call before an unclear one.
     for times in (1, 2, 3) if reasons else ():
         parts = [[x] * (times if _is_unclear(x) else 1) for x in every]
         calls = [x for part in parts for x in part]
@@ -79,12 +81,12 @@ def _is_unclear(operation: Any) -> bool:
     return isinstance(operation, Group) and bool(operation.unclear)
 
 
-def only(plan: Plan, target: int, chosen: Container[int]) -> Plan:
+def narrowed(plan: Plan, target: int, chosen: Container[int]) -> Plan:
     """Return a plan in which an address means those of its matches only.
 
     A body that is run in several places is taken apart: each has its own matches.
     """
-    return _Only(target, chosen).plan(plan)
+    return _Narrowed(target, chosen).plan(plan)
 
 
 def _operations(plan: Plan, target: int) -> Iterator[Any]:
@@ -105,18 +107,23 @@ def _own(match: Match, target: int) -> Iterator[Any]:
     yield from dict.fromkeys(hit.group or match for hit in hits)
 
 
-class _Only:
+class _Narrowed:
     def __init__(self, target: int, chosen: Container[int]) -> None:
         self._target, self._chosen = target, chosen
         self._number = itertools.count()
 
     def plan(self, plan: Plan) -> Plan:
+        # Anew each time: where a body is run once more its operations are further ones.
         numbers: dict[int, int] = {}
         matches = tuple(self._matches(plan, numbers))
         found = tuple(f for match in matches for f in (*match.inside, *match.own))
         return Plan(plan.jaxpr, plan.consts, matches, found)
 
     def _matches(self, plan: Plan, numbers: dict[int, int]) -> Iterator[Match]:
+        """Yield the matches of a plan that are left with the chosen operations alone.
+
+        Bodies come before their equation: `nth` counts as `_operations` does.
+        """
         for match in plan.matches:
             plans = tuple(map(self.plan, match.plans))
             for operation in _own(match, self._target):

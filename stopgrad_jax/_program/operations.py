@@ -98,12 +98,15 @@ class Operations:
         return self._groups[id(jaxpr)][1:]
 
     def _found(self, jaxpr: Any, taken: list[Taken]) -> Iterator[Group]:
+        """Yield the calls of functions; what is left of others goes to `taken`."""
         calls, users = Calls(jaxpr.eqns), users_of(jaxpr, backward=True)
         gone: dict[Any, list[Any]] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             stack = _jax.stack_of(eqn)
             calls.step()
             for target, name, level in self._running(stack):
+                # What `jax.grad` leaves of a call are the operations of its derivative:
+                # no function of the arrays that the call was handed.
                 if _jax.is_derivative(stack[:level]):
                     gone.setdefault((target, name, stack[:level]), []).append(eqn)
                 else:
@@ -125,8 +128,9 @@ class Operations:
     def _running(self, stack: Sequence[Any]) -> Iterator[tuple[int, str, int]]:
         """Yield (target, name, level) of the outermost function that is meant."""
         for target, names in self._functions:
+            # From outside, since what lies inside a match is not matched again.
             for level, (code, _) in enumerate(stack):
-                name = next((n for n in called(code) if n in names), None)
+                name = next((n for n in source_names(code) if n in names), None)
                 if name is not None:
                     yield target, name, level
                     break
@@ -134,6 +138,7 @@ class Operations:
     def _group(
         self, target: int, name: str, call: Call, users: dict[Any, list[int]]
     ) -> Group:
+        """Return a call as one operation, with what it reads and hands on."""
         first, last = call.indices[0], call.indices[-1]
         unclear, line = "", _jax.line_of(call.eqns[0])
         if call.is_unclear:
@@ -189,6 +194,7 @@ def _exact(name: str) -> frozenset[str]:
 
 @functools.cache
 def _loose(name: str) -> frozenset[str]:
+    # The name of a primitive means it alone, and no function that is called the same.
     return frozenset() if _jax.is_primitive(name) else frozenset({name, _public(name)})
 
 
@@ -198,7 +204,7 @@ def _names(op: Op) -> frozenset[str]:
 
 
 @functools.cache
-def called(code: types.CodeType) -> tuple[str, ...]:
+def source_names(code: types.CodeType) -> tuple[str, ...]:
     """Return what the source calls a function: a module's call by its class.
 
     Of JAX's own functions those count that users call; the others have any names.

@@ -13,15 +13,15 @@ from stopgrad_jax._source.handed import Spread
 from stopgrad_jax._source.labels import code_of
 from stopgrad_jax._source.text import source_of
 
-from .trace import Traced, Value
+from .trace import Place, Traced
 
 
-def origin_of(traced: Traced) -> _jax.Origin | None:
+def origin_of_traced(traced: Traced) -> _jax.Origin | None:
     """Return what JAX would note of the function that the user handed in."""
     code, inputs = code_of(traced.fun), dict[str, int]()
     for name, tree in traced.arguments.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if isinstance(leaf, Value):
+            if isinstance(leaf, Place):
                 inputs[name + jax.tree_util.keystr(path)] = leaf.index
     if code is None:
         return _jax.Origin("", "", 0, inputs)

@@ -28,18 +28,18 @@ from stopgrad_jax._source.watched import Seen
 
 from .anew import map_jaxprs, naming, reading, with_eqns
 from .control import control
-from .origins import def_line, made_in, origin_of, path_of, spread_of
+from .origins import def_line, made_in, origin_of_traced, path_of, spread_of
 from .trace import Traced
 
 
-class Parameter(str):
+class ParameterName(str):
     """The name that a value is given; no address matches it but `sg.var`."""
 
     __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Parameter:
     """A parameter of a function: the names around it, and the line of its `def`."""
 
     path: tuple[str, ...]
@@ -91,9 +91,29 @@ class _Naming:
     var: Any
     start: int
     indices: frozenset[int]
-    name: Parameter
+    name: ParameterName
     targets: list[int]
     own: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Meant:
+    """A parameter that targets mean; its function is so deep in a path of calls."""
+
+    depth: int
+    function: Function
+    place: Parameter
+    targets: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CallsIn:
+    """The calls in a jaxpr, by the path and the parameter; what is backward apart."""
+
+    items: list[Item]
+    calls: Calls
+    meant: dict[Any, _Meant] = dataclasses.field(default_factory=dict)
+    backward: dict[Any, list[int]] = dataclasses.field(default_factory=dict)
 
 
 class Parameters:
@@ -115,14 +135,14 @@ class Parameters:
         fun = traced.fun if where == "at home" else None
         self._labels = _Shown(fun, labels)
         self._changed: dict[int, tuple[Any, Any]] = {}
-        self._in_path: dict[Any, list[tuple[int, Function, Place, list[int]]]] = {}
-        self.found: dict[int, dict[Place, None]] = {k: {} for k in targets}
-        self.unclear: dict[int, dict[Place, str]] = {k: {} for k in targets}
+        self._in_path: dict[Any, list[_Meant]] = {}
+        self.found: dict[int, dict[Parameter, None]] = {k: {} for k in targets}
+        self.unclear: dict[int, dict[Parameter, str]] = {k: {} for k in targets}
         self.own: dict[int, str] = {}
         self.named: dict[Any, list[tuple[int, str]]] = {}
         # The variables of all programs, and those that parameters were told to be.
         self._every = set[Any]()
-        self._given: dict[tuple[int, Place], set[Any]] = {}
+        self._given: dict[tuple[int, Parameter], set[Any]] = {}
 
     def compare(self, seen: Iterable[Seen]) -> None:
         """Note the parameters that were seen to be handed more than was found.
@@ -142,7 +162,9 @@ class Parameters:
     def program(self) -> Any:
         """Return the traced program with names for what was found."""
         jaxpr = self._traced.jaxpr
-        return self._with_names(jaxpr, origin_of(self._traced), spread_of(self._traced))
+        return self._with_names(
+            jaxpr, origin_of_traced(self._traced), spread_of(self._traced)
+        )
 
     def _with_names(
         self, jaxpr: Any, origin: _jax.Origin | None, spread: Spread | None
@@ -174,7 +196,7 @@ class Parameters:
         indices = made_in(jaxpr, origin)
         for spelled, k in origin.inputs.items():
             name = spelled.split("[")[0].split(".")[0]
-            place = Place(path, name, origin.file, def_line(origin))
+            place = Parameter(path, name, origin.file, def_line(origin))
             targets = [t for t, var in self._targets.items() if place.is_meant(var)]
             for target in targets:
                 if name != spelled:
@@ -182,10 +204,10 @@ class Parameters:
                 else:
                     self._found(target, place, jaxpr.invars[k])
             if targets and name == spelled:
-                name = Parameter(place.label)
+                name = ParameterName(place.label)
                 yield _Naming(jaxpr.invars[k], 0, indices, name, targets, own=True)
 
-    def _found(self, target: int, place: Place, var: Any) -> None:
+    def _found(self, target: int, place: Parameter, var: Any) -> None:
         self.found[target][place] = None
         self._given.setdefault((target, place), set()).add(var)
 
@@ -200,48 +222,29 @@ class Parameters:
         spread: Spread | None,
     ) -> Iterator[_Naming]:
         """Parameters of functions that are called while a jaxpr is traced."""
-        items, calls = [], Calls(jaxpr.eqns)
-        meant: dict[Any, tuple[int, Function, Place, list[int]]] = {}
-        backward: dict[Any, list[int]] = {}
-        for index, eqn in enumerate(jaxpr.eqns):
-            path = self._labels.path(eqn, self._labels.nowhere)
-            if not path.spots:
-                continue
-            if path not in self._in_path:
-                self._in_path[path] = list(self._meant(path.spots))
-            if is_backward(eqn):
-                for depth, _, place, _ in self._in_path[path]:
-                    backward.setdefault((path.spots[:depth], place), []).append(index)
-                continue
-            item = Item(index, eqn, path.spots)
-            items.append(item)
-            calls.step()
-            for depth, function, place, targets in self._in_path[path]:
-                level = function_level(_jax.stack_of(eqn), item, depth)
-                if level is not None:
-                    key = (path.spots[:depth], place)
-                    meant[key] = depth, function, place, targets
-                    calls.add(key, index, eqn, _jax.stack_of(eqn), level)
-        if not meant:
+        seen = self._calls_in(jaxpr)
+        if not seen.meant:
             return
-        handed = Handed(jaxpr, items, origin, spread)
-        by_index = {item.index: item for item in items}
-        for key, found in calls.found.items():
-            depth, function, place, targets = meant[key]
-            handed_on = dict[Any, Call]()
+        handed = Handed(jaxpr, seen.items, origin, spread)
+        by_index = {item.index: item for item in seen.items}
+        for key, found in seen.calls.found.items():
+            meant, handed_on = seen.meant[key], dict[Any, Call]()
+            place, targets = meant.place, meant.targets
             for call in found:
                 run = [by_index[k] for k in call.indices]
-                if depth == 0 and handed.is_origin(run[0].spots[0]):
+                # What the traced function itself is handed are its arguments, which
+                # have addresses.
+                if meant.depth == 0 and handed.is_origin(run[0].spots[0]):
                     if spread is not None:
                         self.own.update(dict.fromkeys(targets, place.name))
                     continue
                 try:
-                    var = self._told(handed, call, run, depth, function, place)
+                    var = self._told(handed, call, run, meant)
                     again = handed_on.setdefault(var, call) is not call
                     # The derivatives that are taken in the call read it, too.
-                    read = {
-                        k for k in backward.get(key, ()) if var in jaxpr.eqns[k].invars
-                    }
+                    backward = seen.backward.get(key, ())
+                    read = {k for k in backward if var in jaxpr.eqns[k].invars}
+                    # A backward pass does not tell which of the calls it is of.
                     if again and read:
                         raise Unclear("several calls are handed it, and a derivative")
                 except Unclear as why:
@@ -250,24 +253,45 @@ class Parameters:
                     continue
                 for target in targets:
                     self._found(target, place, var)
-                indices, name = (
-                    frozenset({*call.indices} | read),
-                    Parameter(place.label),
-                )
-                yield _Naming(var, call.indices[0], indices, name, targets)
+                indices, name = {*call.indices, *read}, ParameterName(place.label)
+                start = call.indices[0]
+                yield _Naming(var, start, frozenset(indices), name, targets)
 
-    def _meant(
-        self, spots: Sequence[Spot]
-    ) -> Iterator[tuple[int, Function, Place, list[int]]]:
+    def _calls_in(self, jaxpr: Any) -> _CallsIn:
+        """Return the calls in a jaxpr of functions with a parameter that is meant."""
+        seen = _CallsIn([], Calls(jaxpr.eqns))
+        for index, eqn in enumerate(jaxpr.eqns):
+            path = self._labels.path(eqn, self._labels.nowhere)
+            if not path.spots:
+                continue
+            if path not in self._in_path:
+                self._in_path[path] = list(self._meant(path.spots))
+            every = [((path.spots[: m.depth], m.place), m) for m in self._in_path[path]]
+            if is_backward(eqn):
+                for key, _ in every:
+                    seen.backward.setdefault(key, []).append(index)
+                continue
+            item = Item(index, eqn, path.spots)
+            seen.items.append(item)
+            seen.calls.step()
+            for key, meant in every:
+                stack = _jax.stack_of(eqn)
+                level = function_level(stack, item, meant.depth)
+                if level is not None:
+                    seen.meant[key] = meant
+                    seen.calls.add(key, index, eqn, stack, level)
+        return seen
+
+    def _meant(self, spots: Sequence[Spot]) -> Iterator[_Meant]:
         for depth, spot in enumerate(spots):
             if spot.is_current:
                 function = spot.source.function(spot.position)
                 path = [p for p in spot.function.split(".") if p != "<locals>"]
                 for name in function.parameters:
-                    place = Place(tuple(path), name, spot.frame.file, function.line)
+                    place = Parameter(tuple(path), name, spot.frame.file, function.line)
                     meant = [t for t, v in self._targets.items() if place.is_meant(v)]
                     if meant:
-                        yield depth, function, place, meant
+                        yield _Meant(depth, function, place, meant)
 
     @property
     def silent(self) -> frozenset[int]:
@@ -291,19 +315,13 @@ class Parameters:
                 self.unclear[target].clear()
 
     @staticmethod
-    def _told(
-        handed: Handed,
-        call: Call,
-        run: Sequence[Item],
-        depth: int,
-        function: Function,
-        place: Place,
-    ) -> Any:
+    def _told(handed: Handed, call: Call, run: Sequence[Item], meant: _Meant) -> Any:
         """Return the variable that a parameter was in one call."""
+        depth, function, name = meant.depth, meant.function, meant.place.name
         if call.is_unclear:
             raise Unclear("it cannot be told where one call of it ends")
-        var = handed.value(run[0], depth, function, place.name)
-        if not handed.reads(run, depth, place.name, var):
+        var = handed.value(run[0], depth, function, name)
+        if not handed.reads(run, depth, name, var):
             raise Unclear("no operation of the function reads it as it was handed over")
         inside, start = set(call.indices), call.indices[0]
         later = [k for k in handed.users.get(var, ()) if k >= start or k < 0]
@@ -312,7 +330,7 @@ class Parameters:
                 "the value is used after the call too: whether the function returned "
                 "it is not told"
             )
-        Routes(handed, run, depth, function, var).refuse(place.name)
+        Routes(handed, run, depth, function, var).refuse(name)
         return var
 
     # What is made of it ---------------------------------------------------------

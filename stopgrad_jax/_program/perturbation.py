@@ -59,6 +59,7 @@ def edited(value: Any, address: str) -> jax.Array:
 
 
 def _perturb_jvp(primals: Any, tangents: Any) -> Any:
+    # The call that the perturbation is of: it is done with, and leaves the value alone.
     if type(tangents[1]) is not ad.Zero:
         return primals[0], ad.add_tangents(*tangents)
     return perturb_p.bind(*primals), ad.add_tangents(*tangents)
@@ -86,6 +87,7 @@ def _hold_transpose(ct: Any, value: Any, token: Any) -> Any:
 def _in_front(bind: Any) -> Any:
     """Map a primitive of two values alike over examples."""
 
+    # Both get the axis, as the transpose hands one cotangent to both.
     def batch(args: Any, dims: Any) -> Any:
         pairs = list(zip(args, dims, strict=True))
         size = next(x.shape[k] for x, k in pairs if k is not None)

@@ -16,7 +16,7 @@ from .wiring import Copies
 class PointName(str):
     """The name of one leaf of a named tree; it remembers the tree.
 
-    `tree` is the named tree with each traced leaf replaced by its `Leaf`.
+    `tree` is the named tree with each traced leaf replaced by its `NamedLeaf`.
     """
 
     __slots__ = ("root", "tree")
@@ -35,7 +35,7 @@ class PointName(str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class NamedLeaf:
     """Stands for the traced leaf of this name in a `PointName`'s tree."""
 
     name: str
@@ -124,6 +124,6 @@ class Plan:
     found: tuple[Found, ...]
 
 
-def leaves(tree: Any) -> list[Leaf]:
+def leaves(tree: Any) -> list[NamedLeaf]:
     """Traced leaves of a `PointName`'s tree."""
-    return [node for _, node in nodes(tree) if isinstance(node, Leaf)]
+    return [node for _, node in nodes(tree) if isinstance(node, NamedLeaf)]

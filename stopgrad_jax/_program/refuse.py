@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from stopgrad_jax._address import RETURN, Address
 from stopgrad_jax._errors import AddressError, wrong
 
-from .lookup import Program
+from .lookup import LookedUp
 from .search import Found
 
 
-def refuse_loops(program: Program, addresses: Iterable[Address], called: str) -> None:
+def refuse_loops(program: LookedUp, addresses: Iterable[Address], called: str) -> None:
     """Values in a while loop cannot be stacked, nor differentiated in reverse."""
     for found in program.found(addresses).values():
         if found.dynamic:
@@ -25,7 +25,7 @@ def refuse_loops(program: Program, addresses: Iterable[Address], called: str) ->
             )
 
 
-def refuse_rules(program: Program, addresses: Iterable[Address], called: str) -> None:
+def refuse_rules(program: LookedUp, addresses: Iterable[Address], called: str) -> None:
     """What happens in the body of a custom rule is its author's to say."""
     for found in program.found(addresses).values():
         if found.rule:
@@ -40,7 +40,9 @@ def refuse_rules(program: Program, addresses: Iterable[Address], called: str) ->
             )
 
 
-def refuse_factors(program: Program, addresses: Iterable[Address], called: str) -> None:
+def refuse_factors(
+    program: LookedUp, addresses: Iterable[Address], called: str
+) -> None:
     """A derivative already taken reads the array, as well as what is computed of it.
 
     To differentiate by it would be by both: by the variable it is not by its rule.
@@ -58,7 +60,7 @@ def refuse_factors(program: Program, addresses: Iterable[Address], called: str) 
 
 
 def refuse_differentiated(
-    program: Program, addresses: Iterable[Address], fun: str, called: str
+    program: LookedUp, addresses: Iterable[Address], fun: str, called: str
 ) -> None:
     """An edit here would change a value and not the derivative already taken."""
     for found in program.found(addresses).values():
@@ -82,7 +84,7 @@ def _refusal(
 
 
 def refuse_outputs(
-    program: Program,
+    program: LookedUp,
     addresses: Iterable[Address],
     called: str,
     what: str = "xs and stop_gradients",

@@ -24,9 +24,9 @@ from .edits import (
     behind,
     edited_operation,
     group_edits,
-    inside,
     operation,
     operation_edits,
+    own_plan,
 )
 from .operations import Group
 from .perturbation import hold, perturb, shift
@@ -93,6 +93,8 @@ class Rewriter:
         wanted = jaxpr.eqns if eqns is None else eqns
         wanted, groups = self._replaced(plan, wanted)
         for run in self._runs.cut(wanted, {**slices, **groups}, jaxpr.outvars):
+            # Before the run, which would read the old value of a leaf that is to be
+            # edited.
             edits.check(run.reads)
             if id(run.eqns[0]) in groups:
                 _, group, functions = groups[id(run.eqns[0])]
@@ -104,6 +106,8 @@ class Rewriter:
                 match, mine = slices[id(run.eqns[0])]
                 operands = [_read(env, atom) for atom in match.eqn.invars]
                 given = perturbations[mine]
+                # In a run `evaluate` sees to this; an equation that is taken apart is
+                # in none.
                 run_as = called.get(id(match.eqn), match.eqn)
                 same = operands, given, token
                 out, captured[mine] = self._match(match, run_as, *same)
@@ -144,7 +148,7 @@ class Rewriter:
         edits: NamedEdits,
     ) -> dict[Any, Any]:
         """Evaluate an edited operation of several equations."""
-        own = inside(plan, group)
+        own = own_plan(plan, group)
 
         def original(*operands: Any) -> list[Any]:
             none = [None] * len(own.found)
@@ -200,6 +204,8 @@ class Rewriter:
         done, captured = captured, []
         given.clear()
         for k, (found, perturbation) in enumerate(zip(match.own, own, strict=True)):
+            # Held first: its own derivative is that of the perturbation, whatever it is
+            # computed from.
             if token is not None and not actions.holds.isdisjoint(found.targets):
                 out[k] = hold(out[k], token)
             if perturbation is not None and actions.sums:
@@ -216,6 +222,7 @@ class Rewriter:
         return perturbation is not None or not busy.isdisjoint(found.targets)
 
     def _rebuilt(self, match: Match, operands: Any, given: Any, token: Any) -> Any:
+        """Make an equation anew around bodies in which something is done."""
         slots = [[self._actions.slot(f) for f in plan.found] for plan in match.plans]
         inner, name = control(match.eqn), _jax.jit_name(match.eqn)
         assert inner is not None
@@ -225,6 +232,8 @@ class Rewriter:
             function = self._function(match.plans[k], name)
             return function(list(operands), list(perturbations), token)
 
+        # `jax.jit` takes shardings for all that goes in and comes out, and what goes
+        # and leaves besides has none: so they are constraints here.
         if name is None:
             return inner.run(call, operands, extras)
         before, after = _jax.jit_shardings(match.eqn)
@@ -240,6 +249,7 @@ class Rewriter:
             def function(operands: Any, perturbations: Any, token: Any) -> Any:
                 return self.run(plan, operands, perturbations, token)
 
+            # Printed programs, profiles and `sg.op` know the call by it.
             function.__name__ = name or "body"
             self._functions[key] = jax.jit(function) if name else function
         return self._functions[key]

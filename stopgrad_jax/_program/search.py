@@ -27,8 +27,8 @@ from stopgrad_jax._source.variables import Variables
 
 from .control import Control, control
 from .operations import Group, Operations, Taken, callers
-from .parameters import Parameter
-from .plan import Found, Hit, Leaf, Match, Plan, PointName, leaves
+from .parameters import ParameterName
+from .plan import Found, Hit, Match, NamedLeaf, Plan, PointName, leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Search:
         return self._plan(jaxpr, consts, _Context(frozenset(k for k, _ in self._ops)))
 
     def _plan(self, jaxpr: Any, consts: Sequence[Any], context: _Context) -> Plan:
+        # What is meant in a jaxpr depends on where it is called: each context has a
+        # plan.
         key = (id(jaxpr), context)
         if key not in self._plans:
             matches = tuple(self._matches(jaxpr, context))
@@ -96,6 +98,11 @@ class Search:
         return self._plans[key]
 
     def _matches(self, jaxpr: Any, context: _Context) -> Iterator[Match]:
+        """Yield the equations with a match of their own, or in a program they hold.
+
+        An address is not looked for again in an operation that it means: neither in its
+        other equations nor in the bodies below.
+        """
         assigned = self._assigned(jaxpr)
         groups = self._groups(jaxpr, context) if self._ops else []
         covered: dict[int, set[int]] = {}
@@ -126,6 +133,7 @@ class Search:
         """Note a program that cannot be opened, and the wanted names in it."""
         line = _jax.line_of(eqn)
         programs = [_jax.opened(jaxpr) for jaxpr in _jax.inner_jaxprs(eqn)]
+        # Apart for so long: names in there are known from those that can be addressed.
         outside, self.names = self.names, {}
         for jaxpr in programs:
             names = self._plan(*jaxpr, dataclasses.replace(context, ops=frozenset()))
@@ -143,12 +151,12 @@ class Search:
             return found
         for var, hits in self.variables.find(jaxpr).items():
             found[var] = [
-                Hit(target, name, tree=Leaf(""), level=level)
+                Hit(target, name, tree=NamedLeaf(""), level=level)
                 for target, name, level in hits
             ]
         for eqn in jaxpr.eqns if self._handed else ():
             for target, name in self._handed.get((*eqn.outvars, None)[0], ()):
-                hit = Hit(target, name, tree=Leaf(""))
+                hit = Hit(target, name, tree=NamedLeaf(""))
                 found.setdefault(eqn.outvars[0], []).append(hit)
         return found
 
@@ -159,41 +167,50 @@ class Search:
         assigned: Mapping[Any, Sequence[Hit]],
         jaxpr: Any,
     ) -> tuple[Found, ...]:
-        hits: tuple[Hit, ...] = ()
+        """Return what is found of each result of an equation, if of any."""
         point = _jax.params_of(eqn)["name"] if _jax.kind_of(eqn) == "name" else ""
-        if point and not isinstance(point, Parameter):
-            self.names[point] = None
-            hits = self._named(point)
-        if self._ops:
-            hits = (*hits, *self._operation(eqn, context))
-        mine = [tuple(assigned.get(var, ())) for var in eqn.outvars]
-        first = next((hit for each in (hits, *mine) for hit in each), None)
-        if first is None:
+        whole, count = list(self._hits(eqn, point, context)), len(eqn.outvars)
+        every = [
+            (*(_part(hit, k, count) for hit in whole), *assigned.get(var, ()))
+            for k, var in enumerate(eqn.outvars)
+        ]
+        if not any(every):
             return ()
-        name = point if point and hits else first.root
-        line, state = _jax.line_of(eqn), (context.rule, context.dynamic)
-        taken = self._differentiated(eqn, context)
-        count, found = len(eqn.outvars), []
-        for position, var in enumerate(eqn.outvars):
-            parts = [_part(hit, position, count) for hit in hits]
-            every = (*(hits if count == 1 else parts), *mine[position])
-            # A call that takes a derivative is no part of what it differentiates.
-            whole = bool(every) and all(hit.group is not None for hit in every)
-            own = context.differentiated if whole else taken
-            size = math.prod(getattr(var.aval, "shape", ()))
-            feeds = bool(every) and own and not point and _feeds(jaxpr, eqn, var)
-            found.append(
-                Found(name, every, var.aval, line, *state, own, size, feeds=feeds)
-            )
-        return tuple(found)
+        name = point if point and whole else next(filter(None, every))[0].root
+        line, taken = _jax.line_of(eqn), self._differentiated(eqn, context)
 
-    def _named(self, name: str) -> tuple[Hit, ...]:
-        hits = []
+        def found(var: Any, hits: tuple[Hit, ...]) -> Found:
+            # A call that takes a derivative is no part of what it differentiates.
+            is_call = bool(hits) and all(hit.group is not None for hit in hits)
+            own = context.differentiated if is_call else taken
+            return Found(
+                name,
+                hits,
+                var.aval,
+                line,
+                context.rule,
+                context.dynamic,
+                own,
+                math.prod(getattr(var.aval, "shape", ())),
+                feeds=bool(hits) and own and not point and _feeds(jaxpr, eqn, var),
+            )
+
+        return tuple(map(found, eqn.outvars, every))
+
+    def _hits(self, eqn: Any, point: str, context: _Context) -> Iterator[Hit]:
+        """Yield what an equation is as a whole: a point, an operation."""
+        # The name of a parameter is ours: no error may tell it as one that is there.
+        if point and not isinstance(point, ParameterName):
+            self.names[point] = None
+            yield from self._named(point)
+        if self._ops:
+            yield from self._operation(eqn, context)
+
+    def _named(self, name: str) -> Iterator[Hit]:
         for target, regex in self._points:
             root = next((p for p in prefixes(name) if regex.fullmatch(p + "/")), None)
             if root is not None:
-                hits.append(_hit(target, root, name))
-        return tuple(hits)
+                yield _hit(target, root, name)
 
     def _operation(self, eqn: Any, context: _Context) -> Iterator[Hit]:
         primitive = eqn.primitive.name
@@ -279,6 +296,8 @@ class Search:
 
     @staticmethod
     def _differentiated(eqn: Any, context: _Context) -> bool:
+        # The values that a derivative is taken at stand in its scope, beside the
+        # tangents: an edit of them would not reach these.
         return context.differentiated or "jvp" in _jax.transforms_of(eqn)
 
 
@@ -310,6 +329,8 @@ def lifted(found: Found, inner: Control, eqn: Any) -> Found:
 def _hit(target: int, root: str, name: str) -> Hit:
     if not isinstance(name, PointName):
         return Hit(target, root)
+    # An address may mean a part of a named tree, "cache/0" of "cache": the leaves of
+    # that part belong together, and no others.
     below = root[len(name.root) + 1 :]
     tree = next(tree for path, tree in nodes(name.tree) if path == below)
     parts = tuple(leaf.name for leaf in leaves(tree))
@@ -317,9 +338,11 @@ def _hit(target: int, root: str, name: str) -> Hit:
 
 
 def _part(hit: Hit, position: int, count: int) -> Hit:
-    """Return what an operation with several results is at one of them."""
+    """Return what an operation is at one of its results."""
+    if count == 1:
+        return hit
     parts = tuple(map(str, range(count)))
-    tree = tuple(map(Leaf, parts))
+    tree = tuple(map(NamedLeaf, parts))
     return dataclasses.replace(hit, position=position, parts=parts, tree=tree)
 
 
@@ -328,7 +351,7 @@ def _hits_of(group: Group) -> Iterator[tuple[Any, Hit]]:
     hit = Hit(group.target, group.name, operation=True, group=group)
     count = len(group.writes)
     for k, var in enumerate(group.writes):
-        yield var, hit if count == 1 else _part(hit, k, count)
+        yield var, _part(hit, k, count)
 
 
 def live(

@@ -14,6 +14,7 @@ def signature(eqn: Any, literals: bool = True) -> Any:
     An equation that cannot be compared gets a key of its own. Without `literals`,
     equations that differ only in a literal's value are the same.
     """
+    # Two effects are not one, however alike: each has to happen.
     if eqn.effects:
         return object()
     operands = tuple(
@@ -23,6 +24,7 @@ def signature(eqn: Any, literals: bool = True) -> Any:
         for v in eqn.invars
     )
     key = (eqn.primitive, operands, eqn.ctx, _params(eqn))
+    # A parameter may be an array, or another object that has no hash.
     try:
         hash(key)
     except TypeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from stopgrad_jax._address import nodes
 from stopgrad_jax._errors import function_name, has_beats, type_of, wrong
 from stopgrad_jax._source.as_written import anew, as_written
 from stopgrad_jax._source.watched import Seen, watching
+from stopgrad_jax._trees import Split
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Value:
+class Place:
     """One array-valued place of a traced function, by number."""
 
     kind: str  # "argument", "output" or "point" (a value found inside)
@@ -39,7 +41,7 @@ class Traced:
     """A function traced at its arguments.
 
     `arguments` maps each parameter's name to its argument with every leaf replaced
-    by a `Value` or a `Static`; `positional` holds the positional ones in order, and
+    by a `Place` or a `Static`; `positional` holds the positional ones in order, and
     `output` is the result in the same way. `call` is what it was called with, and
     `run(*leaves)` calls it anew with other leaves and returns the arrays of its result.
     """
@@ -99,12 +101,14 @@ class Traced:
             place.index: path
             for root, tree in self.named.items()
             for path, place in nodes(tree, root)
-            if isinstance(place, Value)
+            if isinstance(place, Place)
         }
 
 
 def is_traceable(leaf: Any) -> bool:
     """Arrays and Python floats are traced; every other leaf stays as it is."""
+    # Strings and objects are no arrays of JAX. bfloat16 and its like are, and NumPy has
+    # no kind for them but that of raw bytes.
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in "biufc" or _is_extension_float(leaf.dtype)
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | float | complex)
@@ -119,24 +123,20 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
     call = args, kwargs
     flat, tree = jax.tree.flatten(call)
     static = _static(fun, args, kwargs)
-    dynamic = [is_traceable(x) and not s for x, s in zip(flat, static, strict=True)]
-    leaves = [_as_array(x) for x, d in zip(flat, dynamic, strict=True) if d]
+    pairs = zip(flat, static, strict=True)
+    dynamic = Split([is_traceable(x) and not is_static for x, is_static in pairs])
+    leaves = list(map(_as_array, dynamic.chosen(flat)))
     result: list[Any] = []
 
     # A fresh function each time: JAX caches jaxprs by function object, and an old
     # one would hold the old values of closed-over arrays and globals.
     def run(*traced: Any) -> list[Any]:
-        values = iter(traced)
-        filled = [next(values) if d else x for x, d in zip(flat, dynamic, strict=True)]
-        args, kwargs = jax.tree.unflatten(tree, filled)
+        args, kwargs = jax.tree.unflatten(tree, dynamic.joined(traced, flat))
         out, out_tree = jax.tree.flatten(_called(fun, args, kwargs))
-        arrays = [x for x in out if is_traceable(x)]
-        index = iter(range(len(arrays)))
-        places = [
-            Value("output", next(index)) if is_traceable(x) else Static(x) for x in out
-        ]
+        arrays = Split(list(map(is_traceable, out)))
+        places = _places("output", arrays, out)
         result.append(jax.tree.unflatten(out_tree, places))
-        return arrays
+        return arrays.chosen(out)
 
     try:
         with as_written():
@@ -145,12 +145,7 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
         if _jax_errors.is_traced_static(error):
             _refuse_static(fun, args, kwargs)
         raise
-    index = iter(range(len(leaves)))
-    places = [
-        Value("argument", next(index)) if d else Static(x)
-        for x, d in zip(flat, dynamic, strict=True)
-    ]
-    args, kwargs = jax.tree.unflatten(tree, places)
+    args, kwargs = jax.tree.unflatten(tree, _places("argument", dynamic, flat))
     return Traced(
         function_name(fun),
         closed.jaxpr,
@@ -165,6 +160,12 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Trace
     )
 
 
+def _places(kind: str, traced: Split, leaves: Sequence[Any]) -> list[Any]:
+    """Stand for leaves: those that are traced by number, all else as it is."""
+    numbered = (Place(kind, k) for k in itertools.count())
+    return traced.joined(numbered, map(Static, leaves))
+
+
 def _own(traced: Callable[[], Any]) -> Any:
     """Trace a program that shares no rule with JAX's own cache.
 
@@ -173,6 +174,7 @@ def _own(traced: Callable[[], Any]) -> Any:
     """
     closed = traced()
     rules = list(_rules_in(closed.jaxpr))
+    # What is nested may be in JAX's cache, and then it is not ours alone.
     if any(is_nested for is_nested, _ in rules):
         with anew():
             closed = traced()
@@ -212,6 +214,8 @@ def _called(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any
         came += f" and {', '.join(kwargs)} by keyword" if kwargs else ""
         call = f"{name}({', '.join(signature.parameters) if signature else '...'})"
         expected = "the arguments that it takes"
+        # Raised behind the `except`, so that Python does not print its error above this
+        # one.
         refused = wrong(TypeError, call, expected, f"{came}: {got}", call)
     raise refused
 
@@ -290,11 +294,11 @@ def _bind(fun: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(kwargs)
 
 
-def filled(tree: Any, places: Mapping[str, Sequence[Any]]) -> Any:
+def arrays_at(tree: Any, places: Mapping[str, Sequence[Any]]) -> Any:
     """Put arrays where a tree holds places: `places[value.kind][value.index]`."""
 
     def fill(leaf: Any) -> Any:
-        if isinstance(leaf, Value):
+        if isinstance(leaf, Place):
             return places[leaf.kind][leaf.index]
         return leaf.value if isinstance(leaf, Static) else leaf
 

@@ -18,7 +18,7 @@ from stopgrad_jax._source.variables import Site, Variables, is_called
 from stopgrad_jax._source.watched import Seen
 
 from .control import control
-from .parameters import Parameters, Place
+from .parameters import Parameter, Parameters
 from .trace import Traced
 
 _IN_THE_SOURCE = "sg.name in the source there"
@@ -68,6 +68,11 @@ class Looked:
                 raise error
 
     def _refusal(self, target: int, var: Var, called: str) -> AddressError | None:
+        """Return the error for a variable that is not clear; None if it is one value.
+
+        Statements come before parameters, and that there are several before what cannot
+        be told of one: the address is to be made clear first.
+        """
         variables = self.variables
         sites = [*variables.statements[target].values(), *variables.quiet(target, var)]
         if len(sites) > 1:
@@ -94,6 +99,7 @@ class Looked:
     def _several(
         self, target: int, var: Var, sites: Sequence[Site], called: str
     ) -> AddressError:
+        """Return the error for several statements, with an address of each."""
         sites = sorted(sites, key=lambda s: (s.spot.file, s.binding.place))
         found = self.variables.statements[target]
         why = {key: w for key, (_, w) in self.variables.unclear[target].items()}
@@ -118,7 +124,10 @@ class Looked:
         lines = []
         for site in sites:
             mine = [v for v in every[site.key] if v in works]
+            # What works here may still mean another of these statements, too.
             mine = [v for v in mine if [s for s in sites if s.is_meant(v)] == [site]]
+            # Else by line or by number: the one changes with all text above it, the
+            # other with each assignment before it.
             alone = [v for v in mine if v.line is None and v.nth is None]
             by_line = [v for v in mine if v.line is not None]
             by_number = [v for v in mine if v.nth is not None]
@@ -128,7 +137,7 @@ class Looked:
         return lines
 
     def _several_parameters(
-        self, var: Var, own: str | None, places: Sequence[Place], called: str
+        self, var: Var, own: str | None, places: Sequence[Parameter], called: str
     ) -> AddressError:
         functions = [f"{p.place} ({'.'.join(p.path)})" for p in places]
         if own is not None:
@@ -166,7 +175,7 @@ class Looked:
             return [f'"{name}"']
         place = self.traced.by_position(name)
         by_position = self.working([place]) if place is not None else []
-        write = [f"{written(a)} for the argument" for a in by_position]
+        write = [f"{as_code(a)} for the argument" for a in by_position]
         write += [f"{a!r} for the point" for a in self.working([Point(name)])]
         return write if by_position else [*write, "another name for the point"]
 
@@ -222,7 +231,7 @@ class Looked:
                 alias = spot.source.name(binding.assigned.value)
                 if alias:
                     candidates += self._same(Site(spot, binding), function, alias)
-        return came, [written(a) for a in self.working(candidates)[-1:]]
+        return came, [as_code(a) for a in self.working(candidates)[-1:]]
 
     def _same(self, site: Site, function: Function, alias: str) -> Iterator[Address]:
         """Yield what may be the arrays of a statement that gives one another name.
@@ -233,6 +242,7 @@ class Looked:
         own = function.line == self._own_line and alias in self.traced.arguments
         count = len(function.statements(alias))
         labels = [Var(alias), *(Var(around + alias, nth=k) for k in range(count))]
+        # Of several statements the bare name means none by itself.
         for var in labels if count < 2 else labels[1:]:
             variables, seen = self.assigned(var, site.binding.name)
             if variables is not None:
@@ -363,5 +373,5 @@ def _all(site: Site) -> list[str]:
     return list(dict.fromkeys((name, site.label, ".".join([*site.path, name]))))
 
 
-def written(address: Address) -> str:
+def as_code(address: Address) -> str:
     return f'"{address}"' if isinstance(address, str) else repr(address)

@@ -31,15 +31,15 @@ from stopgrad_jax._errors import AddressError, folded, quoted, type_of, wrong
 from stopgrad_jax._source.labels import Labels
 
 from . import nth
-from .operations import called, code_in_jax, is_another, is_public, shorter
+from .operations import code_in_jax, is_another, is_public, shorter, source_names
 from .search import Search
-from .trace import Static, Traced, Value
-from .unfound import Looked, every_eqn, written
+from .trace import Place, Static, Traced
+from .unfound import Looked, as_code, every_eqn
 
-Told = tuple[str, str]  # what came, and what to write instead
+Reply = tuple[str, str]  # what came, and what to write instead
 
 
-def is_literal(value: Any, most: int = 40) -> bool:
+def reads_back(value: Any, most: int = 40) -> bool:
     """Tell what Python reads back as it prints it, and that is short: no array is."""
     text = repr(value)
     try:
@@ -67,6 +67,7 @@ class Unmatched:
 
     def suggesting(self, wanted: Any) -> Unmatched:
         """Return this for a call that takes only what is `wanted`."""
+        # Whatever tries addresses for an error is to try them as this call takes them.
         working = functools.partial(self.working, wanted=wanted)
 
         def looked(told: Looked) -> Looked:
@@ -87,7 +88,7 @@ class Unmatched:
 
     def no_match(self, address: Address, asked: str) -> AddressError:
         """Return the error for an address that selects nothing."""
-        asked = f"{asked}: address {written(address)}"
+        asked = f"{asked}: address {as_code(address)}"
         if isinstance(address, Var) and self.variables is not None:
             return self.variables.no_variable(address, asked)
         if address in ("", Point("")):
@@ -108,7 +109,7 @@ class Unmatched:
 
     # Arguments, outputs and points ----------------------------------------------
 
-    def _value(self, address: Address) -> Told:
+    def _value(self, address: Address) -> Reply:
         arguments = self.traced.arguments
         # A name in a program that cannot be rewritten is there, and is no remedy.
         names = [n for n in self.search.names if n not in self.search.buried]
@@ -151,7 +152,7 @@ class Unmatched:
             path: x for root, tree in roots.items() for path, x in nodes(tree, root)
         }
 
-    def _below(self, text: str) -> Told | None:
+    def _below(self, text: str) -> Reply | None:
         """`"b/0"`, where b is an array."""
         by_position = (
             pair
@@ -160,10 +161,11 @@ class Unmatched:
         )
         names = {id(x): path for path, x in self._edges.items()}
         places = dict(by_position) | self._edges
+        # The longest first; the path itself is what matched nothing.
         for path in list(prefixes(text))[-2::-1]:
             place = places.get(path)
             path = names.get(id(place), path)
-            if isinstance(place, Value):
+            if isinstance(place, Place):
                 edges = self.traced.jaxpr.invars, self.traced.jaxpr.outvars
                 var = edges[place.kind == "output"][place.index]
                 kind = f"one array, {type_of(var.aval)}"
@@ -194,7 +196,7 @@ class Unmatched:
         place = self.traced.by_position(path) if path in self.search.names else None
         return path if place is None else place
 
-    def _unpassed(self, text: str) -> Told | None:
+    def _unpassed(self, text: str) -> Reply | None:
         """A default that was not passed, or what a partial has bound."""
         name = text.split("/")[0]
         if name in self.traced.arguments:
@@ -202,7 +204,7 @@ class Unmatched:
         parameter = _parameters(self.traced.fun).get(name)
         fun, own = self.traced.name, self.traced.fun
         if parameter is not None and parameter.default is not parameter.empty:
-            known = is_literal(parameter.default)
+            known = reads_back(parameter.default)
             default = f"{name}={parameter.default!r}" if known else f"pass {name}"
             came = f'"{name}" is a parameter of {fun} that was not passed'
             return came, f"{default} in the call: what is passed can be addressed"
@@ -213,7 +215,7 @@ class Unmatched:
                 return came, f"a function that is passed {name} in the call"
         return None
 
-    def _variable(self, text: str) -> Told | None:
+    def _variable(self, text: str) -> Reply | None:
         """A local variable of the source: one or, by `nth`, several statements."""
         if not re.fullmatch(r"[^\W\d][\w.]*", text):
             return None
@@ -221,9 +223,10 @@ class Unmatched:
         came = f'no point: "{text}" is a variable of the source'
         return (came, _one_of(told)) if told else None
 
-    def _called(self, text: str) -> Told | None:
+    def _called(self, text: str) -> Reply | None:
         """A function or a primitive."""
         names = [text]
+        # `x.mean` of an argument `x` is its method, and no function of a module `x`.
         if text.split(".")[0] not in self.traced.arguments:
             names += self._without_modules(text)
         works = self.working(map(Op, names))[:1]
@@ -232,7 +235,7 @@ class Unmatched:
         came = f'no point: "{works[0].name}" is an operation'
         return came, _one_of(works)
 
-    def _scope(self, text: str) -> Told | None:
+    def _scope(self, text: str) -> Reply | None:
         """A named scope: a module of flax or haiku."""
         inside = [(eqn, path) for eqn, path in self._eqns if matches_scope(text, path)]
         if not inside:
@@ -253,7 +256,7 @@ class Unmatched:
 
     # Operations -----------------------------------------------------------------
 
-    def _operation(self, op: Op) -> Told:
+    def _operation(self, op: Op) -> Reply:
         search, number = self.search, self.targets.index(op)
         if number in search.hidden:
             return self._in_rules(search.hidden[number])
@@ -272,7 +275,9 @@ class Unmatched:
         names = [name.rpartition(".")[2] or name for name in op.names]
         # What JAX has is spelled right, and something else is not what was meant.
         odd = [name for name in names if not is_public(name)]
-        every = dict.fromkeys([*known, *(called(code)[0] for code in self._codes)])
+        every = dict.fromkeys(
+            [*known, *(source_names(code)[0] for code in self._codes)]
+        )
         near = [n for name in names for n in every if name.lower() in n.lower()]
         near += [n for name in odd for n in nearest(name, known, cutoff=0.6)]
         others = {name.rpartition(".")[2] for name in op.names if is_another(name)}
@@ -283,7 +288,7 @@ class Unmatched:
         guessed = (*names,) != op.names
         return came, _one_of(works[:3], guessed) if works else "another function"
 
-    def _in_rules(self, rules: Mapping[tuple[str, ...], str]) -> Told:
+    def _in_rules(self, rules: Mapping[tuple[str, ...], str]) -> Reply:
         """Matches that only custom rules hold: their names, and a line of each."""
         lines = ", ".join(dict.fromkeys(line for line in rules.values() if line))
         came = "matches in the body of a custom rule only, where it is not looked for"
@@ -317,7 +322,7 @@ class Unmatched:
                 made[_jax.call_name(eqn) or eqn.primitive.name] = None
         return [*made] if len(made) == 1 else []
 
-    def _outside(self, op: Op, around: Sequence[str]) -> Told:
+    def _outside(self, op: Op, around: Sequence[str]) -> Reply:
         """A name that matches, and a `within` that does not."""
         assert op.within is not None
         levels = [level for path in around for level in path.split("/")]
@@ -335,13 +340,13 @@ class Unmatched:
         """Every function that ran while an equation was made and can be addressed."""
         stacks = (_jax.stack_of(eqn) for eqn, _ in self._eqns)
         codes = dict.fromkeys(code for stack in stacks for code, _ in stack)
-        return [code for code in codes if called(code)]
+        return [code for code in codes if source_names(code)]
 
     @functools.cached_property
     def _functions(self) -> list[str]:
         """Functions as the source calls them: the user's, modules, and JAX's public."""
         labels = Labels()
-        told = (called(code)[0] for code in self._codes if _is_told(code, labels))
+        told = (source_names(code)[0] for code in self._codes if _is_told(code, labels))
         return list(dict.fromkeys(told))
 
     @property
@@ -357,7 +362,9 @@ def _callers(eqns: Sequence[Any]) -> list[str]:
         for eqn in eqns
     ]
     codes = [c for c in every[0] if all(c in each for each in every)]
-    return [called(c)[0] for c in reversed(codes) if not _jax.is_own(c.co_filename)]
+    return [
+        source_names(c)[0] for c in reversed(codes) if not _jax.is_own(c.co_filename)
+    ]
 
 
 _KINDS = {"argument": "an argument", "output": "an output", "point": "a named point"}
@@ -383,7 +390,7 @@ def _one_of(addresses: Iterable[Any], near: bool = False) -> str:
     `near`: they are guesses, and one is not the only one.
     """
     shown = [
-        a if isinstance(a, str) and a.startswith("sg.") else written(a)
+        a if isinstance(a, str) and a.startswith("sg.") else as_code(a)
         for a in addresses
     ]
     one = len(shown) == 1 and not near

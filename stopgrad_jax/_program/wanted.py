@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
-from .trace import Value
+from .trace import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ TO_DIFFERENTIATE = Wanted(loops=False, rules=False, floats=True, moving=True)
 
 
 def _is_value(x: Any) -> bool:
-    return isinstance(x, Value)
+    return isinstance(x, Place)
 
 
 def _is_float(aval: Any) -> bool:

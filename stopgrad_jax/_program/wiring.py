@@ -8,11 +8,11 @@ from typing import Any
 
 from .crossing import Slot
 
-Values = Sequence[Any]  # each a tree of arrays; mostly it is one
+Trees = Sequence[Any]  # each a tree of arrays; mostly it is one
 Made = tuple[list[Any], list[Any]]  # results; what leaves each slot, or None
 # A body, run with more than its own operands: which body, its operands, what is given
 # for each of its slots or None, what is shared by all bodies.
-Call = Callable[[int, Values, Values, Any], Made]
+RunBody = Callable[[int, Trees, Trees, Any], Made]
 Lead = Callable[[Any], Any]  # the array, or the number, by which a value decides
 At = Callable[[Any, int], Any]  # one step of an operand that is scanned
 
@@ -54,7 +54,7 @@ class Extras:
     """
 
     slots: Sequence[Sequence[Slot]] = ()
-    given: Values = ()
+    given: Trees = ()
     shared: Any = None
     lead: Lead = lambda x: x
 

@@ -16,10 +16,10 @@ from stopgrad_jax._address import Address
 from stopgrad_jax._errors import beats, has_beats, shortened, wrong
 from stopgrad_jax._gate.summaries import channel
 from stopgrad_jax._jax.errors import is_of_a_closure
-from stopgrad_jax._program.lookup import Program, look_up
+from stopgrad_jax._program.lookup import LookedUp, look_up
 from stopgrad_jax._program.rewrite import Actions, Rewriter
 from stopgrad_jax._program.search import Found, live
-from stopgrad_jax._program.trace import Value
+from stopgrad_jax._program.trace import Place
 from stopgrad_jax._source.labels import Labels
 
 from .absent import may_be_nonzero
@@ -47,9 +47,9 @@ class Differentiation:
 
     def __init__(
         self,
-        program: Program,
-        xs: set[Value],
-        ys: Iterable[Value],
+        program: LookedUp,
+        xs: set[Place],
+        ys: Iterable[Place],
         stops: Sequence[Address],
         called: str,
         sums: bool = False,
@@ -69,12 +69,12 @@ class Differentiation:
         self._all_ys = list(dict.fromkeys(ys))
 
     @functools.cached_property
-    def connected(self) -> list[Value]:
+    def connected(self) -> list[Place]:
         """Those xs that any of the ys depends on."""
         reached = union(map(self._reached, self._all_ys))
         return [x for k, x in enumerate(self._xs) if reached >> k & 1]
 
-    def why(self, x: Value) -> str:
+    def why(self, x: Place) -> str:
         """Say why no y is connected to x."""
         if not _jax.is_differentiable(self._program.types[x]):
             return f"{self._program.types[x].dtype} carries no gradient"
@@ -96,7 +96,7 @@ class Differentiation:
             "point": graph.found,
         }
 
-        def at(place: Value) -> list[int]:
+        def at(place: Place) -> list[int]:
             value = values[place.kind][place.index]
             return [] if value is None else [value]
 
@@ -104,8 +104,8 @@ class Differentiation:
         return Analysis(graph, [at(x) for x in self._xs], ends)
 
     def gradients(
-        self, pairs: Sequence[tuple[Value, Any]], want_value: bool
-    ) -> tuple[list[Any], dict[Value, Any]]:
+        self, pairs: Sequence[tuple[Place, Any]], want_value: bool
+    ) -> tuple[list[Any], dict[Place, Any]]:
         """Return (the program's outputs if wanted, {x: gradient} for connected xs).
 
         `pairs` holds a y and its cotangent each.
@@ -149,7 +149,7 @@ class Differentiation:
             note = f"{self._called}: JAX raised this at {', '.join(sorted(places))}"
             error.add_note(note)
 
-    def _start(self, x: Value) -> Any:
+    def _start(self, x: Place) -> Any:
         """Return what is differentiated by for a place."""
         program = self._program
         if x.kind == "argument":
@@ -161,8 +161,8 @@ class Differentiation:
 
     def _evaluate(
         self,
-        ys: Sequence[Value],
-        xs: Sequence[Value],
+        ys: Sequence[Place],
+        xs: Sequence[Place],
         want_value: bool,
         values: Sequence[Any],
         token: Any,
@@ -206,10 +206,10 @@ class Differentiation:
     def _is_held(self, found: Found) -> bool:
         return not self._held.isdisjoint(found.targets)
 
-    def _reached(self, y: Value) -> int:
+    def _reached(self, y: Place) -> int:
         return self._bits[y.kind][y.index]
 
-    def _sources(self, xs: Sequence[Value]) -> list[int]:
+    def _sources(self, xs: Sequence[Place]) -> list[int]:
         number = {x: 1 << k for k, x in enumerate(xs)}
         return [number.get(place, 0) for place in places(self._program)]
 
@@ -230,15 +230,15 @@ def _listed(ops: Sequence[Op]) -> str:
     return ", ".join(dict.fromkeys(op.spot.place if op.spot else op.name for op in ops))
 
 
-def _sinks(program: Program, ys: Iterable[Value]) -> list[bool]:
+def _sinks(program: LookedUp, ys: Iterable[Place]) -> list[bool]:
     """Flag the ys among the results and the found values of a program."""
     asked = set(ys)
-    ends = [Value("output", k) for k in range(len(program.traced.jaxpr.outvars))]
-    ends += [Value("point", k) for k in range(len(program.plan.found))]
+    ends = [Place("output", k) for k in range(len(program.traced.jaxpr.outvars))]
+    ends += [Place("point", k) for k in range(len(program.plan.found))]
     return [place in asked for place in ends]
 
 
-def needed_for(program: Program, ys: Iterable[Value]) -> list[int]:
+def needed_for(program: LookedUp, ys: Iterable[Place]) -> list[int]:
     """Return the numbers of the equations that the ys are computed by.
 
     A rule that is not on a way to them is not asked: it may not be able to run.
@@ -249,14 +249,14 @@ def needed_for(program: Program, ys: Iterable[Value]) -> list[int]:
     return [k for k, eqn in enumerate(jaxpr.eqns) if id(eqn) in needed]
 
 
-def places(program: Program) -> list[Value]:
+def places(program: LookedUp) -> list[Place]:
     """All places that can be differentiated by: arguments, then found values."""
-    arguments = [Value("argument", k) for k in range(len(program.traced.leaves))]
-    return arguments + [Value("point", k) for k in range(len(program.plan.found))]
+    arguments = [Place("argument", k) for k in range(len(program.traced.leaves))]
+    return arguments + [Place("point", k) for k in range(len(program.plan.found))]
 
 
 def try_gradient(
-    program: Program, xs: Sequence[Value], ys: Sequence[Value], called: str
+    program: LookedUp, xs: Sequence[Place], ys: Sequence[Place], called: str
 ) -> tuple[bool, str]:
     """Differentiate some places by others, abstractly, as `jax.grad` would.
 

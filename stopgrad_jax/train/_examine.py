@@ -20,7 +20,7 @@ import stopgrad_jax.train._micro as micro
 from stopgrad_jax._places import printed_place
 from stopgrad_jax._program.control import control
 from stopgrad_jax._program.lookup import look_up
-from stopgrad_jax._program.trace import Value, trace
+from stopgrad_jax._program.trace import Place, trace
 from stopgrad_jax._program.wiring import Body
 from stopgrad_jax._reach.differentiate import Differentiation
 from stopgrad_jax._reach.graph import Graph
@@ -28,7 +28,7 @@ from stopgrad_jax._reach.unfold import unfold
 from stopgrad_jax._source.labels import Labels
 
 from ._gradient import Objective
-from ._state import Split
+from ._state import Parted
 
 # What makes a number of others: their sum, a multiple of one, or one of them.
 _PARTS = frozenset(
@@ -48,7 +48,7 @@ class Examined:
       places: the place of each leaf of the parameters, in JAX's order.
     """
 
-    def __init__(self, objective: Objective, split: Split, batch: Any, key: Any):
+    def __init__(self, objective: Objective, split: Parted, batch: Any, key: Any):
         """Trace the loss."""
         self._called = objective.called
         if objective.accumulate > 1:
@@ -86,7 +86,7 @@ class Examined:
         """
         jaxpr, (y,) = self._traced.jaxpr, self._ys
         places = jax.tree.leaves(self._traced.positional[1])
-        varies = {jaxpr.invars[x.index] for x in places if isinstance(x, Value)}
+        varies = {jaxpr.invars[x.index] for x in places if isinstance(x, Place)}
         kinds = _Kinds(varies, set())
         lines, _ = _divisions(jaxpr, jaxpr.outvars[y.index], kinds, "no source")
         return printed_place(lines[0]) if lines else None
@@ -104,7 +104,7 @@ class Examined:
         old = jaxpr.invars[self.places[leaf].index].aval
 
         def is_like(y: Any) -> bool:
-            aval = jaxpr.outvars[y.index].aval if isinstance(y, Value) else None
+            aval = jaxpr.outvars[y.index].aval if isinstance(y, Place) else None
             return aval is not None and (aval.shape, aval.dtype) == (
                 old.shape,
                 old.dtype,

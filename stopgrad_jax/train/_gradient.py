@@ -15,10 +15,10 @@ from stopgrad_jax._program.trace import trace
 from stopgrad_jax._statistics import measured
 
 from ._objective import Loss, Value, over_devices
-from ._state import Split
+from ._state import Parted
 
 
-class Found(NamedTuple):
+class Evaluation(NamedTuple):
     """What one evaluation of a loss yields; of micro-batches, stacked or averaged."""
 
     value: Value
@@ -64,7 +64,7 @@ class Objective:
         """Say what was called, for errors."""
         return self.loss.called
 
-    def gradients(self, split: Split, batch: Any, key: Any) -> Found:
+    def gradients(self, split: Parted, batch: Any, key: Any) -> Evaluation:
         """Differentiate at a batch: at its micro-batches, one after the other."""
         if self.accumulate == 1:
             return self._at(split, batch, key, None)
@@ -74,7 +74,7 @@ class Objective:
             total = self._total(split, parts, key, rounds)
             whole = Whole.of(total)
 
-        def add(sums: list[Any], i: Any) -> tuple[list[Any], Found]:
+        def add(sums: list[Any], i: Any) -> tuple[list[Any], Evaluation]:
             found = self._at(split, *micro.picked(parts, key, i), whole)
             pairs = zip(sums, found.gradients, strict=True)
             sums = [s + g.astype(s.dtype) for s, g in pairs]
@@ -92,31 +92,33 @@ class Objective:
         gradients = [s.astype(x.dtype) for s, x in pairs]
         return found._replace(value=value, gradients=gradients)
 
-    def value(self, split: Split, batch: Any, key: Any) -> jax.Array:
+    def value(self, split: Parted, batch: Any, key: Any) -> jax.Array:
         """Return the loss alone, for optimizers that search along a line."""
         if self.accumulate == 1:
             return self.evaluate(split, batch, key)[0].mean
         parts = micro.split(batch, self.accumulate, self.called)
         return self._total(split, parts, key, jnp.arange(self.accumulate)).mean
 
-    def evaluate(self, split: Split, batch: Any, key: Any) -> tuple[Value, Any]:
+    def evaluate(self, split: Parted, batch: Any, key: Any) -> tuple[Value, Any]:
         """Return what the loss comes to at one batch or micro-batch, and aux."""
         params = split.layout.join(split.trained, split.rest)
         return self._evaluated(params, split, batch, key)
 
     def _evaluated(
-        self, params: Any, split: Split, batch: Any, key: Any
+        self, params: Any, split: Parted, batch: Any, key: Any
     ) -> tuple[Value, Any]:
         value, aux = self.loss(params, batch, key)
         return over_devices(value, split.trained, self.called), aux
 
-    def _total(self, split: Split, parts: Any, key: Any, rounds: jax.Array) -> Value:
+    def _total(self, split: Parted, parts: Any, key: Any, rounds: jax.Array) -> Value:
         def at(i: Any) -> Value:
             return self.evaluate(split, *micro.picked(parts, key, i))[0]
 
         return jax.lax.map(at, rounds).summed
 
-    def _at(self, split: Split, batch: Any, key: Any, whole: Whole | None) -> Found:
+    def _at(
+        self, split: Parted, batch: Any, key: Any, whole: Whole | None
+    ) -> Evaluation:
         if self.stats:
             return self._measured(split, batch, key, whole)
 
@@ -126,11 +128,11 @@ class Objective:
 
         differentiate = jax.value_and_grad(objective, has_aux=True)
         (_, (value, aux)), gradients = differentiate(split.trained)
-        return Found(value, gradients, aux, {})
+        return Evaluation(value, gradients, aux, {})
 
     def _measured(
-        self, split: Split, batch: Any, key: Any, whole: Whole | None
-    ) -> Found:
+        self, split: Parted, batch: Any, key: Any, whole: Whole | None
+    ) -> Evaluation:
         """Differentiate once for gradients and statistics, as `sg.gradient_stats`."""
 
         @functools.wraps(self.loss.fun)
@@ -147,7 +149,7 @@ class Objective:
         pairs = zip(xs, split.trained, strict=True)
         zeros = jnp.zeros_like
         gradients = [found[x] if x in found else zeros(old) for x, old in pairs]
-        return Found(out[1][0], gradients, out[1][1], stats)
+        return Evaluation(out[1][0], gradients, out[1][1], stats)
 
 
 def _share(value: Value, whole: Whole | None) -> jax.Array:

@@ -11,7 +11,7 @@ from stopgrad_jax._address import Address
 from stopgrad_jax._checks import option, whole
 from stopgrad_jax._edge import public
 from stopgrad_jax._errors import function_name, wrong
-from stopgrad_jax._program.lookup import listed
+from stopgrad_jax._program.lookup import addresses_in
 from stopgrad_jax._where import Where
 from stopgrad_jax.freezing import freeze
 
@@ -133,7 +133,7 @@ def make_step(
     if not isinstance(optimizer, optax.GradientTransformation):  # optax.MultiSteps
         pair = (optimizer.init, optimizer.update)
         optimizer = optax.GradientTransformationExtraArgs(*pair)
-    addresses = tuple(listed(stats, called, "stats"))
+    addresses = tuple(addresses_in(stats, called, "stats"))
     objective = Objective(Loss(loss, has_aux, bool(weighted)), accumulate, addresses)
     averages = accumulate > 1 and weighted is None
     watch = Watch(objective, frozen, untrained, averages)

@@ -11,6 +11,7 @@ import optax
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._program.trace import is_traceable
+from stopgrad_jax._trees import Split
 from stopgrad_jax._where import Where, selected
 
 from ._owned import copied
@@ -103,14 +104,12 @@ class Layout:
 
     def alone(self, trained: Iterable[Any]) -> Any:
         """Return the tree as `sg.freeze` shows it to an optimizer."""
-        source = iter(trained)
-        return self.structure.unflatten(
-            next(source) if kind == "trained" else optax.MaskedNode()
-            for kind in self.kinds
-        )
+        trains = Split([kind == "trained" for kind in self.kinds])
+        hidden = [optax.MaskedNode()] * len(self.kinds)
+        return self.structure.unflatten(trains.joined(trained, hidden))
 
 
-class Split(NamedTuple):
+class Parted(NamedTuple):
     """Parameters taken apart: what a loss is differentiated by, and the rest."""
 
     layout: Layout

@@ -15,7 +15,7 @@ from stopgrad_jax._address import leaf_paths
 from stopgrad_jax._errors import quoted, wrong
 
 from ._gradient import Objective
-from ._state import Layout, Split
+from ._state import Layout, Parted
 from ._watch import Watch
 
 
@@ -45,7 +45,7 @@ class Update:
         self._check(opt_state, params)
         self.watch.look(layout, trained, rest, batch, key)
 
-        objective, split = self.objective, Split(layout, trained, rest)
+        objective, split = self.objective, Parted(layout, trained, rest)
         value, gradients, aux, stats = objective.gradients(split, batch, key)
         loss = value.mean
         # JAX's gradient of a real function of complex z points against the descent.

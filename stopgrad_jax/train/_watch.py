@@ -16,7 +16,7 @@ from stopgrad_jax._where import Where
 from ._examine import Examined
 from ._gradient import Objective
 from ._model_state import Stateful, refuse_lost, refuse_trained, stateful
-from ._state import Layout, Split
+from ._state import Layout, Parted
 from ._untrained import by_cause, frozen_too
 
 
@@ -58,7 +58,7 @@ class Watch:
         kinds = list(layout.kinds)
 
         def look(*args: Any) -> tuple[()]:
-            examined = self._examined(split := Split(layout, *args[:2]), *args[2:])
+            examined = self._examined(split := Parted(layout, *args[:2]), *args[2:])
             causes = examined.causes(layout.numbers("trained"))
             self._refuse_all(split, causes)
             for k in causes:
@@ -77,7 +77,7 @@ class Watch:
         asks, states = self._untrained != "ignore", self._states[layout]
         if not (asks or self._averages or states):
             return
-        split = Split(layout, trained, rest)
+        split = Parted(layout, trained, rest)
         examined = self._examined(split, batch, key)
         refuse_lost(states, examined, self._objective.called)
         if self._averages and (line := examined.divides_by_batch()):
@@ -91,10 +91,10 @@ class Watch:
         for message in waiting:
             warn(message)
 
-    def _examined(self, split: Split, batch: Any, key: Any) -> Examined:
+    def _examined(self, split: Parted, batch: Any, key: Any) -> Examined:
         return Examined(self._objective, split, batch, key)
 
-    def _look_at_leaves(self, split: Split, examined: Examined) -> None:
+    def _look_at_leaves(self, split: Parted, examined: Examined) -> None:
         layout, called = split.layout, self._objective.called
         held = layout.numbers("untrained")
         try:
@@ -122,13 +122,13 @@ class Watch:
         self._told.update((layout, k) for k in new)
         self._waiting.append(beats(called, *told))
 
-    def _refuse_all(self, split: Split, causes: Mapping[int, str]) -> None:
+    def _refuse_all(self, split: Parted, causes: Mapping[int, str]) -> None:
         """Raise where nothing is left that trains."""
         if len(causes) == len(split.trained):
             told = words.nothing_trains(self._by_cause(split, causes))
             raise wrong(ValueError, self._objective.called, *told)
 
-    def _by_cause(self, split: Split, causes: Mapping[int, str]) -> Any:
+    def _by_cause(self, split: Parted, causes: Mapping[int, str]) -> Any:
         layout = split.layout
         params = layout.join(split.trained, split.rest)
         candidates = [*layout.numbers("trained"), *layout.numbers("untrained")]
