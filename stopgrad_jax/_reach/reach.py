@@ -20,7 +20,7 @@ from stopgrad_jax._program.wiring import Body
 
 from .decided import Decided
 from .overwrites import Overwrites
-from .references import carries, is_about_refs, refs_of, touched
+from .references import carries, fed_back, is_about_refs, refs_of, touched
 
 Bits = int
 # (equation, the operands that move as bits, or None where it does not matter) -> for
@@ -297,10 +297,8 @@ def rounds(
     body: Body, summary: Summary, inputs: list[Bits], own: list[Bits]
 ) -> list[Bits]:
     """Bits of a body's inputs after as many rounds as there may be."""
-    pairs, left = list(body.feedback), len(summary.results)
-    if body.repeats:
-        pairs += [(left + k, back) for k, back in enumerate(refs_of(body.jaxpr))]
-    handed_on, changed = summary.handed_on, bool(pairs)
+    pairs, handed_on = fed_back(body), summary.handed_on
+    changed = bool(pairs)
     while changed:
         changed = False
         for out, back in pairs:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._program.control import Control
@@ -18,7 +19,7 @@ from .fed import feeds_of
 from .graph import Graph, Op, Value
 from .overwrites import Overwrites
 from .reach import Bits, Moves, Reach, read
-from .references import carries, is_about_refs, reads_and_writes, refs_of
+from .references import carries, fed_back, is_about_refs, reads_and_writes, refs_of
 
 
 def unfold(
@@ -48,6 +49,19 @@ def unfold(
     inputs = graph.inputs
     graph.outputs, _ = unfolding.inline(jaxpr, inputs, labels.nowhere, plan, moved)
     return graph
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spelled:
+    """A body in the graph: what it returns, and what its references hold then.
+
+    `joints` stand, by the number of the input, for what a loop carries into a round.
+    """
+
+    body: Body
+    results: list[Value | None]
+    refs: list[Value | None]
+    joints: Mapping[int, Value]
 
 
 class _Unfolding:
@@ -247,60 +261,28 @@ class _Unfolding:
         plans: Sequence[Plan | None],
         moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
     ) -> tuple[list[Value | None], dict[int, Value | None]]:
-        """Add the bodies of an equation; return its results, and what refs hold."""
+        """Add the bodies of an equation; return its results, and what refs hold.
+
+        Each is the value that a body returns; where it may be one of several, a joint.
+        """
         sources: list[list[Value | None]] = [[] for _ in eqn.outvars]
         left: dict[int, list[Value | None]] = {}
-        steering: list[Value | None] = []
-        if inner.decides == "branch":
-            steering.append(inputs[0])
-        never = inner.may_run_no_round
-        carried: dict[int, Value] = {}
-        outside, found = self.graph.found, list[list[Value | None]]()
-        own = _divided(moving[1], plans)
-        # In reverse: what decides on another round reads what the body carries.
-        bodies = reversed(list(zip(inner.bodies, plans, own, strict=True)))
-        for body, plan, found_here in bodies:
-            operands = [carried.get(k, inputs[k]) for k in body.operands]
-            first, joints = len(self.graph.maker), dict[int, Value]()
-            feedback, own_refs = list(body.feedback), refs_of(body.jaxpr)
-            if body.repeats:
-                ends = len(body.jaxpr.outvars)
-                feedback += [(ends + k, back) for k, back in enumerate(own_refs)]
-            if feedback:
-                moves = (
-                    bool(plan and plan.found) if found_here is None else any(found_here)
-                )
-                joints = self._joints(eqn, path, body, feedback, operands, moves)
-                carried = {body.operands[k]: joint for k, joint in joints.items()}
-            self.graph.found = []
-            moved = None
-            if moving[0] is not None and found_here is not None:
-                moved = [moving[0][k] for k in body.operands]
-                moved = self._reach.entering(body, plan, moved, found_here)
-            outside_of, self._within = self._within, (*self._within, eqn)
-            results, held = self.inline(body.jaxpr, operands, path, plan, moved)
-            self._within = outside_of
-            found.append(self.graph.found)
-            runs = not inner.is_empty
-            for out, back in feedback if runs else ():
-                self._feed_back(joints[back], [*results, *held][out])
-            if joints:
-                self.graph.loops.append((first, len(self.graph.maker) - 1))
-            elif inner.dynamic:
-                steering += results
-            for out, k in enumerate(body.results):
-                if k is not None and runs:
-                    sources[k].append(results[out])
-            for out, back in body.feedback if never else ():
+        steering = [inputs[0]] if inner.decides == "branch" else []
+        for spelled in self._bodies(eqn, path, inputs, inner, plans, moving):
+            body, joints = spelled.body, spelled.joints
+            if body.is_condition:
+                steering += spelled.results
+            for k, value in zip(body.results, spelled.results, strict=True):
+                if k is not None and not inner.is_empty:
+                    sources[k].append(value)
+            for back, value in zip(refs_of(body.jaxpr), spelled.refs, strict=True):
+                start = [joints[back]] if inner.may_run_no_round else []
+                left.setdefault(body.operands[back], []).extend([value, *start])
+            for out, back in body.feedback if inner.may_run_no_round else ():
                 if (k := body.results[out]) is not None:
                     sources[k].append(joints[back])
-            for back, value in zip(own_refs, held, strict=True):
-                start = [joints[back]] if never else []
-                left.setdefault(body.operands[back], []).extend([value, *start])
-        self.graph.found = [*outside, *itertools.chain(*reversed(found))]
         if not inner.joins:
-            only = {k: cast(Value, v[0]) for k, v in left.items()}
-            return [values[0] for values in sources], {**only}
+            return [only for (only,) in sources], {k: x for k, (x,) in left.items()}
         op = self._op(eqn, path, join=True)
         if inner.dynamic:  # a while loop has no reverse mode
             op.refusing = inputs
@@ -310,23 +292,60 @@ class _Unfolding:
         ]
         if inner.decides == "branch":
             self.graph.cases.update(zip(op.values, sources, strict=True))
-        refs: dict[int, Value | None] = {
+        return results, {
             k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])
             for k, values in left.items()
         }
-        return results, refs
+
+    def _bodies(
+        self,
+        eqn: Any,
+        path: Path,
+        inputs: Sequence[Any],
+        inner: Control,
+        plans: Sequence[Plan | None],
+        moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
+    ) -> Iterator[_Spelled]:
+        """Add the bodies of an equation, and yield each with what it makes."""
+        (flags, own), carried = moving, dict[int, Value]()
+        outside, found = self.graph.found, list[Value | None]()
+        bodies = list(zip(inner.bodies, plans, _divided(own, plans), strict=True))
+        # In reverse: the condition of a `while` is asked about what the body carries,
+        # and the joints that stand for that are made with the body.
+        for body, plan, mine in reversed(bodies):
+            operands = [carried.get(k, inputs[k]) for k in body.operands]
+            first, pairs = len(self.graph.maker), fed_back(body)
+            moves = bool(plan and plan.found) if mine is None else any(mine)
+            joints = self._joints(eqn, path, body, pairs, operands, moves)
+            carried = {body.operands[k]: joint for k, joint in joints.items()}
+            moved = None
+            if flags is not None and mine is not None:
+                moved = [flags[k] for k in body.operands]
+                moved = self._reach.entering(body, plan, moved, mine)
+            around, self._within = self._within, (*self._within, eqn)
+            self.graph.found = []
+            results, refs = self.inline(body.jaxpr, operands, path, plan, moved)
+            self._within, found = around, [*self.graph.found, *found]
+            for out, back in () if inner.is_empty else pairs:
+                self._feed_back(joints[back], [*results, *refs][out])
+            if joints:
+                self.graph.loops.append((first, len(self.graph.maker) - 1))
+            yield _Spelled(body, results, refs, joints)
+        self.graph.found = [*outside, *found]
 
     def _joints(
         self,
         eqn: Any,
         path: Path,
         body: Body,
-        feedback: Iterable[tuple[int, int]],
+        feedback: Sequence[tuple[int, int]],
         operands: list[Any],
         moves: bool,
     ) -> dict[int, Value]:
         """Put a joint in place of each carried operand; `moves`: what is found does."""
-        op, joints = self._op(eqn, path, join=True), {}
+        if not feedback:
+            return {}
+        op, joints = self._op(eqn, path, join=True), dict[int, Value]()
         moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
             start = [operands[back]]
