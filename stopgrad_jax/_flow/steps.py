@@ -13,7 +13,7 @@ from stopgrad_jax._reach.cuts import Analysis, Cut
 from stopgrad_jax._reach.graph import Op, Value
 from stopgrad_jax._reach.naming import called
 from stopgrad_jax._source.labels import Path, Spot
-from stopgrad_jax._source.repeats import is_again
+from stopgrad_jax._source.repeats import Again, is_again
 
 from .grouping import Group, Grouping, Prefix
 from .model import STATUSES, Box, Edge, Site, Step
@@ -190,7 +190,7 @@ def _repeats(ops: Sequence[Op], group: Group) -> int:
         levels = [k for k, (code, _) in enumerate(stack) if code is spot.frame.code]
         if first is None or before is None or not levels:
             first = before = stack
-        elif is_again(first, before, stack, levels[-1], value):
+        elif is_again(first, before, stack, levels[-1], value) is Again.YES:
             count, first = count + 1, stack
         before = stack
     return count

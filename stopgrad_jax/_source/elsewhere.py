@@ -29,7 +29,8 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
       rest: equations that follow. One of them counts if an operator made it, or a
         function of JAX: it is made in each round.
     """
-    around = len(loops(*stack[level])) > len(own_loops(*stack[level], value))
+    every = loops(*stack[level])
+    around = len(every) > len(own_loops(every, value))
     for eqn in itertools.islice(rest, _AHEAD):
         other = _jax.stack_of(eqn)
         k = in_common(stack, other)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import stopgrad_jax._jax as _jax
 
-from .assignment import Given, Unclear, assigning, last_assigning
+from .assignment import Assignment, Unclear, assigning, last_assigning
 from .bindings import (
     DISPLAYS,
     STATEMENT,
@@ -33,6 +33,7 @@ from .executions import (
     level_of,
 )
 from .labels import Spot
+from .repeats import Again
 from .variables import users_of
 
 _OBJECTS = ("__call__", "__init__")
@@ -284,7 +285,7 @@ class Handed:
         assert binding.assigned is not None
         runs = _executions(items, depth, binding.assigned.value)
         execution = Execution(-1, binding, spot, depth, runs[-1])
-        index, result = Given(execution, self.users).place()
+        index, result = Assignment(execution, self.users).place()
         return self._jaxpr.eqns[index].outvars[result]
 
     def before(self, first: Item, depth: int) -> list[Item]:
@@ -344,9 +345,9 @@ def _executions(items: Sequence[Item], depth: int, value: Position) -> list[list
     for k, item in enumerate(items[1:], 1):
         rest = (i.eqn for i in items[k:])
         again = begins_again(runs[-1], item, depth, value, rest)
-        if again is None:
+        if again is Again.UNKNOWN:
             raise Unclear("it cannot be told where one execution of it ends")
-        if again:
+        if again is Again.YES:
             runs.append([])
         runs[-1].append(item)
     return runs

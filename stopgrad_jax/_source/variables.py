@@ -14,10 +14,11 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
-from .assignment import Given, Unclear
+from .assignment import Assignment, Unclear
 from .bindings import Binding, Function, is_within
 from .executions import Execution, Item, begins_again, is_inside, level_of
 from .labels import Labels, Spot, function_of, is_comprehension
+from .repeats import Again
 from .roles import is_backward
 from .rounds import reads_another
 from .watched import Seen
@@ -150,7 +151,7 @@ class Variables:
             run.unclear = run.unclear or run.is_cut_wrongly()
             site = Site(run.spot, run.binding)
             try:
-                index, result = Given(run, users).place()
+                index, result = Assignment(run, users).place()
             except Unclear as why:
                 reason = (run.spot.place, str(why))
                 self.unclear[run.target].setdefault(site.key, reason)
@@ -282,8 +283,8 @@ class Variables:
         value = run.assigned.value if run.assigned else run.spot.position
         rest = itertools.islice(jaxpr.eqns, item.index, None)
         again = begins_again(run.items, item, run.depth, value, rest)
-        run.unclear = run.unclear or again is None
-        return bool(again)
+        run.unclear = run.unclear or again is Again.UNKNOWN
+        return again is Again.YES
 
     def _matches(
         self, path: Any, targets: Mapping[int, Var]
