@@ -20,7 +20,7 @@ _KEEP = 1024
 _known: dict[Any, list[int]] = {}
 
 
-def operands_of(eqn: Any) -> list[int]:
+def operands_by_result(eqn: Any) -> list[int]:
     """Return, for each result, the operands (as bits) that it may be computed from."""
     every = (1 << len(eqn.invars)) - 1
     operands = [k for k, atom in enumerate(eqn.invars) if _is_array(atom)]

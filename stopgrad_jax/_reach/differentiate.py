@@ -27,7 +27,7 @@ from .closures import holds_closure
 from .computed import all_that_flows
 from .cuts import Analysis
 from .derivative_rules import Rules
-from .graph import Op
+from .graph import Operation
 from .reach import Moves, Reach, read, union
 from .unfold import unfold
 
@@ -211,7 +211,7 @@ class Differentiation:
 
     def _sources(self, xs: Sequence[Value]) -> list[int]:
         number = {x: 1 << k for k, x in enumerate(xs)}
-        return [number.get(place, 0) for place in places(self._program)]
+        return [number.get(place, 0) for place in places_of(self._program)]
 
 
 def inside_a_closure(called: str) -> str:
@@ -226,7 +226,7 @@ def inside_a_closure(called: str) -> str:
     )
 
 
-def _listed(ops: Sequence[Op]) -> str:
+def _listed(ops: Sequence[Operation]) -> str:
     return ", ".join(dict.fromkeys(op.spot.place if op.spot else op.name for op in ops))
 
 
@@ -249,7 +249,7 @@ def needed_for(program: Program, ys: Iterable[Value]) -> list[int]:
     return [k for k, eqn in enumerate(jaxpr.eqns) if id(eqn) in needed]
 
 
-def places(program: Program) -> list[Value]:
+def places_of(program: Program) -> list[Value]:
     """All places that can be differentiated by: arguments, then found values."""
     arguments = [Value("argument", k) for k in range(len(program.traced.leaves))]
     return arguments + [Value("point", k) for k in range(len(program.plan.found))]

@@ -16,7 +16,7 @@ from stopgrad_jax._source.labels import Labels, Path
 from .decided import Decided
 from .derivative_rules import Answer, Rules, chosen
 from .fed import feeds_of
-from .graph import Graph, Op, Value
+from .graph import Graph, Node, Operation
 from .overwrites import Overwrites
 from .reach import Bits, Moves, Reach, read
 from .references import carries, fed_back, is_about_refs, reads_and_writes, refs_of
@@ -59,9 +59,9 @@ class _Spelled:
     """
 
     body: Body
-    results: list[Value | None]
-    refs: list[Value | None]
-    joints: Mapping[int, Value]
+    results: list[Node | None]
+    refs: list[Node | None]
+    joints: Mapping[int, Node]
 
 
 class _Unfolding:
@@ -89,10 +89,10 @@ class _Unfolding:
         self,
         aval: Any,
         maker: int,
-        grads: Sequence[Value],
-        feeds: Sequence[Value],
+        grads: Sequence[Node],
+        feeds: Sequence[Node],
         moves: bool = False,
-    ) -> Value:
+    ) -> Node:
         """Add a value."""
         self._moves.append(moves or any(self._moves[v] for v in grads))
         self.graph.avals.append(aval)
@@ -101,15 +101,15 @@ class _Unfolding:
         self.graph.feeds.append(feeds)
         return len(self.graph.maker) - 1
 
-    def _op(self, eqn: Any, path: Path, join: bool = False) -> Op:
-        op = Op(eqn, path, join)
+    def _op(self, eqn: Any, path: Path, join: bool = False) -> Operation:
+        op = Operation(eqn, path, join)
         op.within = self._within
         self.graph.ops.append(op)
         return op
 
     def _result(
-        self, op: Op, aval: Any, grads: Iterable[Any], feeds: Iterable[Any]
-    ) -> Value:
+        self, op: Operation, aval: Any, grads: Iterable[Any], feeds: Iterable[Any]
+    ) -> Node:
         by_tangent = _values(grads) if carries(aval) else ()
         value = self.value(aval, len(self.graph.ops) - 1, by_tangent, _values(feeds))
         op.values.append(value)
@@ -122,15 +122,15 @@ class _Unfolding:
         outer: Path,
         plan: Plan | None,
         moved: Sequence[Bits] | None,
-    ) -> tuple[list[Value | None], list[Value | None]]:
+    ) -> tuple[list[Node | None], list[Node | None]]:
         """Add a jaxpr's operations; return its results, and what its refs hold then."""
-        env: dict[Any, Value | None] = dict(zip(jaxpr.invars, operands, strict=True))
+        env: dict[Any, Node | None] = dict(zip(jaxpr.invars, operands, strict=True))
         matches = {m.index: m for m in plan.matches} if plan else {}
         jaxpr = self._decided.program(jaxpr)
         overwritten = self._overwrites(jaxpr, plan)
         flags, start = self._reach.moving(jaxpr, plan, moved), len(jaxpr.invars)
 
-        def value_of(atom: Any) -> Value | None:
+        def value_of(atom: Any) -> Node | None:
             return None if isinstance(atom, _jax.Literal) else env.get(atom)
 
         for index, eqn in enumerate(jaxpr.eqns):
@@ -178,7 +178,7 @@ class _Unfolding:
         inputs: Sequence[Any],
         kept: Sequence[Any] | None,
         moving: Sequence[Bits] | None,
-    ) -> list[Value | None]:
+    ) -> list[Node | None]:
         if (case := chosen(eqn)) is not None:
             inputs = [x if k == case else None for k, x in enumerate(inputs)]
         if not any(x is not None for x in inputs):
@@ -202,7 +202,7 @@ class _Unfolding:
         if wanted == 0 and moves:  # nothing comes back, and what reads it moves
             passes = self._rules.moving(eqn)
         op.overwrites = kept is not None
-        results: list[Value | None] = []
+        results: list[Node | None] = []
         feeds = feeds_of(self.graph, eqn, inputs, answer)
         for var, bits, fed in zip(eqn.outvars, passes, feeds, strict=True):
             grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
@@ -218,7 +218,7 @@ class _Unfolding:
             self._result(op, None, (), inputs)
         return results[: len(eqn.outvars)]
 
-    def _stop(self, eqn: Any, path: Path, value: Value | None) -> Value | None:
+    def _stop(self, eqn: Any, path: Path, value: Node | None) -> Node | None:
         """A value that is held: the same, with nothing behind it."""
         if value is None:
             return None
@@ -226,7 +226,7 @@ class _Unfolding:
         op.held = True
         return self._result(op, self.graph.avals[value], (), (value,))
 
-    def _returned(self, eqn: Any, path: Path, value: Value | None) -> Value | None:
+    def _returned(self, eqn: Any, path: Path, value: Node | None) -> Node | None:
         """A found value that a body returned, apart from what the body does with it.
 
         The body may read it, too, return it twice, or have been given it.
@@ -239,7 +239,7 @@ class _Unfolding:
 
     def _reference(
         self, eqn: Any, path: Path, inputs: Sequence[Any], env: dict[Any, Any]
-    ) -> list[Value | None]:
+    ) -> list[Node | None]:
         op = self._op(eqn, path)
         reads, writes = reads_and_writes(eqn)
         held, written = [inputs[k] for k in reads], [inputs[k] for k in writes]
@@ -260,13 +260,13 @@ class _Unfolding:
         inner: Control,
         plans: Sequence[Plan | None],
         moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
-    ) -> tuple[list[Value | None], dict[int, Value | None]]:
+    ) -> tuple[list[Node | None], dict[int, Node | None]]:
         """Add the bodies of an equation; return its results, and what refs hold.
 
         Each is the value that a body returns; where it may be one of several, a joint.
         """
-        sources: list[list[Value | None]] = [[] for _ in eqn.outvars]
-        left: dict[int, list[Value | None]] = {}
+        sources: list[list[Node | None]] = [[] for _ in eqn.outvars]
+        left: dict[int, list[Node | None]] = {}
         steering = [inputs[0]] if inner.decides == "branch" else []
         for spelled in self._bodies(eqn, path, inputs, inner, plans, moving):
             body, joints = spelled.body, spelled.joints
@@ -286,7 +286,7 @@ class _Unfolding:
         op = self._op(eqn, path, join=True)
         if inner.dynamic:  # a while loop has no reverse mode
             op.refusing = inputs
-        results: list[Value | None] = [
+        results: list[Node | None] = [
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
@@ -307,8 +307,8 @@ class _Unfolding:
         moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
     ) -> Iterator[_Spelled]:
         """Add the bodies of an equation, and yield each with what it makes."""
-        (flags, own), carried = moving, dict[int, Value]()
-        outside, found = self.graph.found, list[Value | None]()
+        (flags, own), carried = moving, dict[int, Node]()
+        outside, found = self.graph.found, list[Node | None]()
         bodies = list(zip(inner.bodies, plans, _divided(own, plans), strict=True))
         # In reverse: the condition of a `while` is asked about what the body carries,
         # and the joints that stand for that are made with the body.
@@ -341,11 +341,11 @@ class _Unfolding:
         feedback: Sequence[tuple[int, int]],
         operands: list[Any],
         moves: bool,
-    ) -> dict[int, Value]:
+    ) -> dict[int, Node]:
         """Put a joint in place of each carried operand; `moves`: what is found does."""
         if not feedback:
             return {}
-        op, joints = self._op(eqn, path, join=True), dict[int, Value]()
+        op, joints = self._op(eqn, path, join=True), dict[int, Node]()
         moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
             start = [operands[back]]
@@ -355,7 +355,7 @@ class _Unfolding:
             joints[back] = operands[back] = joint
         return joints
 
-    def _feed_back(self, joint: Value, source: Value | None) -> None:
+    def _feed_back(self, joint: Node, source: Node | None) -> None:
         if source is None or source == joint:
             return
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)
@@ -373,5 +373,5 @@ def _divided(
     return [own[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
-def _values(values: Iterable[Any]) -> tuple[Value, ...]:
+def _values(values: Iterable[Any]) -> tuple[Node, ...]:
     return tuple(dict.fromkeys(v for v in values if v is not None))

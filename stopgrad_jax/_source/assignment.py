@@ -13,7 +13,7 @@ from typing import Any, Literal
 import stopgrad_jax._jax as _jax
 
 from .bindings import Assigned, Binding, Position, is_within
-from .executions import Execution, Item, begins_again, is_literal, is_repeat, level_of
+from .executions import Execution, Item, begins_again, is_repeat, level_of
 from .labels import Spot
 from .repeats import Again
 
@@ -88,7 +88,9 @@ class Assignment:
         """`u, v = x` for an array: the rows, in order."""
         items = [i for i in items if i.spots[depth].position == expression.target]
         # JAX takes rows out in several steps: what a later step reads is no row yet.
-        inside = {v for i in items for v in i.eqn.invars if not is_literal(v)}
+        inside = {
+            v for i in items for v in i.eqn.invars if not isinstance(v, _jax.Literal)
+        }
         rows = [(i, r) for i in items for r in _results(i) if r[1] not in inside]
         at = expression.position(len(rows))
         if at is None or expression.below:
@@ -208,7 +210,7 @@ class Assignment:
         made_of, own = {var}, {i.index for i in self._run.items}
         for other in self._run.items:
             if other.index > item.index and not made_of.isdisjoint(
-                v for v in other.eqn.invars if not is_literal(v)
+                v for v in other.eqn.invars if not isinstance(v, _jax.Literal)
             ):
                 made_of.update(other.eqn.outvars)
         if any(not own.issuperset(self._users.get(v, ())) for v in made_of - {var}):

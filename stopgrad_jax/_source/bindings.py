@@ -74,6 +74,11 @@ class Binding:
     arms: Mapping[Position, int] = dataclasses.field(default_factory=dict)
     loops: frozenset[Position] = frozenset()
 
+    @property
+    def lines(self) -> set[int]:
+        """The lines of the statement."""
+        return {*range(self.place[0], self.place[2] + 1)}
+
     def excludes(self, other: Binding) -> bool:
         """Tell whether only one of the two can be executed in one call."""
         apart = any(other.arms.get(k, arm) != arm for k, arm in self.arms.items())

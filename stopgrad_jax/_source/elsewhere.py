@@ -13,7 +13,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Position
-from .repeats import Stack, calls_back, in_common, own_loops
+from .repeats import Stack, in_common, may_reenter, own_loops
 from .ways import is_operator, is_passed, loops
 
 _AHEAD = 256  # equations that are looked at
@@ -41,7 +41,7 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
         if code is not same or not (direct or is_operator(code, there)):
             continue
         repeated = any(_is_repeated(stack, j) for j in range(k + 1, level))
-        if repeated or (k < level and (around or calls_back(stack, k))):
+        if repeated or (k < level and (around or may_reenter(stack, k))):
             continue
         anew = any(_is_repeated(stack, j) for j in range(k))
         if is_passed(code, here, there, value if k == level else None, anew):
@@ -50,4 +50,4 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
 
 
 def _is_repeated(stack: Stack, k: int) -> bool:
-    return bool(loops(*stack[k])) or calls_back(stack, k)
+    return bool(loops(*stack[k])) or may_reenter(stack, k)

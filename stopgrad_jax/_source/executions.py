@@ -119,7 +119,9 @@ def sums_anew(made: Sequence[Any], rest: Iterable[Any], k: int) -> Again:
     additions = list(itertools.takewhile(is_addition, after))
     if not additions:
         return Again.UNKNOWN
-    read = (v for eqn in additions for v in eqn.invars if not is_literal(v))
+    read = (
+        v for eqn in additions for v in eqn.invars if not isinstance(v, _jax.Literal)
+    )
     return Again.NO if any(v in so_far for v in read) else Again.YES
 
 
@@ -173,8 +175,3 @@ def is_same_call(item: Item, other: Item, depth: int) -> bool:
         and mine[:depth] == its[:depth]
         and mine[depth].frame.code is its[depth].frame.code
     )
-
-
-def is_literal(atom: Any) -> bool:
-    """Tell a constant of the program from a variable."""
-    return isinstance(atom, _jax.Literal)

@@ -80,7 +80,7 @@ def is_again(
     own = own_loops(inside[0], value)
     outer = len(own) < len(inside[0]) or _is_repeated(new, level)
     inner = any([own, *inside[1:]])
-    back = [k for k in range(level, same) if calls_back(new, k)]
+    back = [k for k in range(level, same) if may_reenter(new, k)]
     if not outer:
         return Again.NO
     if not inner and not back:
@@ -105,7 +105,7 @@ def own_loops(around: Sequence[Any], value: Position) -> list[Any]:
 
 def _is_repeated(stack: Stack, level: int) -> bool:
     """Tell whether anything above a frame may run it again."""
-    return any(loops(*stack[k]) or calls_back(stack, k) for k in range(level))
+    return any(loops(*stack[k]) or may_reenter(stack, k) for k in range(level))
 
 
 def _can_begin(first: Stack, new: Stack, level: int) -> bool:
@@ -137,7 +137,7 @@ def begins_call(
     outer = _is_repeated(new, level)
     end_level = len(new) if same is None else same
     inner = any(loops(*new[k]) for k in range(level, end_level))
-    back = [k for k in range(level, end_level) if calls_back(new, k)]
+    back = [k for k in range(level, end_level) if may_reenter(new, k)]
     if same is None:  # one instruction: of a function that JAX inlines, or it again
         if not outer:
             return Again.NO
@@ -177,7 +177,7 @@ def extent_of(code: types.CodeType) -> Position:
     return (*min(starts), *max(ends))  # type: ignore[return-value]
 
 
-def calls_back(stack: Stack, k: int) -> bool:
+def may_reenter(stack: Stack, k: int) -> bool:
     """Tell whether one call of a function in C may enter the next frame repeatedly.
 
     A generator is, unless it is a loop of Python's that goes through it. A function is

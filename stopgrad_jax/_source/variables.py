@@ -202,10 +202,10 @@ class Variables:
             s
             for s in seen
             if (s.file, s.name, s.function) == (file, name, "")
-            and s.line in lines_of(site.binding)
+            and s.line in site.binding.lines
         ]
         # Where they share a line, or one is in another, it is the column that tells.
-        if any(lines_of(site.binding) & lines_of(other) for other in others):
+        if any(site.binding.lines & other.lines for other in others):
             inner = [b.place for b in others if is_within(b.place, place)]
             found = [s for s in found if is_within(s.place, place)]
             return [s for s in found if not any(is_within(s.place, p) for p in inner)]
@@ -315,11 +315,6 @@ class Variables:
             else:
                 self.sourceless[spot.file] = spot.expression or "no source text"
         self.known.update((site.key, site) for _, site in sites)
-
-
-def lines_of(binding: Binding) -> set[int]:
-    """Return the lines of a statement."""
-    return {*range(binding.place[0], binding.place[2] + 1)}
 
 
 def _assignments(spots: Sequence[Spot]) -> Iterator[tuple[int, Site]]:

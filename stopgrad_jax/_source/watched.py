@@ -66,7 +66,7 @@ class _Store:
         return value
 
 
-class Watch:
+class Watcher:
     """Notes what the variables of functions are given, but for those of JAX.
 
     No value and no frame is kept: `jax.checking_leaks` counts those that are.
@@ -189,19 +189,19 @@ def _held(x: Any, attribute: str) -> Any:
 
 
 @contextlib.contextmanager
-def watching(names: frozenset[str]) -> Iterator[Watch]:
+def watching(names: frozenset[str]) -> Iterator[Watcher]:
     """Watch the functions that have variables of these names, as far as Python lets us.
 
     JAX runs those anew that it has traced before, too.
     """
-    watch = Watch(names)
+    watch = Watcher(names)
     listening = _monitored if sys.version_info >= (3, 12) else _traced
     with anew(), listening(watch):
         yield watch
 
 
 @contextlib.contextmanager
-def _monitored(watch: Watch) -> Iterator[None]:
+def _monitored(watch: Watcher) -> Iterator[None]:
     monitoring = sys.monitoring
     events = monitoring.events
     free = (k for k in range(6) if monitoring.get_tool(k) is None)
@@ -243,7 +243,7 @@ def _caller(frame: types.FrameType | None) -> types.FrameType:
 
 
 @contextlib.contextmanager
-def _traced(watch: Watch) -> Iterator[None]:
+def _traced(watch: Watcher) -> Iterator[None]:
     """As Python 3.11 has it; a debugger, or what counts the lines of tests, waits."""
 
     def starts(frame: types.FrameType, event: str, _: Any) -> Callable[..., Any] | None:

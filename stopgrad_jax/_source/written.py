@@ -18,10 +18,9 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .bindings import Position, is_within
 from .labels import Spot
-from .text import is_within
 
-Position = tuple[int, int, int, int]
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
