@@ -71,6 +71,11 @@ def _reached(eqn: Any, mapped: Collection[int], results: list[int]) -> set[int]:
 def _reached_along(
     axis: int, eqn: Any, mapped: Collection[int], results: list[int]
 ) -> set[int]:
+    """Map the operands along one axis; return which of the results are mapped then.
+
+    The batching rule of a `custom_vmap` is told which of its operands are mapped, so
+    one that hands the results on is asked: no array has to be looked at.
+    """
     reached = set[int]()
 
     @jax.custom_batching.custom_vmap

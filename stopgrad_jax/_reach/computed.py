@@ -66,6 +66,7 @@ class _Computed(Reach):
             return operands[0]
         if not inner.dynamic:
             return 0
+        # `while x > 0`: x reaches all results, by how many rounds there are.
         condition, body = inner.bodies
         carried = self._carried(body, operands)
         start = len(condition.operands) - len(carried)

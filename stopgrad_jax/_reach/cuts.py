@@ -290,6 +290,7 @@ class Analysis:
     def _lost(self, op: Operation) -> Bits:
         """Sources whose gradient would come to an operation and does not leave it."""
         used = [v for v in op.values if self._is_used(v)]
+        # A joint reads what decides, too: that ends at the comparison which made it.
         if not used or op.join:
             return 0
         lost = self._lost_in(used, op)

@@ -216,6 +216,7 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         return Answer(none, refuses=every if raises else 0, always=raises)
     is_vjp = _jax.has_own_vjp(eqn)
     asks = (_ask_forward, _ask_reverse)
+    # `jax.jvp` of a custom_vjp raises, whatever its rule is.
     if is_vjp:
         asks = (_ask_reverse,)
     elif eqn.primitive.name == "gate":  # what its rule says is in the transpose

@@ -57,6 +57,8 @@ class Differentiation:
         self._program, self._called, self._sums = program, called, sums
         self._xs = sorted(x for x in xs if _jax.is_differentiable(program.types[x]))
         self._held = program.targets_of(stops)
+        # Only what reaches what, by summaries; the graph with the ways between, which
+        # takes longer, is made where a zero is to be explained: see `_analysis`.
         rules, plan, jaxpr = Rules(), program.plan, program.traced.jaxpr
         moves = Moves(rules.moving, self._is_held)
         reach = Reach(rules, self._is_held, moves, rules.by_pattern)
@@ -119,6 +121,8 @@ class Differentiation:
         values = [self._start(x) for x in xs]
         try:
             if self._held:
+                # What is held is constant for what differentiates by this number, too:
+                # a `jax.grad` around this call does not, and differentiates through.
                 token = jnp.zeros((), jnp.float32)
                 _, pullback, out = jax.vjp(evaluate, values, token, has_aux=True)
             else:
@@ -268,6 +272,8 @@ def try_gradient(
     inside = any(place.kind == "point" for place in (*xs, *ys))
 
     def gradients(leaves: Any, cts: Any) -> Any:
+        # From arguments to results the function is called as it is, so that what
+        # raises here raises in `jax.grad`, and nothing else does.
         if not inside:
 
             def run(*values: Any) -> list[Any]:

@@ -114,6 +114,7 @@ class Graph:
         """Return a graph of the same values whose edges, and these ops, may change."""
         new = Graph()
         new.__dict__.update(self.__dict__)
+        # These were read off the edges as they were.
         new.__dict__.pop("followers", None)
         new.__dict__.pop("readers", None)
         new.ops, new.grads, new.feeds = list(self.ops), [*self.grads], [*self.feeds]
@@ -149,6 +150,8 @@ class Graph:
         ends: dict[Node, list[Node]] = {}
         for first, end in self.loops:
             ends.setdefault(end, []).append(first)
+        # One pass, as all but joints read what was made before. Where a joint would
+        # grow by the end of its loop, the pass goes back to the first value of that.
         value, last = 0, len(out)
         while value < last:
             bits = own[value]
@@ -170,6 +173,7 @@ class Graph:
         """Tell whether a joint of this loop would change in another round."""
         for value in range(first, last + 1):
             sources = through[value]
+            # Only a joint reads what comes after it, and has that put last.
             if not sources or sources[-1] < value:
                 continue
             if any(out[source] & ~out[value] for source in sources):

@@ -113,6 +113,7 @@ class _Array:
         try:
             with jax.ensure_compile_time_eval():
                 values = [None if v is None else self._value(v) for v in values]
+                # Ones are written into zeros, and tell where.
                 values[0] = np.zeros(operand.aval.shape, operand.aval.dtype)
                 ones = np.ones(update.aval.shape, update.aval.dtype)
                 values[_update(eqn)] = ones

@@ -112,6 +112,7 @@ class Moves:
                 left = self._left(operands, parts)
             if wanted is not None and index not in wanted:
                 found += [0] * count
+            # What no source comes to is not asked: its rule might raise.
             elif match is not None or any(operands):
                 results, inside, refs = self._equation(
                     eqn, match, operands, mine, moving, left
@@ -185,6 +186,10 @@ class Moves:
         sources: Sequence[Bits],
         moving: tuple[Sequence[Bits], Sequence[Bits]] | None,
     ) -> tuple[list[Bits], list[Bits], dict[int, Bits]]:
+        """As `_equation`, for one that holds programs: by the summary of each body.
+
+        A body is summed up once, whatever comes to it and however often it runs.
+        """
         results, found = [0] * len(eqn.outvars), list[Bits]()
         refs: dict[int, Bits] = {}
         never = inner.may_run_no_round
@@ -204,6 +209,7 @@ class Moves:
             for k, bits in zip(body.results, summary.results, strict=True):
                 if k is not None and runs:
                     results[k] |= apply(bits, inputs + mine)
+            # Of no round, a loop returns what it was begun with.
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:
                     results[k] |= inputs[back]

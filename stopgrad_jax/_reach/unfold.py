@@ -179,6 +179,7 @@ class _Unfolding:
         kept: Sequence[Any] | None,
         moving: Sequence[Bits] | None,
     ) -> list[Node | None]:
+        # `jnp.where(True, x, y)`: what is not chosen feeds nothing.
         if (case := chosen(eqn)) is not None:
             inputs = [x if k == case else None for k, x in enumerate(inputs)]
         if not any(x is not None for x in inputs):
@@ -214,6 +215,7 @@ class _Unfolding:
                 self._moves[op.values[-1]] = True
         if eqn.primitive.name == "select_n" and case is None:
             self.graph.cases[op.values[0]] = inputs[1:]
+        # Without results, as of `jax.debug.print`, it reads its operands all the same.
         if not results:
             self._result(op, None, (), inputs)
         return results[: len(eqn.outvars)]
@@ -346,6 +348,7 @@ class _Unfolding:
         if not feedback:
             return {}
         op, joints = self._op(eqn, path, join=True), dict[int, Node]()
+        # One carry may move another only in the second round: if any does, all do.
         moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
             start = [operands[back]]

@@ -150,6 +150,7 @@ class Assignment:
         run, last = last_assigning(items, depth, name)
         if last is None or last.assigned is None:
             raise Unclear(f"{spot.function} returns {name}, and no operation makes it")
+        # `if c: y = z` made no equation, and may have run after the last that did.
         made = {id(b) for item in items for b in assigning(item, depth, name)}
         for other in every:
             quiet = id(other) not in made and other.quietly != "keeps"
@@ -174,6 +175,7 @@ class Assignment:
     def _result(self, items: Sequence[Item], depth: int) -> tuple[Item, int]:
         """Return the result of an operation or of a library's function."""
         live, last = list(self._live(items)), items[-1]
+        # `h = f(x)`, and nobody reads h: what was made last is what f returned.
         if not live and not self._differentiated and len(last.eqn.outvars) == 1:
             return last, 0
         if _returns_several(last, depth):

@@ -82,6 +82,7 @@ class Binding:
     def excludes(self, other: Binding) -> bool:
         """Tell whether only one of the two can be executed in one call."""
         apart = any(other.arms.get(k, arm) != arm for k, arm in self.arms.items())
+        # In a loop, one round may take the one arm, and the next the other.
         return apart and not (self.loops | other.loops)
 
     def may_follow(self, other: Binding, at: Position) -> bool:
@@ -149,6 +150,10 @@ def functions_of(tree: ast.AST) -> list[Function]:
 
 
 def _functions(node: Any, path: tuple[str, ...], method: bool) -> Iterator[Function]:
+    """Yield the functions in a node; `method`: a class is what it stands in.
+
+    The body begins behind the signature, whose defaults run in the function around it.
+    """
     if isinstance(node, ast.Module):
         every = (0, 0, 1 << 31, 0)
         yield Function(node, every, ("<module>",), False, _ordered(node.body))
@@ -175,6 +180,10 @@ def _ordered(body: Iterable[ast.AST]) -> list[Binding]:
 def _bindings(
     nodes: Iterable[Any], arms: Mapping[Position, int], loops: frozenset[Position]
 ) -> Iterator[Binding]:
+    """Yield what nodes bind in their own scope; of a scope inside, its name alone.
+
+    Each is told which arms and loops it is in, as no node knows the nodes around it.
+    """
     for node in nodes:
         state = {"arms": arms, "loops": loops}
         if isinstance(node, _SCOPES):
@@ -235,6 +244,7 @@ def _parts(node: Any) -> Iterator[tuple[Sequence[Any], int | None, bool]]:
         yield node.body, None, True
         yield node.orelse, None, False
     elif isinstance(node, ast.While):
+        # The test runs in each round, too: `while (h := f(h)).any():`.
         yield [node.test, *node.body], None, True
         yield node.orelse, None, False
     else:
@@ -292,6 +302,7 @@ def _given(
     )
     written = value.elts if isinstance(value, ast.Tuple | ast.List) else ()
     at = assigned.position(len(written))
+    # `a, b = f(x), g(x)`: each has an expression of its own.
     if at is not None and not any(isinstance(x, ast.Starred) for x in written):
         part = next(t for t in target.elts if name in names_of(t))
         return _given(part, written[at], name)

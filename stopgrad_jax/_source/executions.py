@@ -73,7 +73,8 @@ def begins_again(
     this one on.
     """
     first, last, new = (_jax.stack_of(i.eqn) for i in (items[0], items[-1], item))
-    # It is of a function that JAX inlines.
+    # All equations of a function that JAX inlines have the stack of its call, so that a
+    # new call shows by its first operation only.
     if _jax.are_inlined(item.eqn, items[-1].eqn):
         if item.eqn.primitive is not items[0].eqn.primitive:
             return Again.NO

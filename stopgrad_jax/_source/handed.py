@@ -164,6 +164,8 @@ class Handed:
         if function.bound and len(given) == len(positional) + 1:  # Net.forward(net, x)
             given = given[1:]
         filled = [*positional[: len(given)], *keywords]
+        # By another name it may be a `partial`, with arguments that are not seen here:
+        # then the call has to give all of them, those with defaults, too.
         by_name = caller.source.callee(caller.position) == called or outer < depth - 1
         needed = _required(function) if by_name or called in _OBJECTS else positional
         if not set(needed) <= {*filled}:
@@ -176,6 +178,7 @@ class Handed:
             raise Unclear("it is not handed over there: it is its default")
         else:
             node = given[positional.index(name)]
+        # `f(h, h)`: in the program, both parameters are one variable.
         every = [ast.dump(x) for x in (*given, *keywords.values())]
         if every.count(ast.dump(node)) > 1:
             raise Unclear(f"one value is handed over to {called} twice")
@@ -253,6 +256,7 @@ class Handed:
         found, call = list[Item](), first.spots[depth].position
         for item in reversed(self.before(first, depth)):
             position = item.spots[depth].position
+            # These are of an earlier round of the call, or of the statement before.
             if position == call or not is_within(position, call):
                 break
             if is_within(position, place):
@@ -301,6 +305,7 @@ class Handed:
         own = next((b for b in every if is_within(at, b.place)), None)
         if own is None:
             return before
+        # `h = f(g(h))`: what g made is of the statement, and is no h yet.
         start = len(before)
         while start and is_within(before[start - 1].spots[depth].position, own.place):
             start -= 1

@@ -165,6 +165,7 @@ class Labels:
         function = frame.function
         if name in _COMPREHENSIONS:  # a part of the statement around it
             function = function_of(frame)
+            # The one around it is the whole comprehension; this is the part that ran.
             if spots and spots[-1].frame.file == frame.file:
                 spots.pop()
         spots.append(self._spot(frame, function))

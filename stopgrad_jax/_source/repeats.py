@@ -236,6 +236,8 @@ def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
         star = next((b for b in before[::-1] if b.opname != "PUSH_NULL"), i)
         inner = star is not i and star.opname == "CALL"
         return i.opname, _called(code, star.offset)[1] if inner else "", 0
+    # What is called is loaded at the place where the call begins: `functools` and
+    # `reduce` of `functools.reduce(f, xs)`, and neither f nor xs.
     start = place_at(i)[:2]
     loads = [
         b for b in before if b.opname.startswith("LOAD_") and "CONST" not in b.opname

@@ -263,9 +263,15 @@ class Variables:
     def _runs(
         self, jaxpr: Any, labels: Labels, targets: Mapping[int, Var]
     ) -> Iterator[Execution]:
+        """Yield the executions of the statements that are meant, as they begin.
+
+        An execution is over with the first equation that it did not make; its items are
+        all there once this has gone through the whole program.
+        """
         going: dict[Any, Execution] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = labels.path(eqn, labels.nowhere)
+            # These interrupt no statement: an edit stands in the middle of one.
             if not path.spots or is_backward(eqn) or is_edit(eqn):
                 continue
             item, now = Item(index, eqn, path.spots), {}

@@ -129,15 +129,19 @@ class Watcher:
     def _stored_by(
         self, instructions: Sequence[dis.Instruction], k: int
     ) -> Iterator[_Store]:
+        """Yield what an instruction stores under one of the names: mostly one thing."""
         i = instructions[k]
         place = _place(i)
         named = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        # `a, b = f()` is one instruction since Python 3.13. Of STORE_FAST_LOAD_FAST the
+        # second name is read.
         count = 2 if i.opname == "STORE_FAST_STORE_FAST" else 1
         for name in named[:count]:
             if _spelled(name) not in self._names:
                 continue
             if i.opname != "STORE_ATTR":
                 yield _Store(_spelled(name), place, "", (name,))
+            # `a.b.c = v` loads v, then `a.b`, right before it stores.
             elif base := _base(instructions[:k]):
                 first, *attributes = base
                 spelled = ".".join([*map(_spelled, base), _spelled(name)])
@@ -212,6 +216,7 @@ def _monitored(watch: Watcher) -> Iterator[None]:
 
     def starts(code: types.CodeType, _: int) -> Any:
         if not watch.is_of_interest(code):
+            # Python asks no more about this code, and runs it as fast as before.
             return monitoring.DISABLE
         monitoring.set_local_events(tool, code, events.INSTRUCTION)
         codes.append(code)
