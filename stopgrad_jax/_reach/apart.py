@@ -26,6 +26,7 @@ def operands_by_result(eqn: Any) -> list[int]:
     operands = [k for k, atom in enumerate(eqn.invars) if _is_array(atom)]
     results = [k for k, var in enumerate(eqn.outvars) if _is_array(var)]
     alike = len(eqn.outvars) < 2 or len(operands) < 2 or any(_jax.programs_in(eqn))
+    # Nothing is to be told apart, or programs inside may do anything with anything.
     if alike or not results:
         return [every] * len(eqn.outvars)
     key = signature(eqn, literals=False)

@@ -344,6 +344,7 @@ def why(
         return "sampled", _words.SAMPLED.format(name=callee_of(op)), "sampled"
     if exact:
         return _exact(op, ", ".join(sorted(exact)), graph)
+    # A stop or a rule that somebody wrote says more than a derivative that is zero.
     for op in ops:
         if _jax.kind_of(op.eqn) == "stop_gradient":
             if is_straight_through(op.eqn):

@@ -332,6 +332,7 @@ def _masks(jaxpr: Any, flags: Sequence[int]) -> tuple[list[int], bool]:
     masked = False
     for eqn in jaxpr.eqns:
         operands, inner = [read(atom) for atom in eqn.invars], control(eqn)
+        # `jnp.where` is a jitted function, with the selection inside.
         if inner is not None and _jax.jit_name(eqn) is not None:
             out, below = _masks(inner.bodies[0].jaxpr, operands)
             masked |= below

@@ -293,6 +293,7 @@ def try_gradient(
     cts = [_jax.as_argument(program.types[y]) for y in ys]
     try:
         jaxpr, consts = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
+        # A traced value that is none of the program's own: a rule has closed over it.
         outer = set(map(id, (*traced.consts, *traced.leaves)))
         if any(_jax.is_traced(x) and id(x) not in outer for x in consts):
             return False, _words.CLOSED_OVER

@@ -54,6 +54,7 @@ def zero(ops: Sequence[Operation], graph: Graph) -> tuple[str, str]:
     around = spot and (_short(spot.called or spot.expression) or spot.callee)
     inside = f", in {around}," if around else ""
     floats = [op for op in ops if not _types(op)]
+    # `jnp.floor_divide` has signs in it, which it only compares.
     valued = [op for op in floats if not _is_compared(op, graph)] or floats
     if valued:
         return _of_floats(list(dict.fromkeys(map(_name, valued))), inside)

@@ -281,6 +281,7 @@ class Reach(Moves):
         return union(left)
 
     def _that_matter(self, jaxpr: Any, moved: Any) -> Any:
+        # Without a rule that is told what moves, one summary is for all that may move.
         if moved is None or not self.matters(jaxpr):
             return None
         return tuple(int(bool(flag)) for flag in moved)
@@ -305,6 +306,7 @@ def rounds(
     """Bits of a body's inputs after as many rounds as there may be."""
     pairs, handed_on = fed_back(body), summary.handed_on
     changed = bool(pairs)
+    # Bits are only added, so that this ends.
     while changed:
         changed = False
         for out, back in pairs:

@@ -45,6 +45,7 @@ def reads_and_writes(eqn: Any) -> tuple[list[int], list[int]]:
             return [0], [0]
         case "swap":
             reference, value = eqn.invars[:2]
+            # `r[...] = x` has no indices, and leaves nothing of what r held.
             whole = len(eqn.invars) == 2 and value.aval.shape == reference.aval.shape
             return [0], [1] if whole else [0, 1]
         case "addupdate":

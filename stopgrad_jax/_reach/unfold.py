@@ -76,6 +76,7 @@ class _Unfolding:
         self.graph, self._decided = Graph(), decided
         self._idle: set[int] = set()
         self._within: tuple[Any, ...] = ()
+        # Of the outermost program: those inside of others are asked in any case.
         if needed is not None:
             self._idle = set(map(id, jaxpr.eqns))
             self._idle -= {id(jaxpr.eqns[k]) for k in needed}
@@ -187,6 +188,7 @@ class _Unfolding:
         op = self._op(eqn, path)
         op.inputs = inputs
         moves = any(self._moves[x] for x in inputs if x is not None)
+        # Of what leads nowhere JAX runs the forward half of a rule, which may raise.
         wanted = 0 if id(eqn) in self._idle else None
         if not moves:
             answer = Answer([0] * len(eqn.outvars))
@@ -359,6 +361,7 @@ class _Unfolding:
         return joints
 
     def _feed_back(self, joint: Node, source: Node | None) -> None:
+        # Handed on as it came, it is fed by nothing new.
         if source is None or source == joint:
             return
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)

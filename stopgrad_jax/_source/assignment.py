@@ -191,6 +191,7 @@ class Assignment:
         own = {item.index for item in items}
         for item in items:
             for result, var in _results(item):
+                # A result of the program is read at -1, which is no equation of these.
                 if not own.issuperset(self._users.get(var, ())):
                     yield item, result
 
@@ -275,6 +276,7 @@ def _returned_by(callee: Spot, spots: Sequence[Spot]) -> Position | None:
         raise Unclear(f"{callee.function} returns no array")
     statements = [spot.statement for spot in spots]
     made = [s.value for s in statements if s and s.kind == "return"]
+    # Of several `return`, it is one that was seen to make an equation.
     return places[0] if len(places) == 1 else made[-1] if made else None
 
 
@@ -312,6 +314,8 @@ def _part(item: Item, depth: int, expression: Assigned) -> int:
     eqn = item.eqn
     paths, count = _jax.result_paths(eqn), len(eqn.outvars)
     index = expression.index if expression.index is not None else 0
+    # What a library wraps may return anything; JAX says of its own functions where in
+    # the tree each result is, as `[0]`.
     if not _is_direct(item, depth):
         pass
     elif paths is not None and index >= 0:

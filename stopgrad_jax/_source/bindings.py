@@ -90,6 +90,7 @@ class Binding:
         if self.excludes(other):
             return False
         starts = self.place[:2], other.place[:2], at[:2]
+        # No loop leads from one of the places back to another: the text has the order.
         if not any(p in other.loops or is_within(at, p) for p in self.loops):
             return starts[1] < starts[0] < starts[2]
         # In a round of the loop it is the last, unless the other one always follows.
@@ -255,6 +256,7 @@ def _quietly(name: str, value: ast.expr) -> str:
     """Tell what a variable is after an assignment that made no equation."""
     if isinstance(value, ast.IfExp):
         both = {_quietly(name, value.body), _quietly(name, value.orelse)}
+        # Either may have been taken: the one that tells less.
         return max(both, key=["none", "keeps", "another"].index)
     if isinstance(value, ast.BinOp | ast.UnaryOp):  # of arrays, it makes an equation
         inner = [n for n in ast.walk(value) if isinstance(n, ast.expr)]
@@ -360,6 +362,7 @@ def is_within(inner: Position, outer: Position) -> bool:
 def root_of(chain: ast.expr) -> ast.Name | None:
     """Return the variable that `v`, `v.a`, `v["a"]` or `v[0].a` is read from."""
     while isinstance(chain, ast.Attribute | ast.Subscript):
+        # Which part `v[i]` is, the text does not say.
         if isinstance(chain, ast.Subscript) and not isinstance(chain.slice, _WRITTEN):
             return None
         chain = chain.value

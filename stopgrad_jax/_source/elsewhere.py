@@ -40,6 +40,8 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
         direct = len(other) > k + 1 and _jax.is_own(other[k + 1][0].co_filename)
         if code is not same or not (direct or is_operator(code, there)):
             continue
+        # What lies outside of a loop that the statement is in need not come between two
+        # executions of it.
         repeated = any(_is_repeated(stack, j) for j in range(k + 1, level))
         if repeated or (k < level and (around or may_reenter(stack, k))):
             continue

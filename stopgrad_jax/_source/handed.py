@@ -94,6 +94,8 @@ class Handed:
             return self.evaluated(first, outer, node)
         var = self._spread_out(function, name)
         others = [v for k, v in self._named_inputs() if k != name and v is not var]
+        # Without a call to read, a library may have handed its arguments on in another
+        # order: then what spells the parameter reads another one.
         later = [i for i in self._items if i.index >= first.index]
         same = [item for item in later if is_same_call(item, first, depth)]
         if any(self.reads(same, depth, name, other) for other in others):
@@ -197,6 +199,7 @@ class Handed:
         if start is None or end is None:
             return 0, None
         codes = [code for code, _ in stack[start + 1 : end]]
+        # JAX wraps its transformations in this, which hands everything on.
         codes = [c for c in codes if c.co_name != "reraise_with_filtered_traceback"]
         if not codes:
             return 0, ()
@@ -242,6 +245,7 @@ class Handed:
             raise Unclear("what is handed over there is not one array")
         spelled = ast.unparse(node)
         if depth == 0 and self.is_origin(spot) and spelled in self.inputs:
+            # `params["w"]` is the input of that name, if params is still what it was.
             root = next(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
             if not spot.source.function(place).binding(root):
                 return self._input(spelled)
@@ -273,6 +277,7 @@ class Handed:
         made = {id(b) for item in before for b in assigning(item, depth, name)}
         quiet = [b for b in every if id(b) not in made and b.quietly != "keeps"]
         if last is None:
+            # What no equation tells may have been given to it, before or a round ago.
             around = [b for b in quiet if b.place[:2] < at[:2] or b.loops]
             if around or name not in function.parameters:
                 raise Unclear(f"{name}, which is handed over, is made by no operation")
@@ -310,6 +315,7 @@ class Handed:
         while start and is_within(before[start - 1].spots[depth].position, own.place):
             start -= 1
         value = own.assigned.value if own.assigned else own.place
+        # The call is a part of the last execution; those before it have ended.
         *_, current = _executions([*before[start:], first], depth, value)
         return before[: len(before) + 1 - len(current)]
 

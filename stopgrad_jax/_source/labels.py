@@ -158,6 +158,7 @@ class Labels:
                 else:
                     inside = self._spot(frame, frame.function)
             key = (tuple(spots), inside, sampler)
+        # Paths are compared by identity, and two stacks may lead to the same one.
         return self._paths.setdefault(key, Path(*key))
 
     def _push(self, spots: list[Spot], frame: _jax.Frame) -> None:

@@ -76,6 +76,7 @@ def _is_apart(
     """Tell of each result of an operation whether it is made of other arrays only."""
     made = {v: item.eqn for item in inside for v in item.eqn.outvars}
     own = {item.index for item in inside}
+    # Of `jnp.dot(h, w)`, jnp is no array.
     func = node.func if isinstance(node, ast.Call) else None
     callee = {n for n in ast.walk(func) if isinstance(n, ast.Name)} if func else set()
     read = {n for n in ast.walk(node) if isinstance(n, ast.Name)} - callee
@@ -87,6 +88,7 @@ def _is_apart(
         roots, eqns = _roots(item.eqn, made, given)
         # A number that the text does not have may be what the variable is now.
         number = any(isinstance(v, _jax.Literal) for eqn in eqns for v in eqn.invars)
+        # What is only moved may be another variable of the expression.
         moved = all(eqn.primitive.name in _MOVES for eqn in eqns)
         if alone or not (moved or (number and not written)):
             yield bool(roots) and given.isdisjoint(roots)

@@ -140,10 +140,12 @@ class Routes:
             spot = spots[outer]
             if not spot.is_current:
                 continue
+            # The qualified name of a function begins with that of the one around it.
             if within.startswith(f"{spot.function}.<locals>."):
                 function = self._function_at(outer)
                 if root.id in function.parameters or function.binding(root.id):
                     return self._is_held(outer, root)
+        # `cache["h"] = h`, in any of the callers, may put it where this one finds it.
         for outer in range(depth):
             if spots[outer].is_current:
                 put = _put(self._function_at(outer).node, root.id)

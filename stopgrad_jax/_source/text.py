@@ -80,12 +80,9 @@ class Source:
             return
         self._functions = functions_of(tree)
         for node in ast.walk(tree):
-            if isinstance(node, ast.stmt):
-                place = head_of(node)
-                for line in range(place[0], place[2] + 1):
-                    self._statements.setdefault(line, []).append((place, node))
-            elif isinstance(node, ast.Lambda):
-                place = place_of(node.body)
+            if isinstance(node, ast.stmt | ast.Lambda):
+                is_lambda = isinstance(node, ast.Lambda)
+                place = place_of(node.body) if is_lambda else head_of(node)
                 for line in range(place[0], place[2] + 1):
                     self._statements.setdefault(line, []).append((place, node))
             elif isinstance(node, ast.expr):
@@ -181,6 +178,7 @@ class Source:
         line, col, end_line, end_col = place
         if not 0 < line <= end_line <= len(self._lines):
             return ""
+        # Python counts columns in bytes of UTF-8.
         rows = [row.encode() for row in self._lines[line - 1 : end_line]]
         rows[-1] = rows[-1][:end_col]
         rows[0] = rows[0][col:]

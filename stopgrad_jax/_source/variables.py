@@ -219,6 +219,7 @@ class Variables:
         users: Mapping[Any, Sequence[int]],
     ) -> None:
         """Note the statements of which an execution made no operation."""
+        # One execution stands for its statement: all equations are looked at.
         one = {(r.target, r.binding.place, r.spot.frame.code): r for r in runs}
         edited = {v: _jax.edited_at(e) for e in jaxpr.eqns for v in e.outvars}
         for labels, targets in self._searched:
@@ -297,6 +298,7 @@ class Variables:
     ) -> list[tuple[int, Site, int]]:
         if path not in self._in_path:
             sites = list(_assignments(path.spots))
+            # Messages name variables of the user's code, and not those of libraries.
             if targets is self._searched[0][1]:
                 self._remember(path.spots, sites)
             self._in_path[path] = list(self._meant(sites, targets))

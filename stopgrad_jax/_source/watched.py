@@ -80,6 +80,7 @@ class Watcher:
 
     def is_of_interest(self, code: types.CodeType) -> bool:
         """Tell a function, not of JAX, that stores variables of these names."""
+        # The body of a module or a class is not optimized: it is no function.
         if not code.co_flags & inspect.CO_OPTIMIZED or _jax.is_own(code.co_filename):
             return False
         names = code.co_varnames + code.co_cellvars + code.co_freevars + code.co_names
