@@ -87,7 +87,6 @@ class Assignment:
     ) -> tuple[Item, int]:
         """`u, v = x` for an array: the rows, in order."""
         items = [i for i in items if i.spots[depth].position == expression.target]
-        # JAX takes rows out in several steps: what a later step reads is no row yet.
         inside = {
             v for i in items for v in i.eqn.invars if not isinstance(v, _jax.Literal)
         }
