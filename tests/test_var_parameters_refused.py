@@ -168,7 +168,7 @@ def test_a_library_that_hands_on_more_than_its_args(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import solver_module
 
-    labels = "stopgrad_jax._engine.labels._LIBRARIES"
+    labels = "stopgrad_jax._source.labels.LIBRARIES"
     monkeypatch.setattr(labels, (str(tmp_path) + "/",))
     for objective in (Objective(), lambda params, data: jnp.sum(data * params)):
         run = solver_module.solver(objective)

@@ -17,9 +17,9 @@ from stopgrad_jax._program.refuse import refuse_outputs
 from stopgrad_jax._program.trace import Place, Traced
 from stopgrad_jax._program.wanted import Wanted
 from stopgrad_jax._reach.cuts import Analysis, Cut
-from stopgrad_jax._reach.differentiate import needed_for, places, try_gradient
+from stopgrad_jax._reach.differentiate import needed_for, places_of, try_gradient
 from stopgrad_jax._reach.dropped import dropped
-from stopgrad_jax._reach.graph import Value
+from stopgrad_jax._reach.graph import Node
 from stopgrad_jax._reach.towards import towards
 from stopgrad_jax._reach.unfold import unfold
 from stopgrad_jax._source.labels import Labels, Spot
@@ -70,7 +70,7 @@ class Look:
             self.graph, same = base.graph, True
         else:
             same = False
-            moved = [self._bits.get(place, 0) for place in places(program)]
+            moved = [self._bits.get(place, 0) for place in places_of(program)]
             needed = needed_for(program, [place for _, place in self._ends])
             self.graph = unfold(
                 program.traced.jaxpr, labels, program.plan, moved=moved, needed=needed
@@ -81,7 +81,7 @@ class Look:
             "point": self.graph.found,
         }
 
-        def value_at(place: Any) -> Value | None:
+        def value_at(place: Any) -> Node | None:
             is_place = isinstance(place, Place)
             return values[place.kind][place.index] if is_place else None
 
@@ -91,20 +91,20 @@ class Look:
             if (value := value_at(place)) is not None
         ]
         one = len(self._ends) == 1 and self._ends[0][0] == RETURN
-        self.outputs: list[tuple[str, list[Value]]] = [
+        self.outputs: list[tuple[str, list[Node]]] = [
             ("output" if one else path, [] if (v := value_at(place)) is None else [v])
             for path, place in self._ends
         ]
         sinks = [v for _, values in self.outputs for v in values]
         self.graph = towards(self.graph, sinks)
-        sources: list[list[Value]] = [[] for bit in self._bits.values() if bit]
+        sources: list[list[Node]] = [[] for bit in self._bits.values() if bit]
         for leaf in self.leaves:
             if leaf.bit:
                 sources[leaf.bit.bit_length() - 1] = leaf.values
         self.analysis = Analysis(self.graph, sources, sinks)
         # In another graph its values have other numbers, and only its inputs are kept.
         self._terms = kept.terms if kept and same else None
-        self._beside: dict[Value, str] = {}
+        self._beside: dict[Node, str] = {}
         if kept and not same:
             trees = [program.matched[x].places for x in beside] or [traced.arguments]
             for root, tree in (pair for each in trees for pair in each.items()):
@@ -207,7 +207,7 @@ class Look:
         return lay_out(self.analysis, self.grouping, rows, self.outputs)
 
     @functools.cached_property
-    def terms(self) -> list[tuple[str, list[Value]]]:
+    def terms(self) -> list[tuple[str, list[Node]]]:
         """The columns of the table: outputs, or what the one output is a sum of."""
         if self._terms is not None:
             return self._terms
@@ -222,7 +222,7 @@ class Look:
             analysis = Analysis(self.graph, [[v] for v in inputs], [sink])
         return terms(analysis, sink, inputs)
 
-    def word(self, bits: int, values: Iterable[Value]) -> str:
+    def word(self, bits: int, values: Iterable[Node]) -> str:
         """Say how some values fare with some inputs.
 
         "flows"; "cut" where only the value gets there; "unused" where not even that;
@@ -342,10 +342,10 @@ class Look:
         ]
         return lay_out(self.analysis, self.grouping, rows, self.outputs)
 
-    def way(self, bits: int) -> dict[Value, Value | None]:
+    def way(self, bits: int) -> dict[Node, Node | None]:
         """For each value these inputs reach, the one before it on a shortest way."""
         start = [leaf.value for leaf in self.leaves if leaf.bit & bits]
-        before: dict[Value, Value | None] = dict.fromkeys(start)
+        before: dict[Node, Node | None] = dict.fromkeys(start)
         waiting = list(start)
         for value in waiting:
             for follower in self.graph.followers[value]:
@@ -354,7 +354,7 @@ class Look:
                     waiting.append(follower)
         return before
 
-    def steps_to(self, value: Value | None, before: dict[Value, Any]) -> list[int]:
+    def steps_to(self, value: Node | None, before: dict[Node, Any]) -> list[int]:
         """The steps on the way to a value, first to last, inputs left out."""
         layout, out = self._plain, []
         while value is not None:

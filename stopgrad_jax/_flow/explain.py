@@ -11,7 +11,7 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.flow as _words
 from stopgrad_jax._page import Part, snippet
 from stopgrad_jax._reach.cuts import Cut
-from stopgrad_jax._reach.graph import Op
+from stopgrad_jax._reach.graph import Operation
 from stopgrad_jax._source.labels import Spot
 from stopgrad_jax._words import listed
 
@@ -88,7 +88,7 @@ def _through(look: Look, row: Folded) -> str:
     return f", through {listed(reached)}{only}"
 
 
-def _mask(look: Look, op: Op) -> str:
+def _mask(look: Look, op: Operation) -> str:
     name = op.name
     if op.path.library:  # what its variables are called tells the user nothing
         name = _jax.call_name(op.eqn) or _jax.kind_of(op.eqn)
@@ -99,7 +99,7 @@ def _mask(look: Look, op: Op) -> str:
     return name + place
 
 
-def _placed(op: Op) -> str:
+def _placed(op: Operation) -> str:
     return f"{op.name} ({op.spot.place})" if op.spot else op.name
 
 

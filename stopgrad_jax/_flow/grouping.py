@@ -15,7 +15,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._places import printed_place
 from stopgrad_jax._reach.cuts import Analysis, Cut
-from stopgrad_jax._reach.graph import Op
+from stopgrad_jax._reach.graph import Operation
 from stopgrad_jax._source.labels import Labels, Path, Spot
 from stopgrad_jax._source.text import Statement
 
@@ -186,12 +186,12 @@ def _specials(
                 yield Special("replace", op.path, _called(op), detail)
 
 
-def _called(op: Op) -> str:
+def _called(op: Operation) -> str:
     operator = op.spot and not op.spot.callee and op.spot.expression
     return operator[:40] if operator else op.name
 
 
-def _number(op: Op) -> list[str]:
+def _number(op: Operation) -> list[str]:
     """The gate's parameters that are constants of the program."""
     values = [v.val for v in op.eqn.invars if isinstance(v, _jax.Literal)]
     return [f"{float(v):g}" for v in values if getattr(v, "size", 1) == 1]

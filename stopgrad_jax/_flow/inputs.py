@@ -10,7 +10,7 @@ from typing import Any
 from stopgrad_jax._address import Address
 from stopgrad_jax._errors import type_of
 from stopgrad_jax._program.trace import Place
-from stopgrad_jax._reach.graph import Value
+from stopgrad_jax._reach.graph import Node
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -25,14 +25,14 @@ class Leaf:
     path: str
     root: str
     place: Place
-    value: Value
+    value: Node
     aval: Any
     bit: int
     asked: bool
     address: Address | None
 
     @property
-    def values(self) -> list[Value]:
+    def values(self) -> list[Node]:
         """The value it is."""
         return [self.value]
 
@@ -98,12 +98,12 @@ _COLUMNS, _WIDEST = 8, 72  # of the table, at most; characters of their names
 
 
 def fold_outputs(
-    outputs: list[tuple[str, list[Value]]],
-) -> list[tuple[str, list[Value]]]:
+    outputs: list[tuple[str, list[Node]]],
+) -> list[tuple[str, list[Node]]]:
     """Put outputs together by subtree until the table can show them."""
     deepest = max(name.count("/") for name, _ in outputs) if outputs else 0
     for depth in range(deepest + 1, 0, -1):
-        out: dict[str, list[Value]] = {}
+        out: dict[str, list[Node]] = {}
         for name, values in outputs:
             out.setdefault("/".join(name.split("/")[:depth]), []).extend(values)
         if len(out) <= _COLUMNS and sum(map(len, out)) <= _WIDEST:

@@ -10,10 +10,10 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._errors import type_of
 from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.cuts import Analysis, Cut
-from stopgrad_jax._reach.graph import Op, Value
-from stopgrad_jax._reach.naming import called
+from stopgrad_jax._reach.graph import Node, Operation
+from stopgrad_jax._reach.naming import callee_of
 from stopgrad_jax._source.labels import Path, Spot
-from stopgrad_jax._source.repeats import is_again
+from stopgrad_jax._source.repeats import Again, is_again
 
 from .grouping import Group, Grouping, Prefix
 from .model import STATUSES, Box, Edge, Site, Step
@@ -25,7 +25,7 @@ class Row:
 
     path: str
     type: str
-    values: tuple[Value, ...]
+    values: tuple[Node, ...]
     data: bool = False
 
 
@@ -64,7 +64,7 @@ def lay_out(
     analysis: Analysis,
     grouping: Grouping,
     rows: Sequence[Row],
-    outputs: Sequence[tuple[str, Sequence[Value]]],
+    outputs: Sequence[tuple[str, Sequence[Node]]],
 ) -> Layout:
     """Make the steps of inputs, groups and outputs, and the edges between them."""
     graph, groups = analysis.graph, grouping.groups
@@ -151,7 +151,7 @@ def _step(
     if special:
         detail = special.detail or detail
         if special.cut:
-            detail = _of_cut(special.cut, called(graph.ops[special.cut.op]), label)
+            detail = _of_cut(special.cut, callee_of(graph.ops[special.cut.op]), label)
     elif all(op.join and not op.copies for op in own):
         inner = control(last.eqn)
         branch = inner is not None and inner.decides == "branch"
@@ -172,7 +172,7 @@ def _step(
     )
 
 
-def _repeats(ops: Sequence[Op], group: Group) -> int:
+def _repeats(ops: Sequence[Operation], group: Group) -> int:
     """Count how often a statement ran.
 
     As often as its last operation, if the user wrote that; another library may have
@@ -190,7 +190,7 @@ def _repeats(ops: Sequence[Op], group: Group) -> int:
         levels = [k for k, (code, _) in enumerate(stack) if code is spot.frame.code]
         if first is None or before is None or not levels:
             first = before = stack
-        elif is_again(first, before, stack, levels[-1], value):
+        elif is_again(first, before, stack, levels[-1], value) is Again.YES:
             count, first = count + 1, stack
         before = stack
     return count
@@ -313,7 +313,7 @@ def _edges(
 
 
 def _status(
-    analysis: Analysis, source: Value, value: Value, passes: bool, cut: bool, kind: str
+    analysis: Analysis, source: Node, value: Node, passes: bool, cut: bool, kind: str
 ) -> str:
     if not analysis.tangent[source]:
         return "value"

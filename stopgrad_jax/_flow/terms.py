@@ -14,7 +14,7 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._reach.cuts import Analysis
-from stopgrad_jax._reach.graph import Graph, Op, Value
+from stopgrad_jax._reach.graph import Graph, Node, Operation
 from stopgrad_jax._reach.linear import is_linear
 from stopgrad_jax._source.labels import Spot
 from stopgrad_jax._source.text import is_within
@@ -28,15 +28,15 @@ _ADDS = {"add", "sub", "add_any"}
 class Part:
     """One part of a sum: its value, its name, and whether a variable gave it."""
 
-    value: Value
+    value: Node
     label: str
     named: bool
     site: Any
 
 
 def terms(
-    analysis: Analysis, sink: Value, inputs: dict[Value, str]
-) -> list[tuple[str, list[Value]]]:
+    analysis: Analysis, sink: Node, inputs: dict[Node, str]
+) -> list[tuple[str, list[Node]]]:
     """Return the parts of an output, by name; none if it is no sum of several.
 
     `inputs` holds the paths of what is differentiated by.
@@ -59,7 +59,7 @@ def terms(
     alike = all(map(is_alike, parts))
     if not parts[1:] or (shape and not alike) or not _independent(analysis, parts):
         return []
-    out: dict[str, list[Value]] = {}
+    out: dict[str, list[Node]] = {}
     sites: dict[str, Any] = {}
     for part in parts:
         label = part.label
@@ -71,17 +71,17 @@ def terms(
 
 
 class _Sum:
-    def __init__(self, analysis: Analysis, inputs: dict[Value, str]) -> None:
+    def __init__(self, analysis: Analysis, inputs: dict[Node, str]) -> None:
         self._analysis, self._graph = analysis, analysis.graph
         self._inputs = inputs
-        self._linear: dict[Op, bool] = {}
+        self._linear: dict[Operation, bool] = {}
 
-    def parts(self, sink: Value) -> Iterator[Part]:
+    def parts(self, sink: Node) -> Iterator[Part]:
         """Yield the parts of the output; itself, if it is no sum."""
         yield from self._parts(sink, None, frozenset())
 
     def _parts(
-        self, value: Value, reader: Op | None, sums: frozenset[str]
+        self, value: Node, reader: Operation | None, sums: frozenset[str]
     ) -> Iterator[Part]:
         """Yield the parts of a value that `reader` adds up.
 
@@ -108,7 +108,7 @@ class _Sum:
         for operand in operands:
             yield from self._parts(operand, after, frozenset(names))
 
-    def _uncast(self, value: Value, reader: Op | None) -> Value:
+    def _uncast(self, value: Node, reader: Operation | None) -> Node:
         """Return what a sum is given, before it casts it to its own type."""
         op = self._maker(value)
         while op is not None and reader is not None:
@@ -122,16 +122,16 @@ class _Sum:
             value, op = source, self._maker(source)
         return value
 
-    def _side(self, value: Value, reader: Op) -> int:
+    def _side(self, value: Node, reader: Operation) -> int:
         """Tell which of two operands a value is to its reader; -1 if it has not two."""
         read = [None if x is None else self._uncast(x, reader) for x in reader.inputs]
         return read.index(self._uncast(value, reader)) if len(read) == 2 else -1
 
-    def _maker(self, value: Value) -> Op | None:
+    def _maker(self, value: Node) -> Operation | None:
         number = self._graph.maker[self._graph.original(value)]
         return None if number < 0 else self._graph.ops[number]
 
-    def _summands(self, value: Value) -> list[Value]:
+    def _summands(self, value: Node) -> list[Node]:
         """Return what a value is a sum of: none where it is not linear in it."""
         op, value = self._maker(value), self._graph.original(value)
         if op is None or op.join or op.held:
@@ -151,7 +151,7 @@ class _Sum:
         linear = self._is_linear(op, moved)
         return [v for v in operands if v is not None] if linear else []
 
-    def _moved(self, op: Op, value: Value) -> list[int]:
+    def _moved(self, op: Operation, value: Node) -> list[int]:
         """Return which operands make a value move; of a part that is cut, change it."""
         analysis, graph = self._analysis, self._graph
         pairs = [(k, v) for k, v in enumerate(op.inputs) if v is not None]
@@ -164,7 +164,7 @@ class _Sum:
             k for k, v in reached if floats(graph.avals[v]) and v in graph.feeds[value]
         ]
 
-    def _is_linear(self, op: Op, moved: list[int]) -> bool:
+    def _is_linear(self, op: Operation, moved: list[int]) -> bool:
         """Tell whether an operation is linear in operands; in all, so it is in each.
 
         One that hands a whole tree on is asked for all of it at once.
@@ -179,7 +179,7 @@ class _Sum:
                 return True
         return is_linear(op.eqn, moved)
 
-    def _whole(self, value: Value, reader: Op | None) -> Part:
+    def _whole(self, value: Node, reader: Operation | None) -> Part:
         """A part that no variable has: named by its expression."""
         op = self._maker(value)
         if op is None:
@@ -193,7 +193,7 @@ class _Sum:
             text = self._read(value, reader) or text
         return Part(value, _shortened(text) or op.name, False, spot or op.name)
 
-    def _name(self, value: Value, reader: Op | None) -> tuple[str, Any] | None:
+    def _name(self, value: Node, reader: Operation | None) -> tuple[str, Any] | None:
         """Return the variable or the point that a value is, and where that is."""
         op = self._maker(value)
         if op is None:
@@ -229,7 +229,7 @@ class _Sum:
             return _returned_name(op, spot)
         return statement.label, (statement.line, statement.label)
 
-    def _read(self, value: Value, reader: Op | None) -> str:
+    def _read(self, value: Node, reader: Operation | None) -> str:
         """Return what the reader's expression spells a value as, or ""."""
         spot = reader.spot if reader else None
         if reader is None or spot is None or not spot.is_current:
@@ -238,7 +238,7 @@ class _Sum:
         return spot.source.operand(spot.position, side)
 
 
-def _is_pulled(op: Op, spot: Spot) -> bool:
+def _is_pulled(op: Operation, spot: Spot) -> bool:
     """Tell what a function made that `jax.vjp` or the like returned there.
 
     Its place is where that was called, not where the function is.
@@ -286,7 +286,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
-def _apart(op: Op | None, other: Op | None) -> Spot | None:
+def _apart(op: Operation | None, other: Operation | None) -> Spot | None:
     """Return the expression of `op` in the function where the two paths part."""
     if op is None or not op.path.spots:
         return None
@@ -298,7 +298,7 @@ def _apart(op: Op | None, other: Op | None) -> Spot | None:
     return mine[depth] if same or other is None else mine[0]
 
 
-def _of_join(op: Op) -> tuple[str, Any] | None:
+def _of_join(op: Operation) -> tuple[str, Any] | None:
     """Name what a branch or a loop returns, if it is assigned as it is."""
     spot = op.spot
     statement = spot.statement if spot else None
@@ -309,7 +309,7 @@ def _of_join(op: Op) -> tuple[str, Any] | None:
     return statement.label, (statement.line, statement.label)
 
 
-def _returned_name(op: Op, spot: Spot) -> tuple[str, Any] | None:
+def _returned_name(op: Operation, spot: Spot) -> tuple[str, Any] | None:
     """Of `a, b = f(x)`: the name that f itself has for the part."""
     depth = op.path.spots.index(spot) + 1
     for inner in op.path.spots[depth : depth + 1]:

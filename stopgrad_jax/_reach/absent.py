@@ -41,8 +41,10 @@ def cotangents_needed(jaxpr: Any, consts: Sequence[Any], count: int) -> list[Bit
     """
     every, start = (1 << count) - 1, len(jaxpr.invars) - count
     flows = [bits >> start for bits in all_that_flows(jaxpr)]
+    # Then nothing is found that the last line here would not put back.
     if count == 1 and all(flows):
         return flows
+    # What a reference holds changes under way: it has no one state.
     if _holds_refs(jaxpr):
         return flows
     known = [_constant(x) for x in consts]
@@ -88,6 +90,7 @@ class _Absent:
         return [_read(env, atom) for atom in jaxpr.outvars]
 
     def _results(self, eqn: Any, operands: Sequence[_State]) -> list[_State]:
+        """Return what is known of the results of an equation."""
         inner = control(eqn)
         if inner is not None:
             return self._nested(eqn, inner, operands)
@@ -97,6 +100,7 @@ class _Absent:
         every = [(1 << len(operands)) - 1] * len(eqn.outvars)
         if (reads := computed_from(eqn)) == every:
             return [self._result(eqn, operands)] * len(eqn.outvars)
+        # A leaf of several, as of `device_put`, is what its own operand is.
         return [
             functools.reduce(
                 _either, [x for k, x in enumerate(operands) if bits >> k & 1]
@@ -123,6 +127,7 @@ class _Absent:
 
         Unless it is so in others together with them: then it is a sum.
         """
+        # A product, of numbers or of bits: zero if one of them is, whatever the other.
         if eqn.primitive.name in ("mul", "and"):
             return True
         if eqn.primitive.name in _BETWEEN or not all(
@@ -155,7 +160,8 @@ class _Absent:
             decided = operands[0]
         for body in reversed(bodies):  # a loop's condition after what it carries
             inputs = [operands[k] for k in body.operands]
-            if inner.dynamic and body is bodies[0]:
+            # What any round may carry are the last inputs of the condition.
+            if body.is_condition:
                 carried = list(map(_some, results))
                 consts = [_constant(x) for x in body.consts]
                 inputs[len(inputs) - len(carried) :] = carried
@@ -169,6 +175,7 @@ class _Absent:
                 if (k := body.results[o]) is not None:
                     results[k] = _either(results[k], inputs[back])
         states = list(map(_some, results))
+        # Whichever way it goes, what is one number in all branches stays that number.
         if decided == _LIVE:
             return [s if isinstance(s, float) else _LIVE for s in states]
         return states
@@ -176,6 +183,7 @@ class _Absent:
     def _rounds(self, body: Body, inputs: list[_State]) -> list[_State]:
         """Run a body as often as it takes; `inputs` become those of any round."""
         consts = [_constant(x) for x in body.consts]
+        # It ends: a state goes from a number to "other" to "live", and never back.
         while True:
             out = self.run(body.jaxpr, consts, inputs)
             changed = False
@@ -224,6 +232,7 @@ def _known(eqn: Any, operands: Sequence[Any]) -> _State:
     name, exact = eqn.primitive.name, not carries(eqn.outvars[0].aval)
     if name in _SAME:
         return operands[0]
+    # By NumPy: under `jax.jit`, `jnp` would add equations to the trace.
     with np.errstate(all="ignore"):
         if name == "convert_element_type":
             (number,), to_bool = operands, eqn.params["new_dtype"] == np.bool_
@@ -251,6 +260,7 @@ def _of_zeros(eqn: Any) -> _State:
     if not own or eqn.effects or size > _LARGE:
         return _OTHER
     try:
+        # Else, under `jax.jit`, it would be traced, and have no value.
         with jax.ensure_compile_time_eval():
             out = _jax.bind(eqn, *[jnp.zeros(a.shape, a.dtype) for a in avals])
     except Exception:  # as of what has no value alone
@@ -262,6 +272,7 @@ _LARGE = 1_000_000  # entries
 
 
 def _whole(number: float, exact: bool) -> _State:
+    # To an integer, another number may be rounded, or may not fit.
     return _OTHER if exact and number not in (0.0, 1.0) else number
 
 

@@ -20,12 +20,13 @@ _KEEP = 1024
 _known: dict[Any, list[int]] = {}
 
 
-def operands_of(eqn: Any) -> list[int]:
+def operands_by_result(eqn: Any) -> list[int]:
     """Return, for each result, the operands (as bits) that it may be computed from."""
     every = (1 << len(eqn.invars)) - 1
     operands = [k for k, atom in enumerate(eqn.invars) if _is_array(atom)]
     results = [k for k, var in enumerate(eqn.outvars) if _is_array(var)]
     alike = len(eqn.outvars) < 2 or len(operands) < 2 or any(_jax.programs_in(eqn))
+    # Nothing is to be told apart, or programs inside may do anything with anything.
     if alike or not results:
         return [every] * len(eqn.outvars)
     key = signature(eqn, literals=False)
@@ -71,6 +72,11 @@ def _reached(eqn: Any, mapped: Collection[int], results: list[int]) -> set[int]:
 def _reached_along(
     axis: int, eqn: Any, mapped: Collection[int], results: list[int]
 ) -> set[int]:
+    """Map the operands along one axis; return which of the results are mapped then.
+
+    The batching rule of a `custom_vmap` is told which of its operands are mapped, so
+    one that hands the results on is asked: no array has to be looked at.
+    """
     reached = set[int]()
 
     @jax.custom_batching.custom_vmap

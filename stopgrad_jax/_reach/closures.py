@@ -101,6 +101,7 @@ def _reads(eqn: Any, ended: frozenset[Any]) -> bool:
             out = _jax.bind(eqn, *everything)
             return [x for x in out if _jax.carries_gradient(x)]
 
+        # The values serve as tangents, too: only what the rule reads is looked at.
         primals = [operands[k] for k in moved]
         if _jax.has_own_jvp(eqn):
             return jax.jvp(function, primals, primals)

@@ -12,7 +12,7 @@ from typing import Any
 from stopgrad_jax._program.control import Control, control
 from stopgrad_jax._program.wiring import Body
 
-from .apart import operands_of
+from .apart import operands_by_result
 from .reach import Bits, Reach, apply, rounds, union
 
 # (equation) -> for each result, the operands (as bits) that it is computed from
@@ -49,7 +49,7 @@ def computed_from(eqn: Any, by_gate: _Read | None = None) -> Sequence[Bits]:
     inner = control(eqn)
     if inner is not None and inner.rule:
         return all_that_flows(inner.bodies[0].jaxpr, by_gate)
-    return operands_of(eqn)
+    return operands_by_result(eqn)
 
 
 GATES = ("gate", "pullback")  # a value's, and a tangent's
@@ -66,6 +66,7 @@ class _Computed(Reach):
             return operands[0]
         if not inner.dynamic:
             return 0
+        # `while x > 0`: x reaches all results, by how many rounds there are.
         condition, body = inner.bodies
         carried = self._carried(body, operands)
         start = len(condition.operands) - len(carried)

@@ -18,9 +18,9 @@ import stopgrad_jax._words.flow as _words
 from stopgrad_jax._places import printed_place
 from stopgrad_jax._source.labels import Path, Spot
 
-from .graph import Graph, Op, Value
-from .naming import called, zero
-from .own_stop import is_handed, is_of_package, is_straight_through
+from .graph import Graph, Node, Operation
+from .naming import callee_of, zero
+from .own_stop import is_handed, is_own_stop, is_straight_through
 from .reach import Bits
 
 
@@ -87,7 +87,7 @@ class Analysis:
     """
 
     def __init__(
-        self, graph: Graph, sources: Sequence[Iterable[Value]], sinks: Iterable[Value]
+        self, graph: Graph, sources: Sequence[Iterable[Node]], sinks: Iterable[Node]
     ) -> None:
         self.graph, self.sinks = graph, list(sinks)
         self.sources = [list(values) for values in sources]
@@ -97,7 +97,7 @@ class Analysis:
         self.arrives = graph.backward(self.sinks, graph.grads)
         self.used = graph.backward(self.sinks, graph.feeds)
 
-    def reached(self, bits: Sequence[Bits], sinks: Iterable[Value]) -> Bits:
+    def reached(self, bits: Sequence[Bits], sinks: Iterable[Node]) -> Bits:
         """Return the sources that reach any of the sinks."""
         return _union(bits[v] for v in sinks)
 
@@ -135,7 +135,7 @@ class Analysis:
             self._refuses(op) for op in self.graph.ops if op.always and not op.known
         )
 
-    def refusing(self, source: Bits) -> list[Op]:
+    def refusing(self, source: Bits) -> list[Operation]:
         """The operations whose rule raises, for a source."""
         return [
             op
@@ -145,17 +145,17 @@ class Analysis:
             and (op.always or any(self._comes_back(v, source) for v in op.values))
         ]
 
-    def _comes_back(self, value: Value, source: Bits) -> bool:
+    def _comes_back(self, value: Node, source: Bits) -> bool:
         """Tell whether a gradient comes to a value that moves with a source."""
         return bool(self.arrives[value] and self.moving[value] & source)
 
-    def _refuses(self, op: Op) -> Bits:
+    def _refuses(self, op: Operation) -> Bits:
         """The sources by which an operation cannot be differentiated."""
         values = [*op.refusing, *(op.inputs if op.refuses < 0 else ())]
         moving = self.reached(self.moving, (v for v in values if v is not None))
         return moving | max(op.refuses, 0)
 
-    def masking(self, source: Bits) -> list[Op]:
+    def masking(self, source: Bits) -> list[Operation]:
         """The relus, maxima and choices of case that all ways of a source go through.
 
         One that a residual goes round is none: not all gradient is lost there.
@@ -169,7 +169,7 @@ class Analysis:
                 behind[value] |= more
                 waiting += ((before, more) for before in graph.grads[value])
 
-        def lost(value: Value) -> bool:
+        def lost(value: Node) -> bool:
             return any(bits[s] & behind[value] for s in graph.grads[value])
 
         return [op for op in graph.ops if any(map(lost, op.values))]
@@ -187,7 +187,7 @@ class Analysis:
             elif lost:
                 yield self._cut(group, lost, types)
 
-    def _runs(self, ops: range, key: Callable[[Op], Any]) -> Iterator[range]:
+    def _runs(self, ops: range, key: Callable[[Operation], Any]) -> Iterator[range]:
         """Cut a range of operations where the key changes; without one, at each."""
         first = ops.start
         for k in range(ops.start, ops.stop + 1):
@@ -220,14 +220,14 @@ class Analysis:
                 return gone, types if exact else set()
         return {}, set()
 
-    def _ended_before(self, ends: list[Value], group: range) -> dict[int, Bits]:
+    def _ended_before(self, ends: list[Node], group: range) -> dict[int, Bits]:
         """Say which sources have ended where an operation of an expression returns.
 
         Of those that do not leave by one of the values in `ends`, on the way to it.
         """
         graph, found = self.graph, dict[int, Bits]()
         waiting = [(v, self.value[v]) for v in ends]
-        seen = dict[Value, Bits]()
+        seen = dict[Node, Bits]()
         while waiting:
             value, bits = waiting.pop()
             number = graph.maker[value]
@@ -262,44 +262,45 @@ class Analysis:
             words, brief = _words.STOPPED_BY_EDIT.format(address=edit), "by an edit"
         return Cut(reason, words, brief, first, group, bits, path, edit)
 
-    def _edited(self, op: Op) -> str:
+    def _edited(self, op: Operation) -> str:
         """Return the address of the edit that returned what an operation makes."""
         readers = [r for v in op.values for r in self.graph.readers[v]]
         marks = (_jax.edited_at(self.graph.ops[r].eqn) for r in readers)
         return next(filter(None, marks), "")
 
-    def _carries(self, value: Value) -> bool:
+    def _carries(self, value: Node) -> bool:
         return _jax.is_differentiable(self.graph.avals[value])
 
-    def _leaves(self, value: Value, group: range) -> bool:
+    def _leaves(self, value: Node, group: range) -> bool:
         """Whether a value is used outside of an expression."""
         readers = (r for r in self.graph.readers[value] if r not in group)
         outside = any(any(map(self._is_used, self._made(r))) for r in readers)
         return self._is_used(value) and (outside or value in self._ends)
 
-    def _made(self, number: int) -> list[Value]:
+    def _made(self, number: int) -> list[Node]:
         return self.graph.ops[number].values
 
-    def _is_used(self, value: Value) -> bool:
+    def _is_used(self, value: Node) -> bool:
         return bool(self.used[value]) and hasattr(self.graph.avals[value], "dtype")
 
     @functools.cached_property
-    def _ends(self) -> set[Value]:
+    def _ends(self) -> set[Node]:
         return set(self.sinks)
 
-    def _lost(self, op: Op) -> Bits:
+    def _lost(self, op: Operation) -> Bits:
         """Sources whose gradient would come to an operation and does not leave it."""
         used = [v for v in op.values if self._is_used(v)]
+        # A joint reads what decides, too: that ends at the comparison which made it.
         if not used or op.join:
             return 0
         lost = self._lost_in(used, op)
-        if lost and is_of_package(op.eqn) and not op.overwrites:
+        if lost and is_own_stop(op.eqn) and not op.overwrites:
             # The gate tells what a `with_backward` passes by.
             around = self._around_gates.get(tuple(op.path.spots), 0)
             return 0 if is_handed(op.eqn) else lost & ~around
         return lost
 
-    def _lost_in(self, used: list[Value], op: Op) -> Bits:
+    def _lost_in(self, used: list[Node], op: Operation) -> Bits:
         """Sources that come to an operation, and do not leave it by some result."""
         graph = self.graph
         if op.overwrites:
@@ -324,7 +325,7 @@ def _union(bits: Iterable[Bits]) -> Bits:
 
 
 def why(
-    ops: Sequence[Op], exact: set[str], graph: Graph, partly: bool
+    ops: Sequence[Operation], exact: set[str], graph: Graph, partly: bool
 ) -> tuple[str, str, str]:
     """Return the reason for which a gradient ends in an expression, and its words.
 
@@ -340,9 +341,10 @@ def why(
     if op.overwrites:
         return "overwritten", _words.OVERWRITTEN, "overwrites it"
     if op.path.sampler:
-        return "sampled", _words.SAMPLED.format(name=called(op)), "sampled"
+        return "sampled", _words.SAMPLED.format(name=callee_of(op)), "sampled"
     if exact:
         return _exact(op, ", ".join(sorted(exact)), graph)
+    # A stop or a rule that somebody wrote says more than a derivative that is zero.
     for op in ops:
         if _jax.kind_of(op.eqn) == "stop_gradient":
             if is_straight_through(op.eqn):
@@ -366,7 +368,7 @@ def why(
     return "zero_derivative", *zero(ops, graph)
 
 
-def _exact(op: Op, types: str, graph: Graph) -> tuple[str, str, str]:
+def _exact(op: Operation, types: str, graph: Graph) -> tuple[str, str, str]:
     """Words for what returns integers or booleans."""
     spot, brief = op.path.innermost, f"returns {types}"
     if op.is_derived:  # the function that was called may return floats
@@ -374,6 +376,6 @@ def _exact(op: Op, types: str, graph: Graph) -> tuple[str, str, str]:
     if types == "bool":
         compares = spot is None or not spot.callee
         words = _words.COMPARED if compares else _words.RETURNS_BOOL
-        return "comparison", words.format(name=called(op)), brief
+        return "comparison", words.format(name=callee_of(op)), brief
     words = _words.RETURNS_INTEGERS if "int" in types else _words.RETURNS_OTHER
-    return "integer", words.format(name=called(op), types=types), brief
+    return "integer", words.format(name=callee_of(op), types=types), brief

@@ -33,6 +33,7 @@ class Decided:
         """Return a jaxpr of the same variables; `given` are literals for its inputs."""
         given = given or {}
         numbers = {v: np.asarray(x.val).item() for v, x in given.items()}
+        # By the numbers, as each call has literals of its own.
         key = (id(jaxpr), *map(numbers.get, jaxpr.invars if numbers else ()))
         if key not in self._written:  # with the jaxpr: its id must stay its own
             self._written[key] = jaxpr, _written(jaxpr, given)
@@ -67,6 +68,11 @@ def _is_constant(atom: Any) -> bool:
 
 
 def _written(jaxpr: Any, given: Mapping[Any, Any]) -> Any:
+    """Return a jaxpr whose selections, and calls, read the constants themselves.
+
+    Only these are changed: any other equation does the same with the variable, and the
+    jaxpr stays the object that others know where there is none.
+    """
     known, eqns = dict(given), []
     for eqn in jaxpr.eqns:
         new = eqn

@@ -216,6 +216,7 @@ def _ask_together(eqn: Any, moved: list[int], results: list[int]) -> Answer:
         return Answer(none, refuses=every if raises else 0, always=raises)
     is_vjp = _jax.has_own_vjp(eqn)
     asks = (_ask_forward, _ask_reverse)
+    # `jax.jvp` of a custom_vjp raises, whatever its rule is.
     if is_vjp:
         asks = (_ask_reverse,)
     elif eqn.primitive.name == "gate":  # what its rule says is in the transpose
@@ -331,6 +332,7 @@ def _masks(jaxpr: Any, flags: Sequence[int]) -> tuple[list[int], bool]:
     masked = False
     for eqn in jaxpr.eqns:
         operands, inner = [read(atom) for atom in eqn.invars], control(eqn)
+        # `jnp.where` is a jitted function, with the selection inside.
         if inner is not None and _jax.jit_name(eqn) is not None:
             out, below = _masks(inner.bodies[0].jaxpr, operands)
             masked |= below

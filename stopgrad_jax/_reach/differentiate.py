@@ -27,7 +27,7 @@ from .closures import holds_closure
 from .computed import all_that_flows
 from .cuts import Analysis
 from .derivative_rules import Rules
-from .graph import Op
+from .graph import Operation
 from .reach import Moves, Reach, read, union
 from .unfold import unfold
 
@@ -57,6 +57,8 @@ class Differentiation:
         self._program, self._called, self._sums = program, called, sums
         self._xs = sorted(x for x in xs if _jax.is_differentiable(program.types[x]))
         self._held = program.targets_of(stops)
+        # Only what reaches what, by summaries; the graph with the ways between, which
+        # takes longer, is made where a zero is to be explained: see `_analysis`.
         rules, plan, jaxpr = Rules(), program.plan, program.traced.jaxpr
         moves = Moves(rules.moving, self._is_held)
         reach = Reach(rules, self._is_held, moves, rules.by_pattern)
@@ -119,6 +121,8 @@ class Differentiation:
         values = [self._start(x) for x in xs]
         try:
             if self._held:
+                # What is held is constant for what differentiates by this number, too:
+                # a `jax.grad` around this call does not, and differentiates through.
                 token = jnp.zeros((), jnp.float32)
                 _, pullback, out = jax.vjp(evaluate, values, token, has_aux=True)
             else:
@@ -211,7 +215,7 @@ class Differentiation:
 
     def _sources(self, xs: Sequence[Place]) -> list[int]:
         number = {x: 1 << k for k, x in enumerate(xs)}
-        return [number.get(place, 0) for place in places(self._program)]
+        return [number.get(place, 0) for place in places_of(self._program)]
 
 
 def inside_a_closure(called: str) -> str:
@@ -226,7 +230,7 @@ def inside_a_closure(called: str) -> str:
     )
 
 
-def _listed(ops: Sequence[Op]) -> str:
+def _listed(ops: Sequence[Operation]) -> str:
     return ", ".join(dict.fromkeys(op.spot.place if op.spot else op.name for op in ops))
 
 
@@ -249,7 +253,7 @@ def needed_for(program: LookedUp, ys: Iterable[Place]) -> list[int]:
     return [k for k, eqn in enumerate(jaxpr.eqns) if id(eqn) in needed]
 
 
-def places(program: LookedUp) -> list[Place]:
+def places_of(program: LookedUp) -> list[Place]:
     """All places that can be differentiated by: arguments, then found values."""
     arguments = [Place("argument", k) for k in range(len(program.traced.leaves))]
     return arguments + [Place("point", k) for k in range(len(program.plan.found))]
@@ -268,6 +272,8 @@ def try_gradient(
     inside = any(place.kind == "point" for place in (*xs, *ys))
 
     def gradients(leaves: Any, cts: Any) -> Any:
+        # From arguments to results the function is called as it is, so that what
+        # raises here raises in `jax.grad`, and nothing else does.
         if not inside:
 
             def run(*values: Any) -> list[Any]:
@@ -287,6 +293,7 @@ def try_gradient(
     cts = [_jax.as_argument(program.types[y]) for y in ys]
     try:
         jaxpr, consts = _jax.opened(jax.make_jaxpr(gradients)(traced.leaves, cts))
+        # A traced value that is none of the program's own: a rule has closed over it.
         outer = set(map(id, (*traced.consts, *traced.leaves)))
         if any(_jax.is_traced(x) and id(x) not in outer for x in consts):
             return False, _words.CLOSED_OVER

@@ -36,6 +36,7 @@ def dropped(jaxpr: Any, labels: Labels) -> list[tuple[Spot, str]]:
 def _candidates(
     jaxpr: Any, labels: Labels, outer: Path
 ) -> Iterator[tuple[Spot, str, bool]]:
+    # A variable can be read in its own jaxpr only.
     read = {v for v in jaxpr.outvars if not isinstance(v, _jax.Literal)}
     for eqn in jaxpr.eqns:
         read.update(v for v in eqn.invars if not isinstance(v, _jax.Literal))

@@ -12,19 +12,19 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
-from .apart import operands_of
+from .apart import operands_by_result
 from .computed import computed_from
 from .derivative_rules import Answer
-from .graph import Graph, Value
+from .graph import Graph, Node
 from .reach import Bits, union
 
 
 def feeds_of(
     graph: Graph,
     eqn: Any,
-    inputs: Sequence[Value | None],
+    inputs: Sequence[Node | None],
     answer: Answer,
-) -> list[tuple[Value, ...]]:
+) -> list[tuple[Node, ...]]:
     """Return, for each result of an equation, the values among `inputs` that feed it.
 
     `answer` is what its rule says. What no result is of, as the limit of a clip, feeds
@@ -34,7 +34,7 @@ def feeds_of(
     if gate and not eqn.outvars[1:]:
         table = [(1 << len(inputs)) - 1]
     elif not gate and _jax.kind_of(eqn) not in _jax.CUSTOM:
-        table = operands_of(eqn)
+        table = operands_by_result(eqn)
     else:
         read = computed_from(eqn)
         if gate:
@@ -48,7 +48,7 @@ def feeds_of(
     return [_values(inputs, bits) for bits in table]
 
 
-def _behind(eqn: Any, graph: Graph, inputs: Sequence[Value | None], k: int) -> Bits:
+def _behind(eqn: Any, graph: Graph, inputs: Sequence[Node | None], k: int) -> Bits:
     """Operands of a gate that its k-th value is, or is computed from by its function.
 
     What an operand is computed from itself, the gate has nothing to do with.
@@ -67,6 +67,6 @@ def _behind(eqn: Any, graph: Graph, inputs: Sequence[Value | None], k: int) -> B
     return sum(1 << n for n, x in enumerate(inputs) if x is not None and x in found)
 
 
-def _values(inputs: Sequence[Value | None], bits: Bits) -> tuple[Value, ...]:
+def _values(inputs: Sequence[Node | None], bits: Bits) -> tuple[Node, ...]:
     of = (x for k, x in enumerate(inputs) if bits >> k & 1)
     return tuple(dict.fromkeys(x for x in of if x is not None))

@@ -18,10 +18,10 @@ from stopgrad_jax._source.labels import Path, Spot
 
 from .reach import Bits
 
-Value = int  # the number of a value
+Node = int  # the number of a value
 
 
-class Op:
+class Operation:
     """An equation at one place of the program, or the joint of a loop or branch.
 
     One that `copies` is the joint at which a found value leaves the body it is made in.
@@ -49,12 +49,12 @@ class Op:
     def __init__(self, eqn: Any, path: Path, join: bool = False) -> None:
         self.eqn, self.path, self.join = eqn, path, join
         self.within: tuple[Any, ...] = ()  # the equations whose bodies it is in
-        self.values: list[Value] = []
-        self.inputs: Sequence[Value | None] = ()
+        self.values: list[Node] = []
+        self.inputs: Sequence[Node | None] = ()
         self.masks = self.overwrites = self.held = self.copies = False
         # Sources (as bits) and operands with which its rule raises.
         self.refuses: Bits = 0
-        self.refusing: Sequence[Value | None] = ()
+        self.refusing: Sequence[Node | None] = ()
         self.always = False  # also where no gradient comes back
         # What a rule was told that asks for it: with which sources each operand moves,
         # and the results (as bits) that a gradient comes to.
@@ -96,24 +96,25 @@ class Graph:
 
     def __init__(self) -> None:
         """Begin with nothing; `unfold.py` fills it."""
-        self.ops: list[Op] = []
+        self.ops: list[Operation] = []
         self.avals: list[Any] = []
         self.maker: list[int] = []
-        self.grads: list[Sequence[Value]] = []
-        self.feeds: list[Sequence[Value]] = []
+        self.grads: list[Sequence[Node]] = []
+        self.feeds: list[Sequence[Node]] = []
         # Results of a custom_vjp, which JAX takes to move with all that it reads.
-        self.moves: dict[Value, Sequence[Value]] = {}
-        self.loops: list[tuple[Value, Value]] = []  # first value and last one of each
-        self.inputs: Sequence[Value] = ()
-        self.outputs: Sequence[Value | None] = ()
-        self.found: list[Value | None] = []
+        self.moves: dict[Node, Sequence[Node]] = {}
+        self.loops: list[tuple[Node, Node]] = []  # first value and last one of each
+        self.inputs: Sequence[Node] = ()
+        self.outputs: Sequence[Node | None] = ()
+        self.found: list[Node | None] = []
         # A value that is one of several, whichever the run decides (None: a constant).
-        self.cases: dict[Value, Sequence[Value | None]] = {}
+        self.cases: dict[Node, Sequence[Node | None]] = {}
 
     def copied(self, ops: Iterable[int]) -> Graph:
         """Return a graph of the same values whose edges, and these ops, may change."""
         new = Graph()
         new.__dict__.update(self.__dict__)
+        # These were read off the edges as they were.
         new.__dict__.pop("followers", None)
         new.__dict__.pop("readers", None)
         new.ops, new.grads, new.feeds = list(self.ops), [*self.grads], [*self.feeds]
@@ -121,7 +122,7 @@ class Graph:
             new.ops[k] = copy.copy(self.ops[k])
         return new
 
-    def original(self, value: Value) -> Value:
+    def original(self, value: Node) -> Node:
         """Return what a found value is that a body returned."""
         number = self.maker[value]
         while number >= 0 and self.ops[number].copies:
@@ -133,9 +134,9 @@ class Graph:
 
     def forward(
         self,
-        sources: Iterable[tuple[Value, Bits]],
-        through: Sequence[Sequence[Value]],
-        cases: Mapping[Value, Sequence[Value | None]] | None = None,
+        sources: Iterable[tuple[Node, Bits]],
+        through: Sequence[Sequence[Node]],
+        cases: Mapping[Node, Sequence[Node | None]] | None = None,
     ) -> list[Bits]:
         """Carry bits from values to all that follows, along `grads` or `feeds`.
 
@@ -146,9 +147,11 @@ class Graph:
         for value, bits in sources:
             own[value] |= bits
         out = list(own)
-        ends: dict[Value, list[Value]] = {}
+        ends: dict[Node, list[Node]] = {}
         for first, end in self.loops:
             ends.setdefault(end, []).append(first)
+        # One pass, as all but joints read what was made before. Where a joint would
+        # grow by the end of its loop, the pass goes back to the first value of that.
         value, last = 0, len(out)
         while value < last:
             bits = own[value]
@@ -166,24 +169,25 @@ class Graph:
             value += 1
         return out
 
-    def _grows(self, first: Value, last: Value, through: Any, out: list[Bits]) -> bool:
+    def _grows(self, first: Node, last: Node, through: Any, out: list[Bits]) -> bool:
         """Tell whether a joint of this loop would change in another round."""
         for value in range(first, last + 1):
             sources = through[value]
+            # Only a joint reads what comes after it, and has that put last.
             if not sources or sources[-1] < value:
                 continue
             if any(out[source] & ~out[value] for source in sources):
                 return True
         return False
 
-    def without(self, blocked: Callable[[Op], bool]) -> list[Sequence[Value]]:
+    def without(self, blocked: Callable[[Operation], bool]) -> list[Sequence[Node]]:
         """Return `grads` as if nothing passed some operations."""
         shut = [blocked(op) for op in self.ops]
         pairs = zip(self.grads, self.maker, strict=True)
         return [() if maker >= 0 and shut[maker] else g for g, maker in pairs]
 
     def backward(
-        self, sinks: Iterable[Value], through: Sequence[Sequence[Value]]
+        self, sinks: Iterable[Node], through: Sequence[Sequence[Node]]
     ) -> bytearray:
         """Flag all that the sinks are computed from, along `grads` or `feeds`."""
         live = bytearray(len(self.maker))
@@ -198,9 +202,9 @@ class Graph:
         return live
 
     @functools.cached_property
-    def followers(self) -> list[list[Value]]:
+    def followers(self) -> list[list[Node]]:
         """For each value, those whose tangent is computed from its own."""
-        out: list[list[Value]] = [[] for _ in self.maker]
+        out: list[list[Node]] = [[] for _ in self.maker]
         for value, sources in enumerate(self.grads):
             for source in sources:
                 out[source].append(value)

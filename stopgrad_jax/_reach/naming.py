@@ -14,7 +14,7 @@ import stopgrad_jax._jax as _jax
 import stopgrad_jax._words.flow as _words
 from stopgrad_jax._words import listed
 
-from .graph import Graph, Op
+from .graph import Graph, Operation
 
 # Functions whose derivative by every argument is zero almost everywhere, and the
 # operations of JAX at which it ends in them: the same name may be another function's.
@@ -30,14 +30,14 @@ FLAT_KINDS = ("round", "floor", "ceil", "sign")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
-def called(op: Op) -> str:
+def callee_of(op: Operation) -> str:
     """Return what the user called: `jax.vmap(jnp.argmax)` for `jax.vmap(...)(x)`."""
     spot = op.path.innermost
     made = spot.called if spot and spot.called.endswith(")") else ""
     return made if 0 < len(made) <= _LONGEST else op.name
 
 
-def zero(ops: Sequence[Op], graph: Graph) -> tuple[str, str]:
+def zero(ops: Sequence[Operation], graph: Graph) -> tuple[str, str]:
     """Return words for the end of a gradient where no rule and no stop is, and a brief.
 
     Args:
@@ -54,6 +54,7 @@ def zero(ops: Sequence[Op], graph: Graph) -> tuple[str, str]:
     around = spot and (_short(spot.called or spot.expression) or spot.callee)
     inside = f", in {around}," if around else ""
     floats = [op for op in ops if not _types(op)]
+    # `jnp.floor_divide` has signs in it, which it only compares.
     valued = [op for op in floats if not _is_compared(op, graph)] or floats
     if valued:
         return _of_floats(list(dict.fromkeys(map(_name, valued))), inside)
@@ -76,19 +77,19 @@ def _of_floats(names: Sequence[str], inside: str) -> tuple[str, str]:
     return words, f"derivative of {name} is zero"
 
 
-def _name(op: Op) -> str:
+def _name(op: Operation) -> str:
     kind = _jax.kind_of(op.eqn)
     return "a cast" if kind == "convert_element_type" else _jax.opaque_name(op.eqn)
 
 
-def _types(op: Op) -> str:
+def _types(op: Operation) -> str:
     """Return the dtypes in what an operation returns that carry no gradient."""
     avals = [v.aval for v in op.eqn.outvars if hasattr(v.aval, "dtype")]
     exact = (a for a in avals if not _jax.is_differentiable(a))
     return ", ".join(sorted({str(aval.dtype) for aval in exact}))
 
 
-def _is_compared(op: Op, graph: Graph) -> bool:
+def _is_compared(op: Operation, graph: Graph) -> bool:
     """Tell whether all that reads an operation's results returns bools."""
     readers = [graph.ops[r] for v in op.values for r in graph.readers[v]]
     return bool(readers) and all(_types(reader) == "bool" for reader in readers)

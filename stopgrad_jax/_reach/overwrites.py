@@ -99,6 +99,7 @@ class _Array:
             before, where = self._after(eqn.invars[0]), self.written(eqn)
             if len(before) > _MOST:
                 return [_Part(everywhere, out)]
+            # If it is not known where, all that was there may be left.
             update = _Part(everywhere if where is None else where, _updated(eqn))
             if where is not None:
                 before = [_Part(p.where & ~where, p.source) for p in before]
@@ -113,6 +114,7 @@ class _Array:
         try:
             with jax.ensure_compile_time_eval():
                 values = [None if v is None else self._value(v) for v in values]
+                # Ones are written into zeros, and tell where.
                 values[0] = np.zeros(operand.aval.shape, operand.aval.dtype)
                 ones = np.ones(update.aval.shape, update.aval.dtype)
                 values[_update(eqn)] = ones

@@ -26,7 +26,7 @@ def is_handed(eqn: Any) -> bool:
     return eqn.primitive is handed_p
 
 
-def is_of_package(eqn: Any) -> bool:
+def is_own_stop(eqn: Any) -> bool:
     """Tell a stop that a function of this package is made with, as `straight_through`.
 
     A user who reads a program has not written it.

@@ -20,7 +20,7 @@ from stopgrad_jax._program.wiring import Body
 
 from .decided import Decided
 from .overwrites import Overwrites
-from .references import carries, is_about_refs, refs_of, touched
+from .references import carries, fed_back, is_about_refs, refs_of, touched
 
 Bits = int
 # (equation, the operands that move as bits, or None where it does not matter) -> for
@@ -112,6 +112,7 @@ class Moves:
                 left = self._left(operands, parts)
             if wanted is not None and index not in wanted:
                 found += [0] * count
+            # What no source comes to is not asked: its rule might raise.
             elif match is not None or any(operands):
                 results, inside, refs = self._equation(
                     eqn, match, operands, mine, moving, left
@@ -185,6 +186,10 @@ class Moves:
         sources: Sequence[Bits],
         moving: tuple[Sequence[Bits], Sequence[Bits]] | None,
     ) -> tuple[list[Bits], list[Bits], dict[int, Bits]]:
+        """As `_equation`, for one that holds programs: by the summary of each body.
+
+        A body is summed up once, whatever comes to it and however often it runs.
+        """
         results, found = [0] * len(eqn.outvars), list[Bits]()
         refs: dict[int, Bits] = {}
         never = inner.may_run_no_round
@@ -204,6 +209,7 @@ class Moves:
             for k, bits in zip(body.results, summary.results, strict=True):
                 if k is not None and runs:
                     results[k] |= apply(bits, inputs + mine)
+            # Of no round, a loop returns what it was begun with.
             for out, back in body.feedback if never else ():
                 if (k := body.results[out]) is not None:
                     results[k] |= inputs[back]
@@ -275,6 +281,7 @@ class Reach(Moves):
         return union(left)
 
     def _that_matter(self, jaxpr: Any, moved: Any) -> Any:
+        # Without a rule that is told what moves, one summary is for all that may move.
         if moved is None or not self.matters(jaxpr):
             return None
         return tuple(int(bool(flag)) for flag in moved)
@@ -297,10 +304,9 @@ def rounds(
     body: Body, summary: Summary, inputs: list[Bits], own: list[Bits]
 ) -> list[Bits]:
     """Bits of a body's inputs after as many rounds as there may be."""
-    pairs, left = list(body.feedback), len(summary.results)
-    if body.repeats:
-        pairs += [(left + k, back) for k, back in enumerate(refs_of(body.jaxpr))]
-    handed_on, changed = summary.handed_on, bool(pairs)
+    pairs, handed_on = fed_back(body), summary.handed_on
+    changed = bool(pairs)
+    # Bits are only added, so that this ends.
     while changed:
         changed = False
         for out, back in pairs:

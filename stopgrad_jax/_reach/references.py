@@ -10,11 +10,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._program.wiring import Body
 
 
 def refs_of(jaxpr: Any) -> list[int]:
     """Return the numbers of the inputs that are references."""
     return [k for k, v in enumerate(jaxpr.invars) if _jax.is_ref(v.aval)]
+
+
+def fed_back(body: Body) -> list[tuple[int, int]]:
+    """Return (o, i) where a loop's next round takes o as the body's input i.
+
+    They are numbers of its outputs and, behind these, of what is left in references.
+    """
+    if not body.repeats:
+        return list(body.feedback)
+    left = enumerate(refs_of(body.jaxpr), len(body.jaxpr.outvars))
+    return [*body.feedback, *left]
 
 
 def is_about_refs(eqn: Any) -> bool:
@@ -33,6 +45,7 @@ def reads_and_writes(eqn: Any) -> tuple[list[int], list[int]]:
             return [0], [0]
         case "swap":
             reference, value = eqn.invars[:2]
+            # `r[...] = x` has no indices, and leaves nothing of what r held.
             whole = len(eqn.invars) == 2 and value.aval.shape == reference.aval.shape
             return [0], [1] if whole else [0, 1]
         case "addupdate":

@@ -8,10 +8,10 @@ import stopgrad_jax._jax as _jax
 
 from .derivative_rules import Rules
 from .fed import feeds_of
-from .graph import Graph, Op, Value
+from .graph import Graph, Node, Operation
 
 
-def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
+def towards(graph: Graph, sinks: Iterable[Node]) -> Graph:
     """Return the graph with rules asked about those results that a gradient comes to.
 
     Custom rules with symbolic zeros are told which of their results that are. Of those
@@ -49,6 +49,6 @@ def towards(graph: Graph, sinks: Iterable[Value]) -> Graph:
 _ROUNDS = 8  # in a loop, the rules that follow one may be those before it
 
 
-def _has_several(op: Op) -> bool:
+def _has_several(op: Operation) -> bool:
     floats = [v for v in op.eqn.outvars if _jax.is_differentiable(v.aval)]
     return bool(op.eqn.params.get("symbolic_zeros")) and len(floats) > 1

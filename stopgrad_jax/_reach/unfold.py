@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._program.control import Control
@@ -15,10 +16,10 @@ from stopgrad_jax._source.labels import Labels, Path
 from .decided import Decided
 from .derivative_rules import Answer, Rules, chosen
 from .fed import feeds_of
-from .graph import Graph, Op, Value
+from .graph import Graph, Node, Operation
 from .overwrites import Overwrites
 from .reach import Bits, Moves, Reach, read
-from .references import carries, is_about_refs, reads_and_writes, refs_of
+from .references import carries, fed_back, is_about_refs, reads_and_writes, refs_of
 
 
 def unfold(
@@ -50,6 +51,19 @@ def unfold(
     return graph
 
 
+@dataclasses.dataclass(frozen=True)
+class _Spelled:
+    """A body in the graph: what it returns, and what its references hold then.
+
+    `joints` stand, by the number of the input, for what a loop carries into a round.
+    """
+
+    body: Body
+    results: list[Node | None]
+    refs: list[Node | None]
+    joints: Mapping[int, Node]
+
+
 class _Unfolding:
     def __init__(
         self,
@@ -62,6 +76,7 @@ class _Unfolding:
         self.graph, self._decided = Graph(), decided
         self._idle: set[int] = set()
         self._within: tuple[Any, ...] = ()
+        # Of the outermost program: those inside of others are asked in any case.
         if needed is not None:
             self._idle = set(map(id, jaxpr.eqns))
             self._idle -= {id(jaxpr.eqns[k]) for k in needed}
@@ -75,10 +90,10 @@ class _Unfolding:
         self,
         aval: Any,
         maker: int,
-        grads: Sequence[Value],
-        feeds: Sequence[Value],
+        grads: Sequence[Node],
+        feeds: Sequence[Node],
         moves: bool = False,
-    ) -> Value:
+    ) -> Node:
         """Add a value."""
         self._moves.append(moves or any(self._moves[v] for v in grads))
         self.graph.avals.append(aval)
@@ -87,15 +102,15 @@ class _Unfolding:
         self.graph.feeds.append(feeds)
         return len(self.graph.maker) - 1
 
-    def _op(self, eqn: Any, path: Path, join: bool = False) -> Op:
-        op = Op(eqn, path, join)
+    def _op(self, eqn: Any, path: Path, join: bool = False) -> Operation:
+        op = Operation(eqn, path, join)
         op.within = self._within
         self.graph.ops.append(op)
         return op
 
     def _result(
-        self, op: Op, aval: Any, grads: Iterable[Any], feeds: Iterable[Any]
-    ) -> Value:
+        self, op: Operation, aval: Any, grads: Iterable[Any], feeds: Iterable[Any]
+    ) -> Node:
         by_tangent = _values(grads) if carries(aval) else ()
         value = self.value(aval, len(self.graph.ops) - 1, by_tangent, _values(feeds))
         op.values.append(value)
@@ -108,15 +123,15 @@ class _Unfolding:
         outer: Path,
         plan: Plan | None,
         moved: Sequence[Bits] | None,
-    ) -> tuple[list[Value | None], list[Value | None]]:
+    ) -> tuple[list[Node | None], list[Node | None]]:
         """Add a jaxpr's operations; return its results, and what its refs hold then."""
-        env: dict[Any, Value | None] = dict(zip(jaxpr.invars, operands, strict=True))
+        env: dict[Any, Node | None] = dict(zip(jaxpr.invars, operands, strict=True))
         matches = {m.index: m for m in plan.matches} if plan else {}
         jaxpr = self._decided.program(jaxpr)
         overwritten = self._overwrites(jaxpr, plan)
         flags, start = self._reach.moving(jaxpr, plan, moved), len(jaxpr.invars)
 
-        def value_of(atom: Any) -> Value | None:
+        def value_of(atom: Any) -> Node | None:
             return None if isinstance(atom, _jax.Literal) else env.get(atom)
 
         for index, eqn in enumerate(jaxpr.eqns):
@@ -164,7 +179,8 @@ class _Unfolding:
         inputs: Sequence[Any],
         kept: Sequence[Any] | None,
         moving: Sequence[Bits] | None,
-    ) -> list[Value | None]:
+    ) -> list[Node | None]:
+        # `jnp.where(True, x, y)`: what is not chosen feeds nothing.
         if (case := chosen(eqn)) is not None:
             inputs = [x if k == case else None for k, x in enumerate(inputs)]
         if not any(x is not None for x in inputs):
@@ -172,6 +188,7 @@ class _Unfolding:
         op = self._op(eqn, path)
         op.inputs = inputs
         moves = any(self._moves[x] for x in inputs if x is not None)
+        # Of what leads nowhere JAX runs the forward half of a rule, which may raise.
         wanted = 0 if id(eqn) in self._idle else None
         if not moves:
             answer = Answer([0] * len(eqn.outvars))
@@ -188,7 +205,7 @@ class _Unfolding:
         if wanted == 0 and moves:  # nothing comes back, and what reads it moves
             passes = self._rules.moving(eqn)
         op.overwrites = kept is not None
-        results: list[Value | None] = []
+        results: list[Node | None] = []
         feeds = feeds_of(self.graph, eqn, inputs, answer)
         for var, bits, fed in zip(eqn.outvars, passes, feeds, strict=True):
             grads = [x for k, x in enumerate(inputs) if bits >> k & 1]
@@ -200,11 +217,12 @@ class _Unfolding:
                 self._moves[op.values[-1]] = True
         if eqn.primitive.name == "select_n" and case is None:
             self.graph.cases[op.values[0]] = inputs[1:]
+        # Without results, as of `jax.debug.print`, it reads its operands all the same.
         if not results:
             self._result(op, None, (), inputs)
         return results[: len(eqn.outvars)]
 
-    def _stop(self, eqn: Any, path: Path, value: Value | None) -> Value | None:
+    def _stop(self, eqn: Any, path: Path, value: Node | None) -> Node | None:
         """A value that is held: the same, with nothing behind it."""
         if value is None:
             return None
@@ -212,7 +230,7 @@ class _Unfolding:
         op.held = True
         return self._result(op, self.graph.avals[value], (), (value,))
 
-    def _returned(self, eqn: Any, path: Path, value: Value | None) -> Value | None:
+    def _returned(self, eqn: Any, path: Path, value: Node | None) -> Node | None:
         """A found value that a body returned, apart from what the body does with it.
 
         The body may read it, too, return it twice, or have been given it.
@@ -225,7 +243,7 @@ class _Unfolding:
 
     def _reference(
         self, eqn: Any, path: Path, inputs: Sequence[Any], env: dict[Any, Any]
-    ) -> list[Value | None]:
+    ) -> list[Node | None]:
         op = self._op(eqn, path)
         reads, writes = reads_and_writes(eqn)
         held, written = [inputs[k] for k in reads], [inputs[k] for k in writes]
@@ -246,87 +264,93 @@ class _Unfolding:
         inner: Control,
         plans: Sequence[Plan | None],
         moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
-    ) -> tuple[list[Value | None], dict[int, Value | None]]:
-        """Add the bodies of an equation; return its results, and what refs hold."""
-        sources: list[list[Value | None]] = [[] for _ in eqn.outvars]
-        left: dict[int, list[Value | None]] = {}
-        steering: list[Value | None] = []
-        if inner.decides == "branch":
-            steering.append(inputs[0])
-        never = inner.may_run_no_round
-        carried: dict[int, Value] = {}
-        outside, found = self.graph.found, list[list[Value | None]]()
-        own = _divided(moving[1], plans)
-        # In reverse: what decides on another round reads what the body carries.
-        bodies = reversed(list(zip(inner.bodies, plans, own, strict=True)))
-        for body, plan, found_here in bodies:
-            operands = [carried.get(k, inputs[k]) for k in body.operands]
-            first, joints = len(self.graph.maker), dict[int, Value]()
-            feedback, own_refs = list(body.feedback), refs_of(body.jaxpr)
-            if body.repeats:
-                ends = len(body.jaxpr.outvars)
-                feedback += [(ends + k, back) for k, back in enumerate(own_refs)]
-            if feedback:
-                moves = (
-                    bool(plan and plan.found) if found_here is None else any(found_here)
-                )
-                joints = self._joints(eqn, path, body, feedback, operands, moves)
-                carried = {body.operands[k]: joint for k, joint in joints.items()}
-            self.graph.found = []
-            moved = None
-            if moving[0] is not None and found_here is not None:
-                moved = [moving[0][k] for k in body.operands]
-                moved = self._reach.entering(body, plan, moved, found_here)
-            outside_of, self._within = self._within, (*self._within, eqn)
-            results, held = self.inline(body.jaxpr, operands, path, plan, moved)
-            self._within = outside_of
-            found.append(self.graph.found)
-            runs = not inner.is_empty
-            for out, back in feedback if runs else ():
-                self._feed_back(joints[back], [*results, *held][out])
-            if joints:
-                self.graph.loops.append((first, len(self.graph.maker) - 1))
-            elif inner.dynamic:
-                steering += results
-            for out, k in enumerate(body.results):
-                if k is not None and runs:
-                    sources[k].append(results[out])
-            for out, back in body.feedback if never else ():
+    ) -> tuple[list[Node | None], dict[int, Node | None]]:
+        """Add the bodies of an equation; return its results, and what refs hold.
+
+        Each is the value that a body returns; where it may be one of several, a joint.
+        """
+        sources: list[list[Node | None]] = [[] for _ in eqn.outvars]
+        left: dict[int, list[Node | None]] = {}
+        steering = [inputs[0]] if inner.decides == "branch" else []
+        for spelled in self._bodies(eqn, path, inputs, inner, plans, moving):
+            body, joints = spelled.body, spelled.joints
+            if body.is_condition:
+                steering += spelled.results
+            for k, value in zip(body.results, spelled.results, strict=True):
+                if k is not None and not inner.is_empty:
+                    sources[k].append(value)
+            for back, value in zip(refs_of(body.jaxpr), spelled.refs, strict=True):
+                start = [joints[back]] if inner.may_run_no_round else []
+                left.setdefault(body.operands[back], []).extend([value, *start])
+            for out, back in body.feedback if inner.may_run_no_round else ():
                 if (k := body.results[out]) is not None:
                     sources[k].append(joints[back])
-            for back, value in zip(own_refs, held, strict=True):
-                start = [joints[back]] if never else []
-                left.setdefault(body.operands[back], []).extend([value, *start])
-        self.graph.found = [*outside, *itertools.chain(*reversed(found))]
         if not inner.joins:
-            only = {k: cast(Value, v[0]) for k, v in left.items()}
-            return [values[0] for values in sources], {**only}
+            return [only for (only,) in sources], {k: x for k, (x,) in left.items()}
         op = self._op(eqn, path, join=True)
         if inner.dynamic:  # a while loop has no reverse mode
             op.refusing = inputs
-        results: list[Value | None] = [
+        results: list[Node | None] = [
             self._result(op, var.aval, values, [*values, *steering])
             for var, values in zip(eqn.outvars, sources, strict=True)
         ]
         if inner.decides == "branch":
             self.graph.cases.update(zip(op.values, sources, strict=True))
-        refs: dict[int, Value | None] = {
+        return results, {
             k: self._result(op, eqn.invars[k].aval, values, [*values, *steering])
             for k, values in left.items()
         }
-        return results, refs
+
+    def _bodies(
+        self,
+        eqn: Any,
+        path: Path,
+        inputs: Sequence[Any],
+        inner: Control,
+        plans: Sequence[Plan | None],
+        moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
+    ) -> Iterator[_Spelled]:
+        """Add the bodies of an equation, and yield each with what it makes."""
+        (flags, own), carried = moving, dict[int, Node]()
+        outside, found = self.graph.found, list[Node | None]()
+        bodies = list(zip(inner.bodies, plans, _divided(own, plans), strict=True))
+        # In reverse: the condition of a `while` is asked about what the body carries,
+        # and the joints that stand for that are made with the body.
+        for body, plan, mine in reversed(bodies):
+            operands = [carried.get(k, inputs[k]) for k in body.operands]
+            first, pairs = len(self.graph.maker), fed_back(body)
+            moves = bool(plan and plan.found) if mine is None else any(mine)
+            joints = self._joints(eqn, path, body, pairs, operands, moves)
+            carried = {body.operands[k]: joint for k, joint in joints.items()}
+            moved = None
+            if flags is not None and mine is not None:
+                moved = [flags[k] for k in body.operands]
+                moved = self._reach.entering(body, plan, moved, mine)
+            around, self._within = self._within, (*self._within, eqn)
+            self.graph.found = []
+            results, refs = self.inline(body.jaxpr, operands, path, plan, moved)
+            self._within, found = around, [*self.graph.found, *found]
+            for out, back in () if inner.is_empty else pairs:
+                self._feed_back(joints[back], [*results, *refs][out])
+            if joints:
+                self.graph.loops.append((first, len(self.graph.maker) - 1))
+            yield _Spelled(body, results, refs, joints)
+        self.graph.found = [*outside, *found]
 
     def _joints(
         self,
         eqn: Any,
         path: Path,
         body: Body,
-        feedback: Iterable[tuple[int, int]],
+        feedback: Sequence[tuple[int, int]],
         operands: list[Any],
         moves: bool,
-    ) -> dict[int, Value]:
+    ) -> dict[int, Node]:
         """Put a joint in place of each carried operand; `moves`: what is found does."""
-        op, joints = self._op(eqn, path, join=True), {}
+        if not feedback:
+            return {}
+        op, joints = self._op(eqn, path, join=True), dict[int, Node]()
+        # One carry may move another only in the second round: if any does, all do.
         moves = moves or any(self._moves[x] for x in operands if x is not None)
         for _, back in feedback:
             start = [operands[back]]
@@ -336,7 +360,8 @@ class _Unfolding:
             joints[back] = operands[back] = joint
         return joints
 
-    def _feed_back(self, joint: Value, source: Value | None) -> None:
+    def _feed_back(self, joint: Node, source: Node | None) -> None:
+        # Handed on as it came, it is fed by nothing new.
         if source is None or source == joint:
             return
         self.graph.feeds[joint] = (*self.graph.feeds[joint], source)
@@ -354,5 +379,5 @@ def _divided(
     return [own[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
-def _values(values: Iterable[Any]) -> tuple[Value, ...]:
+def _values(values: Iterable[Any]) -> tuple[Node, ...]:
     return tuple(dict.fromkeys(v for v in values if v is not None))

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import stopgrad_jax._jax as _jax
 
 from .bindings import Assigned, Binding, Position, is_within
-from .executions import Execution, Item, begins_again, is_literal, is_repeat, level_of
+from .executions import Execution, Item, begins_again, is_repeat, level_of
 from .labels import Spot
+from .repeats import Again
 
 
 class Unclear(Exception):
     """Which array a variable was given cannot be told; the message says why."""
 
 
-class Given:
+# What an expression is to the equations that were made while it was evaluated.
+_Kind = Literal["rows", "argument", "part", "result", "textless", "call"]
+
+
+class Assignment:
     """Which result of a run's equations the variable was given."""
 
     def __init__(self, run: Execution, users: Mapping[Any, Sequence[int]]) -> None:
@@ -37,40 +42,54 @@ class Given:
         if run.assigned is None:
             raise Unclear("it takes a value apart in a way that is not followed")
         self._refuse_derivative(run.items[-1])
-        item, result = self._assigned(run.items, run.depth, run.assigned)
+        item, result = self._given(run.items, run.depth, run.assigned)
         self._refuse_derivative(item)
         if run.assigned.index is None:
             self._refuse_several(item)
         self._refuse_early_use(item, item.eqn.outvars[result])
         return item.index, result
 
-    def _assigned(
+    def _given(
         self, items: Sequence[Item], depth: int, expression: Assigned
     ) -> tuple[Item, int]:
-        source = items[-1].spots[depth].source
-        for place in source.yields(expression.value):
-            inside = any(is_within(i.spots[depth].position, place) for i in items)
-            if inside or place == expression.value:
-                raise Unclear("it is made of what a generator is sent or handed back")
-        if expression.index is not None:
-            apart = [i for i in items if i.spots[depth].position == expression.target]
-            if apart:
-                return self._row(apart, expression)
-        elif source.is_tree(expression.value):
-            raise Unclear("it is a container of arrays, not one array")
-        whole = [i for i in items if i.spots[depth].position == expression.value]
-        if not whole:
-            return self._passed_on(items, depth, expression)
-        last = whole[-1]
-        if len(last.spots) > depth + 1:
-            return self._returned(whole, depth + 1, expression)
-        if expression.index is not None:
-            return last, _part(last, depth, expression)
-        return self._result(whole, depth)
+        """Return what an expression is, through as many calls as it takes."""
+        while True:
+            _refuse_unfollowed(items, depth, expression)
+            whole = [i for i in items if i.spots[depth].position == expression.value]
+            match _kind(items, whole, depth, expression):
+                case "rows":  # `u, v = x`
+                    return self._row(items, depth, expression)
+                case "argument":  # `h = dropout(g(x))` at test time
+                    return self._passed_on(items, depth, expression)
+                case "part":  # `u, v = jnp.split(x, 2)`
+                    return whole[-1], _part(whole[-1], depth, expression)
+                case "result":  # `h = jnp.tanh(x)`
+                    return self._result(whole, depth)
+                case "textless":  # `h = f(x)`, and f was made by `exec`
+                    if expression.index is not None:
+                        name = whole[-1].spots[depth + 1].function
+                        raise Unclear(f"{name} has no source text")
+                    return self._only(whole)
+                case "call":  # `h = f(x)`, and in f stands `return x * w`
+                    depth += 1
+                    inside = _of_one_function(whole, depth)
+                    items, expression = self._returned(inside, depth, expression)
+                    if items:
+                        continue
+                    if expression.index is not None:
+                        raise Unclear(
+                            "which of several results it is does not show in the source"
+                        )
+                    return self._only(inside)
 
-    def _row(self, items: Sequence[Item], expression: Assigned) -> tuple[Item, int]:
+    def _row(
+        self, items: Sequence[Item], depth: int, expression: Assigned
+    ) -> tuple[Item, int]:
         """`u, v = x` for an array: the rows, in order."""
-        inside = {v for i in items for v in i.eqn.invars if not is_literal(v)}
+        items = [i for i in items if i.spots[depth].position == expression.target]
+        inside = {
+            v for i in items for v in i.eqn.invars if not isinstance(v, _jax.Literal)
+        }
         rows = [(i, r) for i in items for r in _results(i) if r[1] not in inside]
         at = expression.position(len(rows))
         if at is None or expression.below:
@@ -95,22 +114,16 @@ class Given:
         return self._only(inside)
 
     def _returned(
-        self, items: Sequence[Item], depth: int, expression: Assigned
-    ) -> tuple[Item, int]:
-        """Follow a call into the function of the user that is called."""
-        callee = items[-1].spots[depth]
-        inside = [
-            i
-            for i in items
-            if len(i.spots) > depth and i.spots[depth].frame.code is callee.frame.code
-        ]
-        if callee.statement is None:
-            if expression.index is not None:
-                raise Unclear(f"{callee.function} has no source text")
-            return self._only(items)
+        self, inside: Sequence[Item], depth: int, expression: Assigned
+    ) -> tuple[Sequence[Item], Assigned]:
+        """Return the expression that a function hands back, and the equations of it.
+
+        There are none if that is one of several, or makes none.
+        """
+        callee = inside[-1].spots[depth]
         value = _returned_by(callee, [i.spots[depth] for i in inside])
         if value is None:
-            return self._only_one(inside, expression)
+            return [], expression
         expression = dataclasses.replace(expression, value=value, target=value)
         parts = callee.source.parts(value)
         while (at := expression.position(len(parts))) is not None:
@@ -123,13 +136,11 @@ class Given:
             return self._variable(inside, depth, name, expression)
         value = expression.value
         there = [i for i in inside if is_within(i.spots[depth].position, value)]
-        if not there:
-            return self._only_one(inside, expression)
-        return self._assigned(there, depth, expression)
+        return there, expression
 
     def _variable(
         self, items: Sequence[Item], depth: int, name: str, expression: Assigned
-    ) -> tuple[Item, int]:
+    ) -> tuple[Sequence[Item], Assigned]:
         """`return name`: what the last statement that assigned it has assigned."""
         spot = items[-1].spots[depth]
         every = spot.source.function(spot.position).binding(name)
@@ -138,6 +149,7 @@ class Given:
         run, last = last_assigning(items, depth, name)
         if last is None or last.assigned is None:
             raise Unclear(f"{spot.function} returns {name}, and no operation makes it")
+        # `if c: y = z` made no equation, and may have run after the last that did.
         made = {id(b) for item in items for b in assigning(item, depth, name)}
         for other in every:
             quiet = id(other) not in made and other.quietly != "keeps"
@@ -150,26 +162,7 @@ class Given:
                 raise Unclear(f"{spot.function} returns a part of a container")
             value, target = assigned.value, assigned.target
             assigned = dataclasses.replace(expression, value=value, target=target)
-        return self._assigned(self._last(run, depth, assigned), depth, assigned)
-
-    def _last(
-        self, items: list[Item], depth: int, assigned: Assigned
-    ) -> Sequence[Item]:
-        """Return the last of the executions that follow one another."""
-        run: list[Item] = []
-        for k, item in enumerate(items):
-            rest = (i.eqn for i in items[k:])
-            if run and begins_again(run, item, depth, assigned.value, rest):
-                run = []
-            run.append(item)
-        return run
-
-    def _only_one(
-        self, items: Sequence[Item], expression: Assigned
-    ) -> tuple[Item, int]:
-        if expression.index is not None:
-            raise Unclear("which of several results it is does not show in the source")
-        return self._only(items)
+        return _last_execution(run, depth, assigned), assigned
 
     def _only(self, items: Sequence[Item]) -> tuple[Item, int]:
         """Return the one result that is used elsewhere."""
@@ -181,6 +174,7 @@ class Given:
     def _result(self, items: Sequence[Item], depth: int) -> tuple[Item, int]:
         """Return the result of an operation or of a library's function."""
         live, last = list(self._live(items)), items[-1]
+        # `h = f(x)`, and nobody reads h: what was made last is what f returned.
         if not live and not self._differentiated and len(last.eqn.outvars) == 1:
             return last, 0
         if _returns_several(last, depth):
@@ -196,6 +190,7 @@ class Given:
         own = {item.index for item in items}
         for item in items:
             for result, var in _results(item):
+                # A result of the program is read at -1, which is no equation of these.
                 if not own.issuperset(self._users.get(var, ())):
                     yield item, result
 
@@ -217,11 +212,58 @@ class Given:
         made_of, own = {var}, {i.index for i in self._run.items}
         for other in self._run.items:
             if other.index > item.index and not made_of.isdisjoint(
-                v for v in other.eqn.invars if not is_literal(v)
+                v for v in other.eqn.invars if not isinstance(v, _jax.Literal)
             ):
                 made_of.update(other.eqn.outvars)
         if any(not own.issuperset(self._users.get(v, ())) for v in made_of - {var}):
             raise Unclear("the function called there uses it before it is assigned")
+
+
+def _kind(
+    items: Sequence[Item], whole: Sequence[Item], depth: int, expression: Assigned
+) -> _Kind:
+    """Tell what an expression is; `whole` are the equations of all of it."""
+    if expression.index is not None:
+        if any(i.spots[depth].position == expression.target for i in items):
+            return "rows"
+    if not whole:
+        return "argument"
+    inner = whole[-1].spots[depth + 1 :]
+    if inner:
+        return "call" if inner[0].statement else "textless"
+    return "result" if expression.index is None else "part"
+
+
+def _refuse_unfollowed(items: Sequence[Item], depth: int, expression: Assigned) -> None:
+    """Raise where the text of an expression does not say what array it is."""
+    source = items[-1].spots[depth].source
+    for place in source.yields(expression.value):
+        inside = any(is_within(i.spots[depth].position, place) for i in items)
+        if inside or place == expression.value:
+            raise Unclear("it is made of what a generator is sent or handed back")
+    if expression.index is None and source.is_tree(expression.value):
+        raise Unclear("it is a container of arrays, not one array")
+
+
+def _of_one_function(items: Sequence[Item], depth: int) -> list[Item]:
+    """Return the equations made in the function of the last one."""
+    code = items[-1].spots[depth].frame.code
+    every = (i for i in items if len(i.spots) > depth)
+    return [i for i in every if i.spots[depth].frame.code is code]
+
+
+def _last_execution(
+    items: Sequence[Item], depth: int, assigned: Assigned
+) -> Sequence[Item]:
+    """Return the last of the executions of a statement that follow one another."""
+    run: list[Item] = []
+    for k, item in enumerate(items):
+        rest = (i.eqn for i in items[k:])
+        again = run and begins_again(run, item, depth, assigned.value, rest)
+        if again is Again.YES:
+            run = []
+        run.append(item)
+    return run
 
 
 def _returned_by(callee: Spot, spots: Sequence[Spot]) -> Position | None:
@@ -233,6 +275,7 @@ def _returned_by(callee: Spot, spots: Sequence[Spot]) -> Position | None:
         raise Unclear(f"{callee.function} returns no array")
     statements = [spot.statement for spot in spots]
     made = [s.value for s in statements if s and s.kind == "return"]
+    # Of several `return`, it is one that was seen to make an equation.
     return places[0] if len(places) == 1 else made[-1] if made else None
 
 
@@ -270,6 +313,8 @@ def _part(item: Item, depth: int, expression: Assigned) -> int:
     eqn = item.eqn
     paths, count = _jax.result_paths(eqn), len(eqn.outvars)
     index = expression.index if expression.index is not None else 0
+    # What a library wraps may return anything; JAX says of its own functions where in
+    # the tree each result is, as `[0]`.
     if not _is_direct(item, depth):
         pass
     elif paths is not None and index >= 0:

@@ -74,9 +74,15 @@ class Binding:
     arms: Mapping[Position, int] = dataclasses.field(default_factory=dict)
     loops: frozenset[Position] = frozenset()
 
+    @property
+    def lines(self) -> set[int]:
+        """The lines of the statement."""
+        return {*range(self.place[0], self.place[2] + 1)}
+
     def excludes(self, other: Binding) -> bool:
         """Tell whether only one of the two can be executed in one call."""
         apart = any(other.arms.get(k, arm) != arm for k, arm in self.arms.items())
+        # In a loop, one round may take the one arm, and the next the other.
         return apart and not (self.loops | other.loops)
 
     def may_follow(self, other: Binding, at: Position) -> bool:
@@ -84,6 +90,7 @@ class Binding:
         if self.excludes(other):
             return False
         starts = self.place[:2], other.place[:2], at[:2]
+        # No loop leads from one of the places back to another: the text has the order.
         if not any(p in other.loops or is_within(at, p) for p in self.loops):
             return starts[1] < starts[0] < starts[2]
         # In a round of the loop it is the last, unless the other one always follows.
@@ -144,6 +151,10 @@ def functions_of(tree: ast.AST) -> list[Function]:
 
 
 def _functions(node: Any, path: tuple[str, ...], method: bool) -> Iterator[Function]:
+    """Yield the functions in a node; `method`: a class is what it stands in.
+
+    The body begins behind the signature, whose defaults run in the function around it.
+    """
     if isinstance(node, ast.Module):
         every = (0, 0, 1 << 31, 0)
         yield Function(node, every, ("<module>",), False, _ordered(node.body))
@@ -170,6 +181,10 @@ def _ordered(body: Iterable[ast.AST]) -> list[Binding]:
 def _bindings(
     nodes: Iterable[Any], arms: Mapping[Position, int], loops: frozenset[Position]
 ) -> Iterator[Binding]:
+    """Yield what nodes bind in their own scope; of a scope inside, its name alone.
+
+    Each is told which arms and loops it is in, as no node knows the nodes around it.
+    """
     for node in nodes:
         state = {"arms": arms, "loops": loops}
         if isinstance(node, _SCOPES):
@@ -230,6 +245,7 @@ def _parts(node: Any) -> Iterator[tuple[Sequence[Any], int | None, bool]]:
         yield node.body, None, True
         yield node.orelse, None, False
     elif isinstance(node, ast.While):
+        # The test runs in each round, too: `while (h := f(h)).any():`.
         yield [node.test, *node.body], None, True
         yield node.orelse, None, False
     else:
@@ -240,6 +256,7 @@ def _quietly(name: str, value: ast.expr) -> str:
     """Tell what a variable is after an assignment that made no equation."""
     if isinstance(value, ast.IfExp):
         both = {_quietly(name, value.body), _quietly(name, value.orelse)}
+        # Either may have been taken: the one that tells less.
         return max(both, key=["none", "keeps", "another"].index)
     if isinstance(value, ast.BinOp | ast.UnaryOp):  # of arrays, it makes an equation
         inner = [n for n in ast.walk(value) if isinstance(n, ast.expr)]
@@ -287,6 +304,7 @@ def _given(
     )
     written = value.elts if isinstance(value, ast.Tuple | ast.List) else ()
     at = assigned.position(len(written))
+    # `a, b = f(x), g(x)`: each has an expression of its own.
     if at is not None and not any(isinstance(x, ast.Starred) for x in written):
         part = next(t for t in target.elts if name in names_of(t))
         return _given(part, written[at], name)
@@ -344,6 +362,7 @@ def is_within(inner: Position, outer: Position) -> bool:
 def root_of(chain: ast.expr) -> ast.Name | None:
     """Return the variable that `v`, `v.a`, `v["a"]` or `v[0].a` is read from."""
     while isinstance(chain, ast.Attribute | ast.Subscript):
+        # Which part `v[i]` is, the text does not say.
         if isinstance(chain, ast.Subscript) and not isinstance(chain.slice, _WRITTEN):
             return None
         chain = chain.value

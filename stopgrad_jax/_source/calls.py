@@ -9,8 +9,8 @@ from typing import Any
 
 import stopgrad_jax._jax as _jax
 
-from .executions import adds_to
-from .repeats import Stack, begins_call
+from .executions import sums_anew
+from .repeats import Again, Stack, begins_call
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,11 +58,13 @@ class Calls:
         call = self._going.get(full)
         # The equations of a backward pass have the stacks of the forward one again.
         backward = "transpose" in _jax.transforms_of(eqn)
-        again = call is not None and not backward and self._again(call, index, stack)
-        if call is None or again:
+        again = Again.NO
+        if call is not None and not backward:
+            again = self._again(call, index, stack)
+        if call is None or again is Again.YES:
             call = Call(level, [], [], before=call)
             self.found.setdefault(key, []).append(call)
-        call.unclear = call.unclear or again is None
+        call.unclear = call.unclear or again is Again.UNKNOWN
         call.indices.append(index)
         call.eqns.append(eqn)
         if not backward or call.last is None:
@@ -70,17 +72,17 @@ class Calls:
         self._now[full] = call
         return call
 
-    def _again(self, call: Call, index: int, stack: Stack) -> bool | None:
+    def _again(self, call: Call, index: int, stack: Stack) -> Again:
         last, eqn = _jax.stack_of(call.last), self._eqns[index]
         if _jax.are_inlined(eqn, call.last):
             if eqn.primitive is not call.eqns[0].primitive:
-                return False
+                return Again.NO
 
-        def goes_on(k: int) -> bool | None:
+        def anew(k: int) -> Again:
             rest = itertools.islice(self._eqns, index, None)
-            return adds_to(call.eqns, rest, k)
+            return sums_anew(call.eqns, rest, k)
 
-        return begins_call(last, stack, call.level, goes_on)
+        return begins_call(last, stack, call.level, anew)
 
 
 def _primitives(call: Call) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Position
-from .repeats import Stack, calls_back, in_common, own_loops
+from .repeats import Stack, in_common, may_reenter, own_loops
 from .ways import is_operator, is_passed, loops
 
 _AHEAD = 256  # equations that are looked at
@@ -29,7 +29,8 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
       rest: equations that follow. One of them counts if an operator made it, or a
         function of JAX: it is made in each round.
     """
-    around = len(loops(*stack[level])) > len(own_loops(*stack[level], value))
+    every = loops(*stack[level])
+    around = len(every) > len(own_loops(every, value))
     for eqn in itertools.islice(rest, _AHEAD):
         other = _jax.stack_of(eqn)
         k = in_common(stack, other)
@@ -39,8 +40,10 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
         direct = len(other) > k + 1 and _jax.is_own(other[k + 1][0].co_filename)
         if code is not same or not (direct or is_operator(code, there)):
             continue
+        # What lies outside of a loop that the statement is in need not come between two
+        # executions of it.
         repeated = any(_is_repeated(stack, j) for j in range(k + 1, level))
-        if repeated or (k < level and (around or calls_back(stack, k))):
+        if repeated or (k < level and (around or may_reenter(stack, k))):
             continue
         anew = any(_is_repeated(stack, j) for j in range(k))
         if is_passed(code, here, there, value if k == level else None, anew):
@@ -49,4 +52,4 @@ def leaves_more(stack: Stack, level: int, value: Position, rest: Iterable[Any]) 
 
 
 def _is_repeated(stack: Stack, k: int) -> bool:
-    return bool(loops(*stack[k])) or calls_back(stack, k)
+    return bool(loops(*stack[k])) or may_reenter(stack, k)

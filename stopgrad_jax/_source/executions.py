@@ -16,7 +16,7 @@ import stopgrad_jax._jax as _jax
 from .bindings import Assigned, Binding, Position, is_within
 from .elsewhere import leaves_more
 from .labels import Spot, is_comprehension
-from .repeats import Stack, extent_of, is_again
+from .repeats import Again, Stack, extent_of, is_again
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,34 +66,35 @@ def begins_again(
     depth: int,
     value: Position,
     rest: Iterable[Any] = (),
-) -> bool | None:
+) -> Again:
     """Tell whether an equation begins a new execution; see `is_again`.
 
     `value` is the place of what the statement assigns; `rest` are the equations from
     this one on.
     """
     first, last, new = (_jax.stack_of(i.eqn) for i in (items[0], items[-1], item))
-    # It is of a function that JAX inlines.
+    # All equations of a function that JAX inlines have the stack of its call, so that a
+    # new call shows by its first operation only.
     if _jax.are_inlined(item.eqn, items[-1].eqn):
         if item.eqn.primitive is not items[0].eqn.primitive:
-            return False
+            return Again.NO
     level = function_level(new, item, depth, value)
     if level is None:
-        return False
+        return Again.NO
 
-    def goes_on(k: int) -> bool | None:
-        return adds_to([i.eqn for i in items], rest, k)
+    def anew(k: int) -> Again:
+        return sums_anew([i.eqn for i in items], rest, k)
 
-    again = is_again(first, last, new, level, value, goes_on)
-    if again is None and leaves_more(new, level, value, rest):
-        return False
+    again = is_again(first, last, new, level, value, anew)
+    if again is Again.UNKNOWN and leaves_more(new, level, value, rest):
+        return Again.NO
     return again
 
 
-def adds_to(made: Sequence[Any], rest: Iterable[Any], k: int) -> bool | None:
-    """Tell whether a `sum` adds to what it added so far, or was called anew.
+def sums_anew(made: Sequence[Any], rest: Iterable[Any], k: int) -> Again:
+    """Tell whether a `sum` was called anew, or adds to what it added so far.
 
-    Then the first that it adds is added to 0.
+    The first that it adds is added to 0: it reads none of the sums that were made.
 
     Args:
       made: the equations so far, the last of them an addition.
@@ -101,7 +102,7 @@ def adds_to(made: Sequence[Any], rest: Iterable[Any], k: int) -> bool | None:
       k: the position in the stacks of the frame that calls `sum`.
 
     Returns:
-      None if nothing more is added.
+      UNKNOWN if nothing more is added.
     """
     last = _jax.stack_of(made[-1])
 
@@ -118,9 +119,11 @@ def adds_to(made: Sequence[Any], rest: Iterable[Any], k: int) -> bool | None:
     after = itertools.dropwhile(lambda eqn: not is_addition(eqn), inside)
     additions = list(itertools.takewhile(is_addition, after))
     if not additions:
-        return None
-    read = (v for eqn in additions for v in eqn.invars if not is_literal(v))
-    return any(v in so_far for v in read)
+        return Again.UNKNOWN
+    read = (
+        v for eqn in additions for v in eqn.invars if not isinstance(v, _jax.Literal)
+    )
+    return Again.NO if any(v in so_far for v in read) else Again.YES
 
 
 def level_of(stack: Stack, item: Item, depth: int) -> int | None:
@@ -173,8 +176,3 @@ def is_same_call(item: Item, other: Item, depth: int) -> bool:
         and mine[:depth] == its[:depth]
         and mine[depth].frame.code is its[depth].frame.code
     )
-
-
-def is_literal(atom: Any) -> bool:
-    """Tell a constant of the program from a variable."""
-    return isinstance(atom, _jax.Literal)

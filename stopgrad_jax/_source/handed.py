@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import stopgrad_jax._jax as _jax
 
-from .assignment import Given, Unclear, assigning, last_assigning
+from .assignment import Assignment, Unclear, assigning, last_assigning
 from .bindings import (
     DISPLAYS,
     STATEMENT,
@@ -33,6 +33,7 @@ from .executions import (
     level_of,
 )
 from .labels import Spot
+from .repeats import Again
 from .variables import users_of
 
 _OBJECTS = ("__call__", "__init__")
@@ -93,6 +94,8 @@ class Handed:
             return self.evaluated(first, outer, node)
         var = self._spread_out(function, name)
         others = [v for k, v in self._named_inputs() if k != name and v is not var]
+        # Without a call to read, a library may have handed its arguments on in another
+        # order: then what spells the parameter reads another one.
         later = [i for i in self._items if i.index >= first.index]
         same = [item for item in later if is_same_call(item, first, depth)]
         if any(self.reads(same, depth, name, other) for other in others):
@@ -163,6 +166,8 @@ class Handed:
         if function.bound and len(given) == len(positional) + 1:  # Net.forward(net, x)
             given = given[1:]
         filled = [*positional[: len(given)], *keywords]
+        # By another name it may be a `partial`, with arguments that are not seen here:
+        # then the call has to give all of them, those with defaults, too.
         by_name = caller.source.callee(caller.position) == called or outer < depth - 1
         needed = _required(function) if by_name or called in _OBJECTS else positional
         if not set(needed) <= {*filled}:
@@ -175,6 +180,7 @@ class Handed:
             raise Unclear("it is not handed over there: it is its default")
         else:
             node = given[positional.index(name)]
+        # `f(h, h)`: in the program, both parameters are one variable.
         every = [ast.dump(x) for x in (*given, *keywords.values())]
         if every.count(ast.dump(node)) > 1:
             raise Unclear(f"one value is handed over to {called} twice")
@@ -193,6 +199,7 @@ class Handed:
         if start is None or end is None:
             return 0, None
         codes = [code for code, _ in stack[start + 1 : end]]
+        # JAX wraps its transformations in this, which hands everything on.
         codes = [c for c in codes if c.co_name != "reraise_with_filtered_traceback"]
         if not codes:
             return 0, ()
@@ -238,6 +245,7 @@ class Handed:
             raise Unclear("what is handed over there is not one array")
         spelled = ast.unparse(node)
         if depth == 0 and self.is_origin(spot) and spelled in self.inputs:
+            # `params["w"]` is the input of that name, if params is still what it was.
             root = next(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
             if not spot.source.function(place).binding(root):
                 return self._input(spelled)
@@ -252,6 +260,7 @@ class Handed:
         found, call = list[Item](), first.spots[depth].position
         for item in reversed(self.before(first, depth)):
             position = item.spots[depth].position
+            # These are of an earlier round of the call, or of the statement before.
             if position == call or not is_within(position, call):
                 break
             if is_within(position, place):
@@ -268,6 +277,7 @@ class Handed:
         made = {id(b) for item in before for b in assigning(item, depth, name)}
         quiet = [b for b in every if id(b) not in made and b.quietly != "keeps"]
         if last is None:
+            # What no equation tells may have been given to it, before or a round ago.
             around = [b for b in quiet if b.place[:2] < at[:2] or b.loops]
             if around or name not in function.parameters:
                 raise Unclear(f"{name}, which is handed over, is made by no operation")
@@ -284,7 +294,7 @@ class Handed:
         assert binding.assigned is not None
         runs = _executions(items, depth, binding.assigned.value)
         execution = Execution(-1, binding, spot, depth, runs[-1])
-        index, result = Given(execution, self.users).place()
+        index, result = Assignment(execution, self.users).place()
         return self._jaxpr.eqns[index].outvars[result]
 
     def before(self, first: Item, depth: int) -> list[Item]:
@@ -300,10 +310,12 @@ class Handed:
         own = next((b for b in every if is_within(at, b.place)), None)
         if own is None:
             return before
+        # `h = f(g(h))`: what g made is of the statement, and is no h yet.
         start = len(before)
         while start and is_within(before[start - 1].spots[depth].position, own.place):
             start -= 1
         value = own.assigned.value if own.assigned else own.place
+        # The call is a part of the last execution; those before it have ended.
         *_, current = _executions([*before[start:], first], depth, value)
         return before[: len(before) + 1 - len(current)]
 
@@ -344,9 +356,9 @@ def _executions(items: Sequence[Item], depth: int, value: Position) -> list[list
     for k, item in enumerate(items[1:], 1):
         rest = (i.eqn for i in items[k:])
         again = begins_again(runs[-1], item, depth, value, rest)
-        if again is None:
+        if again is Again.UNKNOWN:
             raise Unclear("it cannot be told where one execution of it ends")
-        if again:
+        if again is Again.YES:
             runs.append([])
         runs[-1].append(item)
     return runs

@@ -158,6 +158,7 @@ class Labels:
                 else:
                     inside = self._spot(frame, frame.function)
             key = (tuple(spots), inside, sampler)
+        # Paths are compared by identity, and two stacks may lead to the same one.
         return self._paths.setdefault(key, Path(*key))
 
     def _push(self, spots: list[Spot], frame: _jax.Frame) -> None:
@@ -165,6 +166,7 @@ class Labels:
         function = frame.function
         if name in _COMPREHENSIONS:  # a part of the statement around it
             function = function_of(frame)
+            # The one around it is the whole comprehension; this is the part that ran.
             if spots and spots[-1].frame.file == frame.file:
                 spots.pop()
         spots.append(self._spot(frame, function))

@@ -7,6 +7,7 @@ instruction went back although no loop around it goes back, a new call has begun
 from __future__ import annotations
 
 import dis
+import enum
 import functools
 import inspect
 import types
@@ -17,7 +18,26 @@ from .bindings import Position, is_within
 from .ways import can_begin_past, leads_on, loops, place_at
 
 Stack = Sequence[tuple[types.CodeType, int]]
-GoesOn = Callable[[int], bool | None]
+
+
+class Again(enum.Enum):
+    """Whether a statement, or a function, had begun anew when an equation was made.
+
+    Say `x @ w` follows another `x @ w` of the same line.
+
+    YES, in `for w in ws: x = x @ w`: nothing but the loop goes back to it.
+    NO, in `h = mlp(x)`, if the loop over ws is in mlp: the statement still runs.
+    UNKNOWN, in `for x in xs: h = mlp(x)`: it is the second layer, or another call.
+    """
+
+    YES = enum.auto()
+    NO = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+# Of the frame at this position of the stacks, which calls `sum`: whether the next
+# addition is of another call of it.
+SumsAnew = Callable[[int], Again]
 
 
 def is_again(
@@ -26,8 +46,8 @@ def is_again(
     new: Stack,
     level: int,
     value: Position,
-    goes_on: GoesOn | None = None,
-) -> bool | None:
+    sums_anew: SumsAnew | None = None,
+) -> Again:
     """Tell whether an equation begins a new execution of a statement.
 
     Args:
@@ -36,55 +56,56 @@ def is_again(
       new: the stack at the equation that follows.
       level: the position of the statement's own function in the stacks.
       value: the place of the expression that the statement assigns.
-      goes_on: says of a call of `sum` at a position of the stacks whether what is
-        added next is added to the sum so far; None if that is not known.
-
-    Returns:
-      None if both could be: loops around the statement and inside what it calls.
+      sums_anew: see above; without it, no call of `sum` is looked into.
 
     Where the statement cannot lead from the last equation to the new one, whoever was
     called for the one and the other, a loop has gone round: or what calls it anew.
     """
+    if not new:
+        return Again.NO
     same = in_common(last, new)
     parted = same < min(len(last), len(new))
     apart = parted and last[same][0] is not new[same][0]
-    if not new or same < level or (apart and same == level):
-        return bool(new)
+    if same < level or (apart and same == level):
+        return Again.YES
     if parted and not apart:
         place = value if same == level else None
         if leads_on(new[same][0], last[same][1], new[same][1], place):
-            return False
+            return Again.NO
     # Two functions that are entered from one instruction were called one after the
     # other: by a loop, or by one call of a function in C, as of `sum` and `reduce`.
-    outer = any(loops(*new[k]) or calls_back(new, k) for k in range(level))
-    inner = False
-    for k in range(level, same if apart else min(same + 1, len(new))):
-        code, offset = new[k]
-        end = last[k][1] if k < len(last) else offset
-        around = loops(code, offset, end)
-        if k == level:
-            own = own_loops(code, offset, value, end)
-            outer = outer or len(own) < len(around)
-            around = own
-        inner = inner or bool(around)
-    back = [k for k in range(level, same) if calls_back(new, k)]
-    if outer and not inner and len(back) == 1 and goes_on:
+    end = same if apart else min(same + 1, len(new))
+    ends = [last[k][1] if k < len(last) else new[k][1] for k in range(level, end)]
+    inside = [loops(*at, b) for at, b in zip(new[level:end], ends, strict=True)]
+    own = own_loops(inside[0], value)
+    outer = len(own) < len(inside[0]) or _is_repeated(new, level)
+    inner = any([own, *inside[1:]])
+    back = [k for k in range(level, same) if may_reenter(new, k)]
+    if not outer:
+        return Again.NO
+    if not inner and not back:
+        return Again.YES
+    if not inner and len(back) == 1 and sums_anew:
+        (k,) = back
         if new == first:
-            return _adds_anew(new, back[0], goes_on) if apart else None
-        if _adds_up(*new[back[0]]):  # else what was made is now added
-            one, two = (_is_generator(s[back[0] + 1][0]) for s in (last, new))
-            return two and not one and _adds_anew(new, back[0], goes_on)
-    if outer and (inner or back):
-        return None if _can_begin(first, new, level) else False
-    return outer
+            return _adds_anew(new, k, sums_anew) if apart else Again.UNKNOWN
+        if _adds_up(*new[k]):
+            # `sum(f(x) for x in xs)` takes turns: the generator makes a term, and `+`
+            # adds it. Only where a term follows a sum may another `sum` have begun.
+            made, makes = (_is_generator(s[k + 1][0]) for s in (last, new))
+            turns = makes and not made
+            return _adds_anew(new, k, sums_anew) if turns else Again.NO
+    return Again.UNKNOWN if _can_begin(first, new, level) else Again.NO
 
 
-def own_loops(
-    code: types.CodeType, start: int, value: Position, end: int | None = None
-) -> list[Any]:
-    """Those of the loops around instructions that an expression itself has."""
-    around = loops(code, start, end)
+def own_loops(around: Sequence[Any], value: Position) -> list[Any]:
+    """Return those loops around an instruction that an expression itself has."""
     return [loop for loop in around if all(is_within(p, value) for p in loop)]
+
+
+def _is_repeated(stack: Stack, level: int) -> bool:
+    """Tell whether anything above a frame may run it again."""
+    return any(loops(*stack[k]) or may_reenter(stack, k) for k in range(level))
 
 
 def _can_begin(first: Stack, new: Stack, level: int) -> bool:
@@ -99,47 +120,48 @@ def _can_begin(first: Stack, new: Stack, level: int) -> bool:
 
 
 def begins_call(
-    last: Stack, new: Stack, level: int, goes_on: GoesOn | None = None
-) -> bool | None:
+    last: Stack, new: Stack, level: int, sums_anew: SumsAnew | None = None
+) -> Again:
     """Tell whether a function was called anew between two equations.
+
+    UNKNOWN also where a loop in the function may have gone round.
 
     Args:
       last: the stack at an equation that was made in a call of it.
       new: the stack at the equation that follows at once.
       level: the position of the function in both stacks.
-      goes_on: as for `is_again`.
-
-    Returns:
-      None if it may have been, or a loop in the function went round.
+      sums_anew: as for `is_again`.
     """
     pairs = zip(last, new, strict=False)
     same = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
-    outer = any(loops(*new[k]) or calls_back(new, k) for k in range(level))
+    outer = _is_repeated(new, level)
     end_level = len(new) if same is None else same
     inner = any(loops(*new[k]) for k in range(level, end_level))
-    back = [k for k in range(level, end_level) if calls_back(new, k)]
+    back = [k for k in range(level, end_level) if may_reenter(new, k)]
     if same is None:  # one instruction: of a function that JAX inlines, or it again
-        return (None if inner or back else True) if outer else False
+        if not outer:
+            return Again.NO
+        return Again.UNKNOWN if inner or back else Again.YES
     (code, end), (other, offset) = last[same], new[same]
     apart = code is not other
     if same < level or (same == level and apart):
-        return True
+        return Again.YES
     if not apart and leads_on(code, end, offset):
-        return False
+        return Again.NO
     inner = inner or (not apart and bool(loops(code, offset, end)))
-    if outer and apart and not inner and len(back) == 1 and goes_on:
+    if outer and apart and not inner and len(back) == 1 and sums_anew:
         one, two = last[back[0] + 1][0], new[back[0] + 1][0]
         if _is_generator(one):  # what it made is now added
-            return False
+            return Again.NO
         if one is two or _is_generator(two):
-            return _adds_anew(new, back[0], goes_on)
-    return (None if outer else False) if inner or back else outer or not apart
+            return _adds_anew(new, back[0], sums_anew)
+    if inner or back:
+        return Again.UNKNOWN if outer else Again.NO
+    return Again.YES if outer or not apart else Again.NO
 
 
-def _adds_anew(new: Stack, k: int, goes_on: GoesOn) -> bool | None:
-    """Tell whether the call of `sum` at this position is another one; None: unknown."""
-    on = goes_on(k) if _adds_up(*new[k]) else None
-    return None if on is None else not on
+def _adds_anew(new: Stack, k: int, sums_anew: SumsAnew) -> Again:
+    return sums_anew(k) if _adds_up(*new[k]) else Again.UNKNOWN
 
 
 def in_common(last: Stack, new: Stack) -> int:
@@ -155,7 +177,7 @@ def extent_of(code: types.CodeType) -> Position:
     return (*min(starts), *max(ends))  # type: ignore[return-value]
 
 
-def calls_back(stack: Stack, k: int) -> bool:
+def may_reenter(stack: Stack, k: int) -> bool:
     """Tell whether one call of a function in C may enter the next frame repeatedly.
 
     A generator is, unless it is a loop of Python's that goes through it. A function is
@@ -214,6 +236,8 @@ def _called(code: types.CodeType, offset: int) -> tuple[str, str, int]:
         star = next((b for b in before[::-1] if b.opname != "PUSH_NULL"), i)
         inner = star is not i and star.opname == "CALL"
         return i.opname, _called(code, star.offset)[1] if inner else "", 0
+    # What is called is loaded at the place where the call begins: `functools` and
+    # `reduce` of `functools.reduce(f, xs)`, and neither f nor xs.
     start = place_at(i)[:2]
     loads = [
         b for b in before if b.opname.startswith("LOAD_") and "CONST" not in b.opname

@@ -15,7 +15,7 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 
 from .bindings import Binding, Function, Position, is_within
-from .executions import Execution, Item, is_literal, is_same_call
+from .executions import Execution, Item, is_same_call
 from .texts import is_name, node_at, operands
 
 
@@ -76,6 +76,7 @@ def _is_apart(
     """Tell of each result of an operation whether it is made of other arrays only."""
     made = {v: item.eqn for item in inside for v in item.eqn.outvars}
     own = {item.index for item in inside}
+    # Of `jnp.dot(h, w)`, jnp is no array.
     func = node.func if isinstance(node, ast.Call) else None
     callee = {n for n in ast.walk(func) if isinstance(n, ast.Name)} if func else set()
     read = {n for n in ast.walk(node) if isinstance(n, ast.Name)} - callee
@@ -86,7 +87,8 @@ def _is_apart(
             continue
         roots, eqns = _roots(item.eqn, made, given)
         # A number that the text does not have may be what the variable is now.
-        number = any(is_literal(v) for eqn in eqns for v in eqn.invars)
+        number = any(isinstance(v, _jax.Literal) for eqn in eqns for v in eqn.invars)
+        # What is only moved may be another variable of the expression.
         moved = all(eqn.primitive.name in _MOVES for eqn in eqns)
         if alone or not (moved or (number and not written)):
             yield bool(roots) and given.isdisjoint(roots)
@@ -99,7 +101,7 @@ def _roots(
     roots, eqns, waiting, seen = set[Any](), [eqn], [*eqn.invars], set[Any]()
     while waiting:
         atom = waiting.pop()
-        if is_literal(atom) or atom in seen:
+        if isinstance(atom, _jax.Literal) or atom in seen:
             continue
         seen.add(atom)
         if atom in made and atom not in given:

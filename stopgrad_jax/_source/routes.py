@@ -85,6 +85,7 @@ class Routes:
                 return self._evaluated(depth, chain) is self._var
             except Unclear:
                 pass
+        # `a = b` and `b = a` would lead to each other for ever.
         if (depth, root.id) in self._seen:
             return False
         self._seen.add((depth, root.id))
@@ -139,10 +140,12 @@ class Routes:
             spot = spots[outer]
             if not spot.is_current:
                 continue
+            # The qualified name of a function begins with that of the one around it.
             if within.startswith(f"{spot.function}.<locals>."):
                 function = self._function_at(outer)
                 if root.id in function.parameters or function.binding(root.id):
                     return self._is_held(outer, root)
+        # `cache["h"] = h`, in any of the callers, may put it where this one finds it.
         for outer in range(depth):
             if spots[outer].is_current:
                 put = _put(self._function_at(outer).node, root.id)
@@ -169,6 +172,7 @@ class Routes:
             sides = [x for x in (node.left, node.right) if isinstance(x, DISPLAYS)]
             return any(self._carries(depth, x, name) for x in sides)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            # A function holds what it reads and does not bind itself.
             body = node.body if isinstance(node.body, list) else [node.body]
             own = {arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)}
             names = (n for n in ast.walk(node) if isinstance(n, ast.Name))
@@ -205,6 +209,7 @@ def _arguments(call: ast.Call, function: Function, name: str) -> list[Any]:
     if function.bound and len(given) == len(positional) + 1:  # Net.forward(net, x)
         positional = [*function.parameters][: len(given)]
     elif function.bound and name == next(iter(function.parameters)):
+        # The object is what the method was read from.
         return [call.func]
     starred = any(isinstance(x, ast.Starred) for x in given)
     if name in positional and not starred:

@@ -59,6 +59,10 @@ class Source:
     """One file's text as it is now."""
 
     def __init__(self, file: str, lines: tuple[str, ...]) -> None:
+        """Note each node by its place; without any, if the text does not parse.
+
+        The text is compiled, too, for the places that its instructions have now.
+        """
         self._lines = lines
         self._places: dict[tuple[str, int], set[Any]] = {}
         self._statements: dict[int, list[tuple[Position, ast.AST]]] = {}
@@ -70,17 +74,15 @@ class Source:
         self._assignments: dict[Position, list[Binding]] = {}
         try:
             tree = ast.parse("".join(lines))
+            # Else the `annotations` of this file would hold there, too.
             _note_places(compile(tree, file, "exec", dont_inherit=True), self._places)
         except (SyntaxError, ValueError):
             return
         self._functions = functions_of(tree)
         for node in ast.walk(tree):
-            if isinstance(node, ast.stmt):
-                place = head_of(node)
-                for line in range(place[0], place[2] + 1):
-                    self._statements.setdefault(line, []).append((place, node))
-            elif isinstance(node, ast.Lambda):
-                place = place_of(node.body)
+            if isinstance(node, ast.stmt | ast.Lambda):
+                is_lambda = isinstance(node, ast.Lambda)
+                place = place_of(node.body) if is_lambda else head_of(node)
                 for line in range(place[0], place[2] + 1):
                     self._statements.setdefault(line, []).append((place, node))
             elif isinstance(node, ast.expr):
@@ -176,6 +178,7 @@ class Source:
         line, col, end_line, end_col = place
         if not 0 < line <= end_line <= len(self._lines):
             return ""
+        # Python counts columns in bytes of UTF-8.
         rows = [row.encode() for row in self._lines[line - 1 : end_line]]
         rows[-1] = rows[-1][:end_col]
         rows[0] = rows[0][col:]
@@ -296,9 +299,11 @@ class Source:
         ]
         if not around:
             return place, None
+        # The innermost: it begins last, and of those that begin there it ends first.
         return max(around, key=lambda pair: (pair[0][:2], _negated(pair[0][2:])))
 
     def _described(self, place: Position, node: Any) -> Statement:
+        """Say what a statement does; one that has no word for it is its text."""
         targets, parts, value, kind = (), (), None, "expression"
         label = self.expression(place)
         if isinstance(node, ast.Lambda):
@@ -316,6 +321,7 @@ class Source:
             if many and isinstance(node.value, ast.Tuple | ast.List):
                 parts = tuple(map(place_of, node.value.elts))
                 parts = parts if len(parts) == len(targets) else ()
+            # What `x += y` assigns is written nowhere: `y` is a part of it.
             if isinstance(node, ast.AugAssign):
                 value = None
         elif isinstance(node, ast.For | ast.AsyncFor):

@@ -14,10 +14,11 @@ from typing import Any
 import stopgrad_jax._jax as _jax
 from stopgrad_jax._address import Var
 
-from .assignment import Given, Unclear
+from .assignment import Assignment, Unclear
 from .bindings import Binding, Function, is_within
 from .executions import Execution, Item, begins_again, is_inside, level_of
 from .labels import Labels, Spot, function_of, is_comprehension
+from .repeats import Again
 from .roles import is_backward
 from .rounds import reads_another
 from .watched import Seen
@@ -150,7 +151,7 @@ class Variables:
             run.unclear = run.unclear or run.is_cut_wrongly()
             site = Site(run.spot, run.binding)
             try:
-                index, result = Given(run, users).place()
+                index, result = Assignment(run, users).place()
             except Unclear as why:
                 reason = (run.spot.place, str(why))
                 self.unclear[run.target].setdefault(site.key, reason)
@@ -201,10 +202,10 @@ class Variables:
             s
             for s in seen
             if (s.file, s.name, s.function) == (file, name, "")
-            and s.line in lines_of(site.binding)
+            and s.line in site.binding.lines
         ]
         # Where they share a line, or one is in another, it is the column that tells.
-        if any(lines_of(site.binding) & lines_of(other) for other in others):
+        if any(site.binding.lines & other.lines for other in others):
             inner = [b.place for b in others if is_within(b.place, place)]
             found = [s for s in found if is_within(s.place, place)]
             return [s for s in found if not any(is_within(s.place, p) for p in inner)]
@@ -218,6 +219,7 @@ class Variables:
         users: Mapping[Any, Sequence[int]],
     ) -> None:
         """Note the statements of which an execution made no operation."""
+        # One execution stands for its statement: all equations are looked at.
         one = {(r.target, r.binding.place, r.spot.frame.code): r for r in runs}
         edited = {v: _jax.edited_at(e) for e in jaxpr.eqns for v in e.outvars}
         for labels, targets in self._searched:
@@ -262,9 +264,15 @@ class Variables:
     def _runs(
         self, jaxpr: Any, labels: Labels, targets: Mapping[int, Var]
     ) -> Iterator[Execution]:
+        """Yield the executions of the statements that are meant, as they begin.
+
+        An execution is over with the first equation that it did not make; its items are
+        all there once this has gone through the whole program.
+        """
         going: dict[Any, Execution] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             path = labels.path(eqn, labels.nowhere)
+            # These interrupt no statement: an edit stands in the middle of one.
             if not path.spots or is_backward(eqn) or is_edit(eqn):
                 continue
             item, now = Item(index, eqn, path.spots), {}
@@ -282,14 +290,15 @@ class Variables:
         value = run.assigned.value if run.assigned else run.spot.position
         rest = itertools.islice(jaxpr.eqns, item.index, None)
         again = begins_again(run.items, item, run.depth, value, rest)
-        run.unclear = run.unclear or again is None
-        return bool(again)
+        run.unclear = run.unclear or again is Again.UNKNOWN
+        return again is Again.YES
 
     def _matches(
         self, path: Any, targets: Mapping[int, Var]
     ) -> list[tuple[int, Site, int]]:
         if path not in self._in_path:
             sites = list(_assignments(path.spots))
+            # Messages name variables of the user's code, and not those of libraries.
             if targets is self._searched[0][1]:
                 self._remember(path.spots, sites)
             self._in_path[path] = list(self._meant(sites, targets))
@@ -314,11 +323,6 @@ class Variables:
             else:
                 self.sourceless[spot.file] = spot.expression or "no source text"
         self.known.update((site.key, site) for _, site in sites)
-
-
-def lines_of(binding: Binding) -> set[int]:
-    """Return the lines of a statement."""
-    return {*range(binding.place[0], binding.place[2] + 1)}
 
 
 def _assignments(spots: Sequence[Spot]) -> Iterator[tuple[int, Site]]:

@@ -66,7 +66,7 @@ class _Store:
         return value
 
 
-class Watch:
+class Watcher:
     """Notes what the variables of functions are given, but for those of JAX.
 
     No value and no frame is kept: `jax.checking_leaks` counts those that are.
@@ -80,6 +80,7 @@ class Watch:
 
     def is_of_interest(self, code: types.CodeType) -> bool:
         """Tell a function, not of JAX, that stores variables of these names."""
+        # The body of a module or a class is not optimized: it is no function.
         if not code.co_flags & inspect.CO_OPTIMIZED or _jax.is_own(code.co_filename):
             return False
         names = code.co_varnames + code.co_cellvars + code.co_freevars + code.co_names
@@ -129,15 +130,19 @@ class Watch:
     def _stored_by(
         self, instructions: Sequence[dis.Instruction], k: int
     ) -> Iterator[_Store]:
+        """Yield what an instruction stores under one of the names: mostly one thing."""
         i = instructions[k]
         place = _place(i)
         named = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        # `a, b = f()` is one instruction since Python 3.13. Of STORE_FAST_LOAD_FAST the
+        # second name is read.
         count = 2 if i.opname == "STORE_FAST_STORE_FAST" else 1
         for name in named[:count]:
             if _spelled(name) not in self._names:
                 continue
             if i.opname != "STORE_ATTR":
                 yield _Store(_spelled(name), place, "", (name,))
+            # `a.b.c = v` loads v, then `a.b`, right before it stores.
             elif base := _base(instructions[:k]):
                 first, *attributes = base
                 spelled = ".".join([*map(_spelled, base), _spelled(name)])
@@ -189,19 +194,19 @@ def _held(x: Any, attribute: str) -> Any:
 
 
 @contextlib.contextmanager
-def watching(names: frozenset[str]) -> Iterator[Watch]:
+def watching(names: frozenset[str]) -> Iterator[Watcher]:
     """Watch the functions that have variables of these names, as far as Python lets us.
 
     JAX runs those anew that it has traced before, too.
     """
-    watch = Watch(names)
+    watch = Watcher(names)
     listening = _monitored if sys.version_info >= (3, 12) else _traced
     with anew(), listening(watch):
         yield watch
 
 
 @contextlib.contextmanager
-def _monitored(watch: Watch) -> Iterator[None]:
+def _monitored(watch: Watcher) -> Iterator[None]:
     monitoring = sys.monitoring
     events = monitoring.events
     free = (k for k in range(6) if monitoring.get_tool(k) is None)
@@ -212,6 +217,7 @@ def _monitored(watch: Watch) -> Iterator[None]:
 
     def starts(code: types.CodeType, _: int) -> Any:
         if not watch.is_of_interest(code):
+            # Python asks no more about this code, and runs it as fast as before.
             return monitoring.DISABLE
         monitoring.set_local_events(tool, code, events.INSTRUCTION)
         codes.append(code)
@@ -243,7 +249,7 @@ def _caller(frame: types.FrameType | None) -> types.FrameType:
 
 
 @contextlib.contextmanager
-def _traced(watch: Watch) -> Iterator[None]:
+def _traced(watch: Watcher) -> Iterator[None]:
     """As Python 3.11 has it; a debugger, or what counts the lines of tests, waits."""
 
     def starts(frame: types.FrameType, event: str, _: Any) -> Callable[..., Any] | None:

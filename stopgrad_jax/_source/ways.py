@@ -121,6 +121,7 @@ def _instructions(
             # The way back from a handler of exceptions is no loop.
             back = i.argval <= i.offset and "NO_INTERRUPT" not in i.opname
             follows[i.offset].append((i.argval, back))
+    # From any instruction of a `try` its handler may be next.
     for entry in getattr(dis.Bytecode(code), "exception_entries", ()):
         for i in every:
             if entry.start <= i.offset < entry.end:

@@ -18,10 +18,9 @@ import numpy as np
 
 import stopgrad_jax._jax as _jax
 
+from .bindings import Position, is_within
 from .labels import Spot
-from .text import is_within
 
-Position = tuple[int, int, int, int]
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -143,6 +142,7 @@ def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
     A variable, an attribute or an item is replaced wherever it is read, anything else
     where it stands.
     """
+    # In brackets, it may be on several lines.
     inside = ast.parse(f"({new})", mode="eval").body
     everywhere = is_read(old)
 
@@ -152,6 +152,7 @@ def replaced(node: ast.expr, old: ast.expr, new: str) -> str:
             same = same or (everywhere and ast.dump(node) == ast.dump(old))
             return inside if same else self.generic_visit(node)
 
+    # Of a copy: the tree is kept for the next question, and this changes it.
     return ast.unparse(Replace().visit(copy.deepcopy(node)))
 
 
@@ -185,6 +186,7 @@ def _scope(fun: Any, spots: Sequence[Spot]) -> Iterator[tuple[str, Any]]:
         space, cells = fun.__globals__, fun.__closure__ or ()
         yield from ((name, space[name]) for name in code.co_names if name in space)
         pairs = zip(code.co_freevars, cells, strict=False)
+        # To read an empty cell raises.
         yield from ((name, x.cell_contents) for name, x in pairs if x != _EMPTY)
 
 
