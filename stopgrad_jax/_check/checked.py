@@ -30,9 +30,10 @@ from .directions import (
 )
 from .judge import BORDER, RIGHT, WRONG, Verdict
 from .measured import Program, Values
-from .moved_copies import Declared, Reading
+from .moved_copies import Opened
 from .readings import groups_of_stops, known_sites, met_sites
 from .sites import best_name, sites_in
+from .special import Reading, Special
 from .told import Told
 from .values import at_own_values, is_repeated, whose_value
 
@@ -188,9 +189,9 @@ class Checked(Told):
         """Compare each custom rule with its own function."""
         asked, drawn = known_sites(self.program)
         followed = frozenset(self.allowed | drawn)
-        declared = Declared(self.program.sites, Reading(followed=followed))
+        special = Special(self.program.sites, Reading(followed=followed))
         # There is a stop in them where nobody gets at it, or a rule that is followed.
-        asked -= declared.out_of_reach(self.program.jaxpr)
+        asked -= special.out_of_reach(self.program.jaxpr)
         for key in sorted(drawn - self.allowed):
             self._say_drawn(key)
         reading = Reading(
@@ -224,9 +225,9 @@ class Checked(Told):
         if verdict.kind != WRONG:
             self._require_values(compared, is_right, 0.0)
             return compared
-        declared = Declared(self.program.sites, reading)
+        special = Special(self.program.sites, reading)
         site = self.program.sites[key]
-        if _jax.kind_of(site.eqn) in _jax.CUSTOM and declared.holds_special(site.eqn):
+        if _jax.kind_of(site.eqn) in _jax.CUSTOM and special.holds_special(site.eqn):
             opened = reading.opened | alone
             other = compared.reread(asked=alone, opened=opened)
             if self._is_right(other, key, {direction: along}):
@@ -363,9 +364,9 @@ class Checked(Told):
     ) -> list[Any]:
         """Run the program, its gates that are not linear left out."""
         program, reading = self.program, Reading(valued=valued)
-        declared = Declared(program.sites, reading)
+        opened = Opened(program.sites, reading)
         copies = [program.filled(values)]
-        (out,) = declared.run(program.jaxpr, program.consts, copies, {})
+        (out,) = opened.run(program.jaxpr, program.consts, copies, {})
         return program.kept(out)
 
     def each(

@@ -16,9 +16,10 @@ import stopgrad_jax._jax as _jax
 from .directions import FEW
 from .judge import BORDER, UNSURE, WRONG, Share, Verdict, between, judge, judge_rule
 from .measured import Program, Values, measure, rounding, weighed_sum
-from .moved_copies import EVERY, INSIDE, LEFT, NOISE, RIGHT, TOLD, Declared, Reading
+from .moved_copies import EVERY, INSIDE, LEFT, NOISE, RIGHT, TOLD
 from .near import look_near
 from .slope import Difference
+from .special import Reading, Special
 
 # By the size of the dtype. Powers of two: then a distance costs no rounding of its own.
 DISTANCES = {
@@ -61,7 +62,7 @@ class Compared:
         size = size_of(program)
         self.size, self.tol, self.eps = size, tolerance(program, tol), eps_of(program)
         self._run = measure(program, reading)
-        self._hidden = Declared(program.sites, reading).out_of_reach(program.jaxpr)
+        self._hidden = Special(program.sites, reading).out_of_reach(program.jaxpr)
         self._steps: dict[tuple[Direction, bool], list[Step]] = {}
         self._noise: dict[Direction, dict[int, float]] = {}
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .copies import Tokens
-from .moved_copies import EVERY, INSIDE, Declared, Reading
+from .moved_copies import EVERY, INSIDE, Differenced
 from .rounding import Rounding
 from .sites import Sites
+from .special import Reading
 
 Values = dict[int, Any]  # of the leaves to differentiate by
-Shares = dict[int, np.ndarray]  # by the id of an equation: see `declared.TOLD`
+Shares = dict[int, np.ndarray]  # by the id of an equation: see `moved_copies.TOLD`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,13 +59,13 @@ class Program:
 
 def measure(program: Program, reading: Reading) -> Callable[..., Any]:
     """Compile a run on three copies: (plus, minus) -> (results of each, shares)."""
-    declared = Declared(program.sites, reading)
-    hidden = declared.out_of_reach(program.jaxpr)
+    differenced = Differenced(program.sites, reading)
+    hidden = differenced.out_of_reach(program.jaxpr)
     asked = {*reading.asked, *reading.followed, *hidden}
 
     def run(values: Values, tokens: Tokens, plus: Any, minus: Any) -> Any:
         copies = [program.filled(values), plus, minus]
-        outs = declared.run(program.jaxpr, program.consts, copies, tokens)
+        outs = differenced.run(program.jaxpr, program.consts, copies, tokens)
         base, *moved = map(program.kept, outs)
         return base, moved
 
@@ -92,16 +93,16 @@ def rounding(
 ) -> Callable[[Any], Shares | None]:
     """Compile how far rounding may change the weighed sum; None: it cannot be told.
 
-    For all of the program (`declared.EVERY`), for what is inside `with_backward`, and
-    for each of some rules; of moved leaves, to tell which values move.
+    For all of the program (`moved_copies.EVERY`), for what is inside `with_backward`,
+    and for each of some rules; of moved leaves, to tell which values move.
     """
-    declared = Rounding(program.sites, Reading(forward=forward))
+    rounded = Rounding(program.sites, Reading(forward=forward))
 
     @jax.jit
     def sizes(values: Values, moved: Any) -> Any:
         def function(values: Values, tokens: Tokens) -> Any:
             copies = [program.filled(values), moved]
-            out, _ = declared.run(program.jaxpr, program.consts, copies, tokens)
+            out, _ = rounded.run(program.jaxpr, program.consts, copies, tokens)
             return program.kept(out), ()
 
         tokens = {key: jnp.zeros(()) for key in (*rules, EVERY, INSIDE)}

@@ -16,8 +16,10 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Tokens
+from .followed import constant
 from .measured import Program, Values, derive
-from .moved_copies import Declared, Reading, constant, times
+from .moved_copies import Opened, times
+from .special import Reading
 from .tap import handed, tap
 
 # What the entries of a token stand for: sums, weighed by what comes back.
@@ -54,14 +56,14 @@ def other_values(
         }
 
 
-class _Beside(Declared):
+class _Beside(Opened):
     """Evaluates a program; a rule's token is for the entry that is farthest off."""
 
-    def _is_special(self, eqn: Any, moved: bool) -> bool:
-        return id(eqn) in self.reading.asked or super()._is_special(eqn, moved)
+    def is_special(self, eqn: Any) -> bool:
+        return id(eqn) in self.reading.asked or super().is_special(eqn)
 
-    def _rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-        (out,) = super()._rule(eqn, copies, tokens)
+    def rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        (out,) = super().rule(eqn, copies, tokens)
         if id(eqn) not in tokens:
             return [out]
         by = times if self.reading.forward else handed

@@ -20,7 +20,8 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.own_stop import is_handed
 
 from .copies import Copies, Copy, Tokens, around
-from .moved_copies import EVERY, INSIDE, Declared, constant, is_float, times
+from .followed import constant, is_float
+from .moved_copies import EVERY, INSIDE, Opened, times
 from .tap import last_digit, tap, weighed, where_moved
 
 # What moves values and computes none. Left out for speed: they would only count twice.
@@ -39,7 +40,7 @@ _SOLVERS = (
 )
 
 
-class Rounding(Declared):
+class Rounding(Opened):
     """Evaluates a program, and all that is in it, with the rounding of each value.
 
     The token `EVERY` is for all of it, that of a rule for what is in its function, and

@@ -15,10 +15,11 @@ from .checked import Checked
 from .compare import Direction, Function, digit_of, distances_of, slope_of
 from .judge import RIGHT, Verdict, judge
 from .measured import Program, Values, rounding
-from .moved_copies import EVERY, Declared, Reading
+from .moved_copies import EVERY, Moved
 from .near import look_near
 from .sites import sites_in
 from .slope import Difference
+from .special import Reading
 
 
 def compare_second(checked: Checked, mode: str) -> None:
@@ -55,9 +56,9 @@ class _Second:
         """Run what is declared at the point, where the values have moved to."""
         program, checked = self._program, self._checked
         reading = Reading(followed=checked.followed(), freed=checked.freed)
-        declared = Declared(program.sites, reading)
+        moved = Moved(program.sites, reading)
         copies = [point, program.filled(values)]
-        outs = declared.run(program.jaxpr, program.consts, copies, {})
+        outs = moved.run(program.jaxpr, program.consts, copies, {})
         return program.kept(outs[1])
 
     def _first(self, function: Function, values: Values) -> Any:
