@@ -110,29 +110,51 @@ def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
     else explains the targets.
     """
     way = find_way(runner, level, targets)
-    put_in: list[Birth] = []
-    for entry in sorted(way.born, key=lambda e: level.maker[e.value]):
-        if other := _chosen(runner, level, {entry: []}):
-            return other
+    birth, put_in = _first_birth(runner, way)
+    return (
+        birth
+        or _first_harm(runner, way)
+        or _chosen(runner, level, way.before)
+        or put_in
+        or _first_taker(runner, way)
+    )
+
+
+def _first_birth(runner: Runner, way: Way) -> tuple[Birth | None, Birth | None]:
+    """Return the first birth on a way, and the first infinity that was put in.
+
+    Which of the two an operation is, is seen only inside of it: it is born of nothing
+    nonfinite both where it overflows and where a mask is made in it.
+    """
+    put_in = None
+    for entry in way.in_order(way.born):
+        if other := _chosen(runner, way.level, {entry: []}):
+            return other, put_in
         birth = _inside(runner, way, entry, "birth")
         if birth.kind != "taken":
-            return birth
-        put_in.append(birth)
-    # A birth that turned out to be put in is one more source of a given infinity.
-    harm = [e for e in way.before if way.makes_nan(level, e)]
-    if harm:
-        entry = min(harm, key=lambda e: level.maker[e.value])
-        return _inside(runner, way, entry, "harm")
-    if other := _chosen(runner, level, way.before):
-        return other
-    if put_in:
-        return put_in[0]
-    takers = [way.after[e] for e in way.given if e in way.after]
+            return birth, put_in
+        put_in = put_in or birth
+    return None, put_in
+
+
+def _first_harm(runner: Runner, way: Way) -> Birth | None:
+    """Return the first operation that makes nan of infinities.
+
+    A birth that turned out to be put in is one more source of such an infinity.
+    """
+    harm = way.in_order(e for e in way.before if way.makes_nan(e))
+    return _inside(runner, way, harm[0], "harm") if harm else None
+
+
+def _first_taker(runner: Runner, way: Way) -> Birth:
+    """Return the first operation that takes on what was there before."""
+    level = way.level
+    takers = way.in_order(way.after[e] for e in way.given if e in way.after)
     if not takers:  # a result that is an operand itself
         entry = next(iter(way.given))
         shown = known(level.values[entry.value])
         return Birth("taken", (), (), shown, *_source(level, entry.value))
-    entry = min(takers, key=lambda e: level.maker[e.value])
+    entry = takers[0]
     while entry in way.after and _hands_on(runner, level, entry):
         entry = way.after[entry]
     return _inside(runner, way, entry, "taken")
@@ -179,16 +201,20 @@ class Way:
     born: list[Entry] = dataclasses.field(default_factory=list)
     given: dict[Entry, None] = dataclasses.field(default_factory=dict)
 
-    def makes_nan(self, level: Level, entry: Entry) -> bool:
+    def in_order(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Sort entries by the operations that made them, the first to run first."""
+        return sorted(entries, key=lambda e: self.level.maker[e.value])
+
+    def makes_nan(self, entry: Entry) -> bool:
         """Whether an entry is nan and was made so by infinities."""
-        made_by = self.before[entry]
-        values = level.values
+        made_by, values = self.before[entry], self.level.values
         if not made_by or not is_nan(values[entry.value], entry.index):
             return False
         return not any(is_nan(values[e.value], e.index) for e in made_by)
 
 
 def find_way(runner: Runner, level: Level, targets: Iterable[Entry]) -> Way:
+    """Go back from nonfinite entries to where each was born, or was given."""
     way, waiting = Way(level), list(targets)
     while waiting:
         entry = waiting.pop()
@@ -197,16 +223,21 @@ def find_way(runner: Runner, level: Level, targets: Iterable[Entry]) -> Way:
         if entry.value not in level.maker:
             way.given[entry] = None
             continue
-        op = level.ops[level.maker[entry.value]]
-        guilty = Suspects(level, op, entry).guilty()
-        guilty = guilty or _came_in(runner, level, op, entry)
+        guilty = _guilty(runner, level, entry)
         way.before[entry] = guilty
         if not guilty:
             way.born.append(entry)
         for earlier in guilty:
+            # It may have made others nonfinite as well: one way on is enough.
             way.after.setdefault(earlier, entry)
         waiting += guilty
     return way
+
+
+def _guilty(runner: Runner, level: Level, entry: Entry) -> list[Entry]:
+    """Return the entries of operands that made one nonfinite; none: it is born."""
+    op = level.ops[level.maker[entry.value]]
+    return Suspects(level, op, entry).guilty() or _came_in(runner, level, op, entry)
 
 
 def _came_in(runner: Runner, level: Level, op: Op, entry: Entry) -> list[Entry]:
