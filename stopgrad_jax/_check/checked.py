@@ -54,7 +54,10 @@ class Checked(Told):
         outs = [v.aval for v in traced.jaxpr.outvars]
         kept = [k for k, a in enumerate(outs) if _jax.is_differentiable(a)]
         self._require_real(outs, kept)
+        # Seeded: a check that fails has to fail again.
         rng = np.random.RandomState(0)
+        # One number is checked as it is, so that a message can name its derivative; of
+        # many it is a random sum, in which errors do not cancel.
         scalar = len(kept) == 1 and outs[kept[0]].size == 1
         unit = one_weight if scalar else functools.partial(random_weights, rng)
         self.program = Program(
@@ -82,6 +85,7 @@ class Checked(Told):
         }
 
     def _require_real(self, outs: Sequence[Any], kept: Sequence[int]) -> None:
+        """Refuse results that a real derivative is not all of, or that have none."""
         strange = [a for a in outs if jnp.issubdtype(a.dtype, jnp.complexfloating)]
         if strange:
             raise wrong(
@@ -101,6 +105,7 @@ class Checked(Told):
             )
 
     def _require_met(self, allow: tuple[str, ...]) -> None:
+        """Refuse a name in `allow` that nothing answers to: it would allow nothing."""
         sites = self.program.sites
         known = {name for s in sites.values() for name in (s.shown, *s.names)}
         unknown = sorted(set(allow) - known)
@@ -128,6 +133,7 @@ class Checked(Told):
         values = program.values()
         pairs = list(zip(program.weights, run(values), strict=True))
         weights = [of_finite(w, out) for w, out in pairs]
+        # An empty result has no entry that is finite, and is no reason to refuse.
         if any(np.size(w) for w in weights) and not any(map(np.any, weights)):
             expected, came, instead = _words.NOTHING_FINITE
             write = instead.format(name=self.name)
@@ -138,6 +144,7 @@ class Checked(Told):
             outs = run(values | {k: values[k] + step})
             return finite_where(weights, outs)
 
+        # The nearest distance: farther ones leave a domain all the sooner.
         near = distances_of(program)[-1]
 
         def on_both_sides(k: int, line: jax.Array) -> bool:
@@ -215,6 +222,9 @@ class Checked(Told):
         verdict = compared.judge_rule(key, direction, along, carefully=True)
         if verdict.kind != WRONG:
             return compared
+        # From here on, each step is one more excuse; what none of them excuses is
+        # wrong. First: another rule's value is not its function's, so that this rule
+        # and its differences were asked at different points.
         alone, compared = frozenset({key}), at_own_values(compared)
 
         def is_right(valued: frozenset[int]) -> bool:
@@ -225,6 +235,7 @@ class Checked(Told):
         if verdict.kind != WRONG:
             self._require_values(compared, is_right, 0.0)
             return compared
+        # Its function may hold stops of its own, which its differences have to keep.
         special = Special(self.program.sites, reading)
         site = self.program.sites[key]
         if _jax.kind_of(site.eqn) in _jax.CUSTOM and special.holds_special(site.eqn):
@@ -232,6 +243,7 @@ class Checked(Told):
             other = compared.reread(asked=alone, opened=opened)
             if self._is_right(other, key, {direction: along}):
                 return compared.reread(opened=opened)
+        # Or it stands for what its library stops beside it, as that of a solver does.
         for group in self._taken_care_of(compared, key):
             other = compared.reread(asked=alone, freed=reading.freed | group)
             if self._is_right(other, key, self.along):
@@ -283,6 +295,7 @@ class Checked(Told):
 
     def compare(self, mode: str) -> None:
         """Compare first derivatives, leaf by leaf."""
+        # Rules are compared in one mode only; what is found of them holds in both.
         forward = mode == "fwd"
         compared = self.compared.get(forward)
         if compared is None:
@@ -292,6 +305,8 @@ class Checked(Told):
         for direction, slope in told.items():
             line = self.along[direction]
             verdict = compared.judge(slope, direction, line)
+            # Differences that are exactly zero where longer ones are not may have lost
+            # all to rounding: that a zero agrees with them is no evidence.
             flat = verdict.kind == RIGHT and compared.is_flat(direction, line)
             if verdict.kind == RIGHT and not flat:
                 continue

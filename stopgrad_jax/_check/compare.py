@@ -123,6 +123,7 @@ class Compared:
                 step.sums if weights is None else [_dot(weights, x) for x in step.outs]
             )
             (base, size), (plus, _), (minus, _) = sums
+            # What is followed stays at the base: the differences lack its share.
             said = sum(step.shares[key][TOLD] for key in taken) / h
             digits = self.eps * abs(told) if np.isfinite(told) else 0.0
             digit = 2 * self.eps * size
@@ -172,6 +173,8 @@ class Compared:
         """Compare a rule with its function along a direction."""
         steps = self.steps(direction, along, carefully)
         known = self.noise(direction, along) if carefully else {}
+        # The function of a `with_backward` is not in its equation: what is rounded
+        # there is known for all of them together.
         other = (_jax.gate_name(self.program.sites[key].eqn) and INSIDE) or EVERY
         noise = known.get(key, known.get(other, 0.0))
         shares = self.shares(steps, key, noise)

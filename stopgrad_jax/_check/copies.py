@@ -68,6 +68,8 @@ def around(run: Run, inner: Control, copies: Copies, tokens: Tokens) -> list[lis
         results = [list(map(jnp.asarray, each)) for each in zip(*outs, strict=True)]
         for out, back in body.feedback:
             kinds = [x.dtype for x in values[back]]
+            # JAX refuses a loop whose carry comes back in another dtype, as that of a
+            # moved copy may.
             results[out] = list(map(jnp.asarray, results[out], kinds))
         return results, []
 

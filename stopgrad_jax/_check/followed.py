@@ -44,6 +44,7 @@ def push_of(eqn: Any, copies: Copies) -> Push:
             return [jnp.zeros_like(x) for x in out]
         if not _jax.has_own_vjp(eqn):
             return jax.jvp(function, here, dots)[1]
+        # A `custom_vjp` has no forward mode: it is the transpose of its own transpose.
         values, pull = jax.vjp(function, *here)
         return _transposed(lambda cts: list(pull(list(cts))), values, dots)
 

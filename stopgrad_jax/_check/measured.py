@@ -129,6 +129,7 @@ def _reverse(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any
 
 
 def _forward(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any:
+    """Do as `_reverse` does, by one `jax.jvp` for each entry of the tokens."""
     flat, structure = jax.tree.flatten(tokens)
     sizes = np.cumsum([0, *(x.size for x in flat)])
     still = jax.tree.map(jnp.zeros_like, values)
@@ -142,6 +143,7 @@ def _forward(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any
         terms = [weighed_sum(w, s) for w, s in pairs]
         return sum(terms, jnp.zeros((), jnp.result_type(float)))
 
+    # One after the other: the primitives of `tap.py` have no batching rule.
     found = jax.lax.map(along, jnp.eye(sizes[-1]))
     parts = jnp.split(found, sizes[1:-1])
     shares = [p.reshape(x.shape) for p, x in zip(parts, flat, strict=True)]

@@ -91,6 +91,8 @@ def _farthest(out: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     for gap in gaps:
         if gap is not None:
             most = jnp.maximum(most, jnp.max(gap, initial=0.0))
+    # One entry of all results, or the token would stand for a sum of several; none
+    # where nothing differs.
     taken, marks = most == 0, list[Any]()
     for gap in gaps:
         if gap is None or not gap.size:

@@ -21,6 +21,7 @@ def known_sites(program: Program) -> tuple[set[int], set[int]]:
 
 def met_sites(program: Program) -> dict[int, Site]:
     """Return the rules that are met: what is inside another one is its own."""
+    # Two calls of a jitted function share one program: it is searched once.
     met, seen = dict[int, Site](), set[int]()
 
     def search(jaxpr: Any) -> None:

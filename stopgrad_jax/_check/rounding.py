@@ -73,6 +73,7 @@ class Rounding(Opened):
     def _rounded(
         self, eqn: Any, copies: Copies, tokens: Tokens, inside: bool
     ) -> list[list[Any]]:
+        """Return an equation's results, each moved by the token as it is rounded."""
         (operands, others), inner = copies, control(eqn)
         by = times if self.reading.forward else weighed
         keys = [EVERY, id(eqn), *([INSIDE] if inside else ())]
@@ -92,6 +93,7 @@ class Rounding(Opened):
         ]
         shifts = [None if size is None else by(token, size) for size in sizes]
         if inner is not None and inner.rule:
+            # The rule is what is differentiated, and its function is what rounds.
             (body,), start = inner.bodies, [_passed_by(operands), others]
             within, _ = self.run(body.jaxpr, body.consts, start, {EVERY: token})
             pairs = zip(shifts, within, strict=True)

@@ -88,6 +88,7 @@ _MAGNITUDES = Rule("magnitudes", _pull, forward="magnitudes: in reverse mode onl
 
 
 def _tap_jvp(primals: Any, tangents: Any) -> Any:
+    # JAX does not differentiate through this value, and the shift must not make it.
     if type(tangents[0]) is ad.Zero:
         return primals[0], tangents[0]
     return primals[0], ad.add_tangents(*tangents)
@@ -95,6 +96,7 @@ def _tap_jvp(primals: Any, tangents: Any) -> Any:
 
 def _still_jvp(primals: Any, tangents: Any) -> Any:
     value, moved, _ = primals
+    # Only whether a tangent comes is asked: what has moved is not differentiated.
     held = type(tangents[0]) is ad.Zero
     return (value if held else moved), ad.Zero(jax.typeof(moved).to_tangent_aval())
 

@@ -265,6 +265,7 @@ def _mermaid_node(step: Step) -> str:
 def _mermaid_styles(
     steps: tuple[Step, ...], edges: tuple[Edge, ...], look: Theme
 ) -> Iterator[str]:
+    """Yield how each kind of node, and the edges of each status, are to look."""
     for kind in dict.fromkeys(_class(step) for step in steps):
         line, fill, text = _paint(kind, look)
         dashes = ",stroke-dasharray:6 3" if kind == "cut" else ""
@@ -274,6 +275,7 @@ def _mermaid_styles(
         )
     gaps = {"dashed": ",stroke-dasharray:6 4", "dotted": ",stroke-dasharray:1 4"}
     for status, (style, width, _, _) in LINES.items():
+        # Mermaid styles edges by their numbers, in the order in which they are written.
         which = [str(i) for i, edge in enumerate(edges) if edge.status == status]
         color = getattr(look, status, look.line)
         stroke = f"stroke:{color},stroke-width:{width}px{gaps.get(style, '')}"

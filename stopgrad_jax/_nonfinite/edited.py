@@ -73,6 +73,8 @@ def first_that_does(
         calls = set(
             _calls_of(program.source[0], labels, labels.nowhere, first.spots[-1])
         )
+        # The text is that of every call: one that this change is not for would change,
+        # too.
         if {c.spots for c in group} != calls:
             continue
         number = tried(program, [c.change for c in group], first.numbers)

@@ -71,6 +71,7 @@ def ordinary(x: Any, kept: np.ndarray | None = None, fill: str = "small") -> Any
     They are neither zero, one, nor alike, so that no product, difference or comparison
     of them is special.
     """
+    # A copy: NumPy's view of a JAX array cannot be written to.
     array = np.array(np.asarray(x))
     where = nonfinite(array)
     if kept is not None:

@@ -161,6 +161,7 @@ def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> s
     for op in level.ops:
         if op.role != VALUE or not tainted.intersection(op.reads):
             continue
+        # It is where the value that is followed comes from.
         if set(op.writes) & tainted:
             continue
         # What is handed to the backward pass only is not seen in the value.

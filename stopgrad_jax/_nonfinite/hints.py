@@ -43,6 +43,7 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return _words.BEFORE if found.given else ""
     if found.by_steps:  # compiled, as edits are tried out, it is finite anyway
         return _why(found, birth, labels)
+    # An edit that was tried out says more than any cause.
     edited = _edited(found, birth, labels, fun)
     if edited:
         return edited
@@ -120,6 +121,7 @@ def _why(found: Found, birth: Birth, labels: Labels) -> str:
 
 
 def _cause(birth: Birth) -> str:
+    """Say why an operation gives nan or inf, by what it is and what it was given."""
     name, result = birth.op.eqn.primitive.name, birth.result
     entries = _entries(birth)
     dtype = str(result.dtype)

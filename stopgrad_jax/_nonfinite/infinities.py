@@ -34,6 +34,7 @@ def large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
 
 
 def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
+    """Yield an edit for each -inf that is an argument of a `where` or a `full`."""
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
         if -np.inf not in literals or not spots:
@@ -51,7 +52,10 @@ def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
         module = with_finfo(node.func.value, scopes(spots[-1], fun))
         if not module:
             continue
+        # Of this very dtype: -1e30 is infinite in float16.
         new = f"{module}.finfo({module}.{aval.dtype}).min"
+        # `finfo` gives a scalar with a dtype, which promotes where a Python float does
+        # not.
         if aval.weak_type:
             new = f"float({new})"
         text = replaced(node, every[0], new)
@@ -152,10 +156,12 @@ class Tests:
     def _through(
         self, eqn: Any, inner: Any, path: Path, read: list[bool]
     ) -> list[bool]:
+        """Return which results of nested programs come from the number."""
         out = [False] * len(eqn.outvars)
         for body in inner.bodies:
             given, before = [read[k] for k in body.operands], list[bool]()
             results = list[bool]()
+            # A loop hands the number on to itself: until it gets no farther.
             while before != given:
                 before = list(given)
                 results = self._follow(body.jaxpr, path, given)

@@ -121,6 +121,7 @@ class Level:
         made = Op(reads=reads, writes=writes, run=run, **op)
         try:
             results = run(*self.read(made))
+            # JAX runs ahead: what a callback raises would come up at a later operation.
             if self.context.careful:
                 jax.block_until_ready(results)
         except Failed:

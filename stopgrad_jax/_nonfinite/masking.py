@@ -61,11 +61,13 @@ def _maskings(
     fun: Any,
     source: Any,
 ) -> Iterator[Candidate]:
+    """Yield what to try for each `where` that masks an expression on the path."""
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots = body.paths[index].spots
         if not is_where(eqn) or not spots:
             continue
         again = [k for k in body.at(spots) if is_where(body.jaxpr.eqns[k])]
+        # Of two `where` of one expression it is not known which of them is written.
         function = written(spots[-1]) if again == [index] else None
         where = function.expression(spots[-1]) if function else None
         if function is None or not is_where_call(where):
@@ -117,6 +119,7 @@ class _Masking:
         inline = is_within(place(node), place(written_there))
         known = self._is_known(node, inline)
         pairs = list(self._operands(node))
+        # What depends on the argument that was nonfinite is the likeliest to be masked.
         pairs.sort(key=lambda pair: pair[0] not in self._body.blamed)
         for variable, operand in pairs:
             whole = inline and isinstance(operand, ast.Name)

@@ -84,12 +84,15 @@ def find_nonfinite(
         require_known(jax.tree.leaves((args, kwargs)), called, "find_nonfinite")
         traced = trace(fun, args, kwargs)
         labels = Labels(fun)
+        # JAX's own checks raise at the first nan, also at one that is masked later.
         with jax.debug_nans(False), jax.debug_infs(False):
             value = program = forward(traced)
             found = _search(program, labels, called)
             if found is None and wanted != []:
                 program = backward(traced, wanted, asked, called) or program
                 found = _search(program, labels, called)
+            # XLA may fuse operations to a finite value that are not finite one by one:
+            # no gradient is blamed, and nothing found, before that is ruled out.
             later = found is None or found.side == "backward"
             if later and program is not value and value.wrong_by_steps:
                 found = search(value, Runner(labels), by_steps=True)

@@ -155,6 +155,8 @@ class Program:
         def kept(first: int, fill: str) -> list[Any]:
             operands = list(self.operands)
             for k, mine in numbers.items():
+                # `first` counts through all operands: what is left of it is for the
+                # next.
                 mask = only(np.shape(operands[k]), mine[: max(first, 0)])
                 operands[k] = ordinary(operands[k], mask, fill)
                 first -= len(mine)
@@ -232,7 +234,10 @@ def backward(
         return evaluate(*source, leaves)
 
     def remade(evaluate: Evaluate) -> Callable[..., list[Any]]:
+        # The derivative is taken anew of whatever runs the function: an edit of it has
+        # a gradient of its own.
         def gradients(*operands: Any) -> list[Any]:
+            """Return the gradients and, of the same run, the results."""
             given, cts = operands[:count], operands[count:]
 
             def run(*values: Any) -> tuple[list[Any], list[Any]]:

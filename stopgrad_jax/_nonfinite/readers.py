@@ -56,6 +56,7 @@ def is_equal(a: Any, b: Any, makers: dict[Any, tuple[Any, int]]) -> bool:
     if a not in makers or b not in makers:
         return False
     (one, i), (two, j) = makers[a], makers[b]
+    # What has an effect may be another value the second time.
     if one.primitive is not two.primitive or i != j or one.effects or two.effects:
         return False
     if str(one.params) != str(two.params) or len(one.invars) != len(two.invars):

@@ -119,6 +119,7 @@ class Reading:
         from_ = {v: self._made_in(v, path, depth, operands) for v in outside}
         if from_[variable] is not None:
             return _alike([from_[variable]])
+        # By elimination: one variable is left, and so is one operand.
         rest = [x for x in operands if all(x is not y for y in from_.values())]
         alone = [v for v in outside if from_[v] is None] == [variable]
         return _alike(rest) if alone else []

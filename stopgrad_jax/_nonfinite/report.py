@@ -128,6 +128,7 @@ def _lines(
     words: str,
     fun: Callable[..., Any],
 ) -> Iterator[list[Part]]:
+    """Yield the report: what and where, the numbers, what hides it, what to do."""
     names = ", ".join(found.reaches[:4]) + (", ..." if found.reaches[4:] else "")
     derived = found.program.direction == "backward"
     what = f"the gradient of {names}" if derived else names
@@ -159,6 +160,7 @@ def _index(index: tuple[int, ...]) -> str:
 
 
 def _headline(found: Found, at: Birth | None, fun: Callable[..., Any]) -> str:
+    """Say in half a sentence where the nonfinite value comes from."""
     birth, given = found.birth, found.given
     if given is not None:
         address = found.program.names[given.operand]

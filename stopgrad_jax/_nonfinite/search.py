@@ -82,6 +82,7 @@ def search(program: Program, runner: Runner, by_steps: bool = False) -> Found:
     hidden: Sequence[Op] = ()
     if factor is not None and frames:
         hidden, everywhere = hiders(runner, frames)
+        # Seen in one result it is not hidden, whatever hides it in another.
         hidden = hidden if everywhere else ()
     hidden = tuple(hidden)
     return Found(

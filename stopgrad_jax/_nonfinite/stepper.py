@@ -53,6 +53,7 @@ class Runner:
         live: Sequence[bool],
         cotangents: Sequence[bool],
     ) -> Level:
+        """Run a program; `live` tells which of its results are a part of the value."""
         level, shards = Level(context), context.shards
         if shards:
             consts = [shards.everywhere(x) for x in consts]
@@ -135,6 +136,7 @@ class Runner:
         def lead(x: Any) -> Any:
             return _here(x, context, near)
 
+        # What is no loop has one round.
         once = next(inner.rounds(operands, lambda x, _: x, lead))
         return self._body(level, op, inner.bodies[once.body], operands, context)
 
@@ -210,6 +212,7 @@ class Runner:
     @staticmethod
     def _jitted(body: Body, shards: Shards | None) -> Callable[..., list[Any]]:
         jaxpr, consts = body.jaxpr, body.consts
+        # Compiled once for all rounds, however many there are.
         run = jax.jit(lambda *operands: _jax.evaluate(jaxpr, consts, operands))
         types = [[v.aval for v in vs] for vs in (jaxpr.invars, jaxpr.outvars)]
         return shards.lifted(run, *types) if shards else run

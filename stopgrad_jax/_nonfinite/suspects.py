@@ -54,6 +54,8 @@ class Suspects:
         """Return an entry of each operand that is to blame; none: it is born here."""
         if not self._bad:
             return []
+        # Some fill may be outside of the operation's domain: that it fails proves
+        # nothing.
         fills = (fill for fill in FILLS if not self._fails({}, fill))
         self._fill = next(fills, "")
         if not self._fill:
@@ -114,6 +116,7 @@ class Suspects:
                 masks[k] = only(shape, mine[chosen])
             return self._fails(masks)
 
+        # The last entry that is needed, and then the one that it needs beside it.
         last = critical(lambda n: fails(n, -1), int(ends[-1]))
         found = [last]
         if not fails(0, last):

@@ -146,6 +146,7 @@ def _around(
     eqn: Any,
     operands: Sequence[Any],
 ) -> list[Any]:
+    """Make an equation anew, with the changes in the programs that it holds."""
     inner = control(eqn)
     assert inner is not None
     bodies = inner.bodies
