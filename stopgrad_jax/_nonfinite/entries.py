@@ -21,7 +21,7 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def count(x: Any) -> int:
+def count_nonfinite(x: Any) -> int:
     """Count the nan and inf of a value."""
     return int(nonfinite(x).sum()) if is_inexact(x) else 0
 

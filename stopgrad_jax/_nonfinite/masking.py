@@ -16,9 +16,9 @@ from stopgrad_jax._source.text import is_within
 from stopgrad_jax._source.written import names_in, place, replaced, scopes, written
 
 from .edited import (
-    Body,
     Candidate,
     Edit,
+    Labeled,
     bodies,
     first_that_does,
     is_in,
@@ -34,7 +34,7 @@ from .settled import binds, is_plain, is_settled
 from .trial import Masked
 
 
-def double_where(
+def find_double_where(
     program: Program, labels: Labels, path: Path, operand: int | None, fun: Any
 ) -> Edit | None:
     """Return the edit that masks the operand of an expression as its result is masked.
@@ -54,7 +54,7 @@ def double_where(
 
 
 def _maskings(
-    body: Body,
+    body: Labeled,
     path: Path,
     numbers: Sequence[float],
     labels: Labels,
@@ -95,7 +95,7 @@ class _Masking:
     def __init__(
         self,
         reading: Reading,
-        body: Body,
+        body: Labeled,
         where: int,
         function: Any,
         node: Any,

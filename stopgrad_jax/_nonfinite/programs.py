@@ -28,7 +28,7 @@ from stopgrad_jax._reach.differentiate import inside_a_closure
 from .entries import (
     FILLS,
     Index,
-    count,
+    count_nonfinite,
     critical,
     has_nan,
     index_of,
@@ -42,7 +42,7 @@ Evaluate = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Culprit:
     """An entry of an operand that makes a program's results nonfinite.
 
     Attributes:
@@ -98,7 +98,7 @@ class Program:
     def bad(self, operands: Sequence[Any]) -> list[int]:
         """Run it, and return which of its results are nonfinite."""
         out = self._run(*operands)
-        return [k for k, x in zip(self.results, out, strict=True) if count(x)]
+        return [k for k, x in zip(self.results, out, strict=True) if count_nonfinite(x)]
 
     @functools.cached_property
     def wrong(self) -> list[int]:
@@ -120,7 +120,7 @@ class Program:
         if self.jaxpr.effects or self._held > MOST_HELD:
             return []
         out = _jax.evaluate(self.jaxpr, self.consts, self.operands)
-        return [k for k in self.results if count(out[k])]
+        return [k for k in self.results if count_nonfinite(out[k])]
 
     @property
     def _held(self) -> int:
@@ -142,12 +142,14 @@ class Program:
     def _run_all(self) -> Callable[..., list[Any]]:
         return jax.jit(self.remade(_jax.evaluate))
 
-    def given(self) -> Given | None:
+    def given(self) -> Culprit | None:
         """Return which operand is to blame, if the results are finite without.
 
         Of several nonfinite entries it is the first without which all is well.
         """
-        numbers = {k: places(x) for k, x in enumerate(self.operands) if count(x)}
+        numbers = {
+            k: places(x) for k, x in enumerate(self.operands) if count_nonfinite(x)
+        }
         if not numbers:
             return None
         total = sum(map(len, numbers.values()))
@@ -172,7 +174,7 @@ class Program:
                 x = self.operands[k]
                 index = index_of(mine[last], np.shape(x))
                 value = np.asarray(x)[index]
-                return Given(k, index, value, len(mine) - 1, operands)
+                return Culprit(k, index, value, len(mine) - 1, operands)
             last -= len(mine)
         return None
 

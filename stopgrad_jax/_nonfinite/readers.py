@@ -19,11 +19,11 @@ from stopgrad_jax._source.roles import is_backward
 from stopgrad_jax._source.text import is_within
 from stopgrad_jax._source.written import Position, bound, names_in, place
 
-from .edited import Body, is_in, is_where, variables
+from .edited import Labeled, is_in, is_where, variables
 from .reads import is_of_its_type
 
 
-def is_hidden(body: Body, users: Collection[int], where: Any, branch: int) -> bool:
+def is_hidden(body: Labeled, users: Collection[int], where: Any, branch: int) -> bool:
     """Tell whether what some equations compute is read in a branch of a `where` alone.
 
     Another `where` with the same condition hides it as well.

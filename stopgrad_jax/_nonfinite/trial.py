@@ -109,7 +109,7 @@ class Guarded:
 Change = Masked | Replaced | Guarded
 
 
-def evaluate(
+def run_changed(
     changes: Sequence[Change],
     number: Any,
     spread: Any,
@@ -153,7 +153,7 @@ def _around(
 
     def call(k: int, operands: Any, *_: Any) -> tuple[list[Any], list[Any]]:
         jaxpr, consts = bodies[k].jaxpr, bodies[k].consts
-        return evaluate(changes, number, spread, jaxpr, consts, operands), []
+        return run_changed(changes, number, spread, jaxpr, consts, operands), []
 
     return list(inner.run(call, operands)[0])
 
