@@ -21,24 +21,24 @@ from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolera
 from .directions import (
     FEW,
     apart,
+    directions_of,
     finite_where,
-    inside,
-    lines_of,
     of_finite,
     one_weight,
     random_weights,
+    turned_inside,
 )
 from .judge import BORDER, RIGHT, WRONG, Verdict
-from .measured import Program, Values
+from .measured import ByLeaf, Weighed
 from .moved_copies import Opened
 from .readings import groups_of_stops, known_sites, met_sites
 from .sites import best_name, sites_in
-from .special import Reading, Special
-from .told import Told
+from .sought import Reading, Sought
+from .told import Teller
 from .values import at_own_values, is_repeated, whose_value
 
 
-class Checked(Told):
+class Checked(Teller):
     """One traced function at one point."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Checked(Told):
         # many it is a random sum, in which errors do not cancel.
         scalar = len(kept) == 1 and outs[kept[0]].size == 1
         unit = one_weight if scalar else functools.partial(random_weights, rng)
-        self.program = Program(
+        self.program = Weighed(
             traced.jaxpr,
             traced.consts,
             [jnp.asarray(x) for x in traced.leaves],
@@ -72,7 +72,7 @@ class Checked(Told):
         self.along = {
             (k, n): v
             for k in places
-            for n, v in enumerate(lines_of(rng, self.program.leaves[k]))
+            for n, v in enumerate(directions_of(rng, self.program.leaves[k]))
         }
         self.tol, self.eps = tolerance(self.program, tol), eps_of(self.program)
         self._slopes = dict[str, dict[Direction, float]]()
@@ -153,7 +153,7 @@ class Checked(Told):
 
         self._split(on_both_sides)
         self.along = {
-            (k, n): inside(line, functools.partial(is_finite, k), near)
+            (k, n): turned_inside(line, functools.partial(is_finite, k), near)
             for (k, n), line in self.along.items()
         }
 
@@ -196,9 +196,9 @@ class Checked(Told):
         """Compare each custom rule with its own function."""
         asked, drawn = known_sites(self.program)
         followed = frozenset(self.allowed | drawn)
-        special = Special(self.program.sites, Reading(followed=followed))
+        sought = Sought(self.program.sites, Reading(followed=followed))
         # There is a stop in them where nobody gets at it, or a rule that is followed.
-        asked -= special.out_of_reach(self.program.jaxpr)
+        asked -= sought.out_of_reach(self.program.jaxpr)
         for key in sorted(drawn - self.allowed):
             self._say_drawn(key)
         reading = Reading(
@@ -236,9 +236,9 @@ class Checked(Told):
             self._require_values(compared, is_right, 0.0)
             return compared
         # Its function may hold stops of its own, which its differences have to keep.
-        special = Special(self.program.sites, reading)
+        sought = Sought(self.program.sites, reading)
         site = self.program.sites[key]
-        if _jax.kind_of(site.eqn) in _jax.CUSTOM and special.holds_special(site.eqn):
+        if _jax.kind_of(site.eqn) in _jax.CUSTOM and sought.holds_special(site.eqn):
             opened = reading.opened | alone
             other = compared.reread(asked=alone, opened=opened)
             if self._is_right(other, key, {direction: along}):
@@ -375,7 +375,7 @@ class Checked(Told):
     # What JAX says -----------------------------------------------------------------
 
     def function(
-        self, values: Values, valued: frozenset[int] = frozenset()
+        self, values: ByLeaf, valued: frozenset[int] = frozenset()
     ) -> list[Any]:
         """Run the program, its gates that are not linear left out."""
         program, reading = self.program, Reading(valued=valued)

@@ -26,10 +26,10 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.own_stop import is_handed
 
 from .copies import Copies, Copy, Tokens, around
-from .followed import constant, followed_twice, is_float, push_of, shifted
+from .followed import constants, followed_twice, is_float, push_of, shifted
 from .ignored import without_ignored
-from .special import Special, is_left_out
-from .tap import handed, instead, last_digit, still, tap, weighed, where_moved
+from .sought import Sought, is_left_out
+from .tap import handed_on, instead, last_digit, still, tap, weighed, where_moved
 
 # What the entries of an equation's token stand for.
 TOLD, LEFT, RIGHT, NOISE = range(4)
@@ -37,7 +37,7 @@ TOLD, LEFT, RIGHT, NOISE = range(4)
 EVERY, INSIDE = -1, -2
 
 
-class Interpreter(Special):
+class Interpreter(Sought):
     """Evaluates programs on copies; a subclass says on how many, and what for."""
 
     def run(
@@ -108,7 +108,7 @@ class Interpreter(Special):
         """Give a result the value of the function, and the derivative of the rule."""
         if id(eqn) not in self.reading.valued:
             return out
-        own = _function(eqn, constant(base))
+        own = _function(eqn, constants(base))
         pairs = zip(out, own, strict=True)
         return [instead(x, y) if is_float(x) else y for x, y in pairs]
 
@@ -175,10 +175,10 @@ class Differenced(Interpreter):
         out = _jax.bind(eqn, *base)
         if key in self.reading.followed or self.hides(eqn):
             # Its share is what the token is told: as a difference it would count twice.
-            here = constant(out)
+            here = constants(out)
             return [out, here, here]
         out = self.valued(eqn, copies[0], out)
-        here = constant(out)
+        here = constants(out)
         moved = self._quantized(out, self._own(eqn, copies, here, tokens), tokens)
         if key in tokens:
             out = self._asked(tokens[key], out, here, moved)
@@ -195,7 +195,7 @@ class Differenced(Interpreter):
         assert inner is not None
         (body,) = inner.bodies
         # The base is a constant here: what it hands on is the rule's, and not this.
-        start = [constant(base), *moved]
+        start = [constants(base), *moved]
         return self.run(body.jaxpr, body.consts, start, tokens)[1:]
 
     def _quantized(
@@ -211,7 +211,7 @@ class Differenced(Interpreter):
         if _jax.kind_of(eqn) == "gate":
             first = eqn.params["split"][0]
             end = first + eqn.params["split"][1]
-        by = times if self.reading.forward else handed
+        by = times if self.reading.forward else handed_on
         base = list(copies[0])
         for k, (x, plus, minus) in enumerate(zip(*copies, strict=True)):
             if first <= k < end and is_float(x) and not (plus is x and minus is x):
@@ -228,7 +228,7 @@ class Differenced(Interpreter):
             if not is_float(x) or (right is base and left is base):
                 asked.append(x)
                 continue
-            by = times if self.reading.forward else handed
+            by = times if self.reading.forward else handed_on
             shift = by(token[LEFT], _difference(base, left))
             shift += by(token[RIGHT], _difference(right, base))
             weigh = times if self.reading.forward else weighed
@@ -248,10 +248,10 @@ def _by_factor(eqn: Any, copies: Copies, at: Copy) -> list[list[Any]]:
         return [*outs, *(_gated(eqn, c) for c in copies[1:])]
     end = count + sources
     base = copies[0][count:end]
-    values, source, factor = map(constant, (copies[0][:count], base, at[end:]))
+    values, source, factor = map(constants, (copies[0][:count], base, at[end:]))
     for there in (c[count:end] for c in copies[1:]):
         if _same(there, base):
-            outs.append(constant(outs[0]))
+            outs.append(constants(outs[0]))
             continue
         # A linear gate's pull is a factor, so it moves tangents as it does cotangents.
         pulled = rule.pull(_minus(there, source), factor)

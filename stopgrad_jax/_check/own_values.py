@@ -16,18 +16,18 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Tokens
-from .followed import constant
-from .measured import Program, Values, derive
+from .followed import constants
+from .measured import ByLeaf, Weighed, derive
 from .moved_copies import Opened, times
-from .special import Reading
-from .tap import handed, tap
+from .sought import Reading
+from .tap import handed_on, tap
 
 # What the entries of a token stand for: sums, weighed by what comes back.
 _OWN, _TOLD, _COUNT = range(3)
 
 
 def other_values(
-    program: Program, rules: Sequence[int], forward: bool
+    program: Weighed, rules: Sequence[int], forward: bool
 ) -> dict[int, tuple[float, float]]:
     """Find the rules that return another value than their function.
 
@@ -38,8 +38,8 @@ def other_values(
     beside = _Beside(program.sites, Reading(asked=frozenset(rules), forward=forward))
 
     @jax.jit
-    def rows(values: Values) -> Any:
-        def function(values: Values, tokens: Tokens) -> Any:
+    def rows(values: ByLeaf) -> Any:
+        def function(values: ByLeaf, tokens: Tokens) -> Any:
             copies = [program.filled(values)]
             (out,) = beside.run(program.jaxpr, program.consts, copies, tokens)
             return program.kept(out), ()
@@ -66,8 +66,8 @@ class _Beside(Opened):
         (out,) = super().rule(eqn, copies, tokens)
         if id(eqn) not in tokens:
             return [out]
-        by = times if self.reading.forward else handed
-        own = _jax.bind(eqn, *constant(copies[0]))
+        by = times if self.reading.forward else handed_on
+        own = _jax.bind(eqn, *constants(copies[0]))
         token, far = tokens[id(eqn)], _farthest(out, own)
         return [
             [
@@ -86,7 +86,7 @@ def _row(by: Any, token: jax.Array, where: Any, x: Any, own: Any) -> Any:
 
 def _farthest(out: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     """Mark one entry of all results, if there is one that differs."""
-    gaps = [_gap(x, y) for x, y in zip(constant(out), own, strict=True)]
+    gaps = [_gap(x, y) for x, y in zip(constants(out), own, strict=True)]
     most = jnp.asarray(0.0)
     for gap in gaps:
         if gap is not None:

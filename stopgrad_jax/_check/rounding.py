@@ -20,7 +20,7 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.own_stop import is_handed
 
 from .copies import Copies, Copy, Tokens, around
-from .followed import constant, is_float
+from .followed import constants, is_float
 from .moved_copies import EVERY, INSIDE, Opened, times
 from .tap import last_digit, tap, weighed, where_moved
 
@@ -58,7 +58,7 @@ class Rounding(Opened):
         if _jax.gate_name(eqn) == "with_backward":
             count = eqn.params["split"][0]
             values = operands[:count]
-            out = _jax.bind(eqn, *constant(values), *operands[count:])
+            out = _jax.bind(eqn, *constants(values), *operands[count:])
             return [list(map(tap, out, values)), list(others[:count])]
         inside = self._around or any(id(x) in self._inside for x in operands)
         known = inner is not None and (self.reading.forward or not inner.dynamic)
@@ -80,14 +80,14 @@ class Rounding(Opened):
         token = sum((tokens[k] for k in keys[1:] if k in tokens), tokens[EVERY])
         if _jax.kind_of(eqn) in _SOLVERS:
             operands = [
-                tap(x, by(token, last_digit(constant([x])[0]))) if is_float(x) else x
+                tap(x, by(token, last_digit(constants([x])[0]))) if is_float(x) else x
                 for x in operands
             ]
         out, there = self._both(eqn, [operands, others])
         if _jax.kind_of(eqn) in _EXACT:
             return [out, there]
         terms = self._terms(eqn, operands, out)
-        triples = zip(constant(out), there, map(_last_digit, terms), strict=True)
+        triples = zip(constants(out), there, map(_last_digit, terms), strict=True)
         sizes = [
             where_moved(x != y, size) if is_float(x) else None for x, y, size in triples
         ]
@@ -117,8 +117,8 @@ class Rounding(Opened):
 
     def _terms(self, eqn: Any, operands: Copy, out: Sequence[Any]) -> Sequence[Any]:
         if _jax.kind_of(eqn) in _SUMS and all(map(is_float, operands)):
-            return _jax.bind(eqn, *(jnp.abs(x) for x in constant(operands)))
-        return constant(out)
+            return _jax.bind(eqn, *(jnp.abs(x) for x in constants(operands)))
+        return constants(out)
 
 
 def _passed_by(values: Copy) -> list[Any]:

@@ -51,7 +51,7 @@ def weighed(token: Any, sizes: Any) -> jax.Array:
     return gate([token.astype(sizes.dtype) * sizes], [token], [sizes], _MAGNITUDES)[0]
 
 
-def handed(token: Any, x: Any) -> jax.Array:
+def handed_on(token: Any, x: Any) -> jax.Array:
     """Return `token * x`, in reverse mode; zero times what is not finite is zero.
 
     It is of an entry that does not move, or of one that does not count.

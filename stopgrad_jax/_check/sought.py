@@ -41,7 +41,7 @@ class Reading:
     forward: bool = False
 
 
-class Special:
+class Sought:
     """Tells the stops, the gates and the rules that a reading says something of.
 
     What holds one is looked into, wherever somebody can get at it. With one copy
