@@ -88,6 +88,7 @@ class Page:
         return self.html
 
     def __rich__(self) -> Any:
+        # No dependency: only rich itself asks for this.
         from rich.text import Text
 
         return Text.from_ansi(self.ansi)
@@ -154,6 +155,7 @@ def _columns(text: str) -> int:
 def _is_terminal(stream: Any) -> bool:
     try:
         return bool(stream.isatty())
+    # The latter is raised by a stream that is closed.
     except (AttributeError, ValueError):
         return False
 

@@ -197,6 +197,7 @@ def _stats(totals: jax.Array, size: int, cause: str | None) -> Stats:
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _numbers(totals: jax.Array, size: int) -> Any:
     _, largest, nonzero, nonfinite = (totals[..., k] for k in range(SUMMED))
+    # Of an empty array all entries are zero, as there is none that is not.
     fraction = (size - nonzero) / size if size else jnp.ones_like(nonzero)
     return norm(totals), largest, fraction, nonfinite.astype(jnp.int32)
 

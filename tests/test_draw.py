@@ -10,7 +10,7 @@ import pytest
 from stopgrad_jax._flow import render
 from stopgrad_jax._flow.dot import to_dot, to_mermaid
 from stopgrad_jax._flow.model import Box, Edge, Picture, Site, Step
-from stopgrad_jax._flow.theme import LINES, THEMES, clean, lines_of
+from stopgrad_jax._flow.theme import LINES, THEMES, clean, node_lines
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = {
@@ -156,7 +156,7 @@ def test_dot_of_a_small_picture():
 @pytest.mark.parametrize("direction", ["TB", "LR"])
 def test_svg_holds_every_line_of_every_node(picture, theme, direction, no_program):
     svg = render.to_svg(to_dot(picture, theme=theme, direction=direction), "seen")
-    lines = {line for one in picture.steps for line in lines_of(one)}
+    lines = {line for one in picture.steps for line in node_lines(one)}
     assert lines <= set(texts(svg, "text"))
     assert THEMES[theme].card.lower() in svg
 
@@ -191,7 +191,7 @@ def test_hostile_names_are_shown_as_they_are(name, no_program):
     assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
         *("svg", "title", "rect", "g", "text", "path", "polygon", "ellipse", "polyline")
     }
-    assert lines_of(steps[1])[0] in texts(svg, "text")
+    assert node_lines(steps[1])[0] in texts(svg, "text")
     assert all(len(word) <= 80 for word in texts(svg, "text"))
     image = render.image_html(svg, name)
     assert image.count("<") == image.count(">") == 1
@@ -243,7 +243,7 @@ def test_never_colour_alone(theme):
     ],
 )
 def test_words_of_a_node(kind, more, lines):
-    assert lines_of(step(0, kind, "a", **more)) == ["a", *lines]
+    assert node_lines(step(0, kind, "a", **more)) == ["a", *lines]
 
 
 def test_legend_has_what_occurs_and_no_more():

@@ -93,9 +93,12 @@ def check_gradients(
         traced = trace(fun, args, kwargs)
         places = dict(_places(traced, called))
         require_known([*traced.leaves, *traced.consts], called, "check_gradients")
+        # A string is a collection as well, of its letters: one name is meant.
         names = (allow,) if isinstance(allow, str) else tuple(allow)
         checked = Checked(traced, places, names, called, tol)
         with _errors_explained(checked, "fwd" in modes):
+            # In this order: rules are compared where all is finite, and the leaves in
+            # the reading that the rules turn out to ask for.
             checked.leave_out_nonfinite()
             checked.take_steep_apart(modes[0])
             checked.compare_rules(forward="rev" not in modes)
@@ -121,6 +124,8 @@ def _errors_explained(checked: Checked, forward: bool) -> Iterator[None]:
             names = {"name": checked.name, "rule": closing[0]}
             said = (text.format(**names) for text in (expected, came, instead))
             raise wrong(TypeError, checked.called, *said) from error
+        # What this check raises begins with its call; all else came out of the
+        # function.
         ours = str(error).startswith(checked.called)
         no_rule = forward and isinstance(error, TypeError) and "forward" in str(error)
         if no_rule and not ours:

@@ -21,23 +21,24 @@ from .compare import Compared, Direction, distances_of, eps_of, slope_of, tolera
 from .directions import (
     FEW,
     apart,
+    directions_of,
     finite_where,
-    inside,
-    lines_of,
     of_finite,
     one_weight,
     random_weights,
+    turned_inside,
 )
 from .judge import BORDER, RIGHT, WRONG, Verdict
-from .measured import Program, Values
-from .moved_copies import Declared, Reading
+from .measured import ByLeaf, Weighed
+from .moved_copies import Opened
 from .readings import groups_of_stops, known_sites, met_sites
 from .sites import best_name, sites_in
-from .told import Told
+from .sought import Reading, Sought
+from .told import Teller
 from .values import at_own_values, is_repeated, whose_value
 
 
-class Checked(Told):
+class Checked(Teller):
     """One traced function at one point."""
 
     def __init__(
@@ -53,10 +54,13 @@ class Checked(Told):
         outs = [v.aval for v in traced.jaxpr.outvars]
         kept = [k for k, a in enumerate(outs) if _jax.is_differentiable(a)]
         self._require_real(outs, kept)
+        # Seeded: a check that fails has to fail again.
         rng = np.random.RandomState(0)
+        # One number is checked as it is, so that a message can name its derivative; of
+        # many it is a random sum, in which errors do not cancel.
         scalar = len(kept) == 1 and outs[kept[0]].size == 1
         unit = one_weight if scalar else functools.partial(random_weights, rng)
-        self.program = Program(
+        self.program = Weighed(
             traced.jaxpr,
             traced.consts,
             [jnp.asarray(x) for x in traced.leaves],
@@ -68,7 +72,7 @@ class Checked(Told):
         self.along = {
             (k, n): v
             for k in places
-            for n, v in enumerate(lines_of(rng, self.program.leaves[k]))
+            for n, v in enumerate(directions_of(rng, self.program.leaves[k]))
         }
         self.tol, self.eps = tolerance(self.program, tol), eps_of(self.program)
         self._slopes = dict[str, dict[Direction, float]]()
@@ -81,6 +85,7 @@ class Checked(Told):
         }
 
     def _require_real(self, outs: Sequence[Any], kept: Sequence[int]) -> None:
+        """Refuse results that a real derivative is not all of, or that have none."""
         strange = [a for a in outs if jnp.issubdtype(a.dtype, jnp.complexfloating)]
         if strange:
             raise wrong(
@@ -100,6 +105,7 @@ class Checked(Told):
             )
 
     def _require_met(self, allow: tuple[str, ...]) -> None:
+        """Refuse a name in `allow` that nothing answers to: it would allow nothing."""
         sites = self.program.sites
         known = {name for s in sites.values() for name in (s.shown, *s.names)}
         unknown = sorted(set(allow) - known)
@@ -127,6 +133,7 @@ class Checked(Told):
         values = program.values()
         pairs = list(zip(program.weights, run(values), strict=True))
         weights = [of_finite(w, out) for w, out in pairs]
+        # An empty result has no entry that is finite, and is no reason to refuse.
         if any(np.size(w) for w in weights) and not any(map(np.any, weights)):
             expected, came, instead = _words.NOTHING_FINITE
             write = instead.format(name=self.name)
@@ -137,6 +144,7 @@ class Checked(Told):
             outs = run(values | {k: values[k] + step})
             return finite_where(weights, outs)
 
+        # The nearest distance: farther ones leave a domain all the sooner.
         near = distances_of(program)[-1]
 
         def on_both_sides(k: int, line: jax.Array) -> bool:
@@ -145,7 +153,7 @@ class Checked(Told):
 
         self._split(on_both_sides)
         self.along = {
-            (k, n): inside(line, functools.partial(is_finite, k), near)
+            (k, n): turned_inside(line, functools.partial(is_finite, k), near)
             for (k, n), line in self.along.items()
         }
 
@@ -188,9 +196,9 @@ class Checked(Told):
         """Compare each custom rule with its own function."""
         asked, drawn = known_sites(self.program)
         followed = frozenset(self.allowed | drawn)
-        declared = Declared(self.program.sites, Reading(followed=followed))
+        sought = Sought(self.program.sites, Reading(followed=followed))
         # There is a stop in them where nobody gets at it, or a rule that is followed.
-        asked -= declared.out_of_reach(self.program.jaxpr)
+        asked -= sought.out_of_reach(self.program.jaxpr)
         for key in sorted(drawn - self.allowed):
             self._say_drawn(key)
         reading = Reading(
@@ -214,6 +222,9 @@ class Checked(Told):
         verdict = compared.judge_rule(key, direction, along, carefully=True)
         if verdict.kind != WRONG:
             return compared
+        # From here on, each step is one more excuse; what none of them excuses is
+        # wrong. First: another rule's value is not its function's, so that this rule
+        # and its differences were asked at different points.
         alone, compared = frozenset({key}), at_own_values(compared)
 
         def is_right(valued: frozenset[int]) -> bool:
@@ -224,13 +235,15 @@ class Checked(Told):
         if verdict.kind != WRONG:
             self._require_values(compared, is_right, 0.0)
             return compared
-        declared = Declared(self.program.sites, reading)
+        # Its function may hold stops of its own, which its differences have to keep.
+        sought = Sought(self.program.sites, reading)
         site = self.program.sites[key]
-        if _jax.kind_of(site.eqn) in _jax.CUSTOM and declared.holds_special(site.eqn):
+        if _jax.kind_of(site.eqn) in _jax.CUSTOM and sought.holds_special(site.eqn):
             opened = reading.opened | alone
             other = compared.reread(asked=alone, opened=opened)
             if self._is_right(other, key, {direction: along}):
                 return compared.reread(opened=opened)
+        # Or it stands for what its library stops beside it, as that of a solver does.
         for group in self._taken_care_of(compared, key):
             other = compared.reread(asked=alone, freed=reading.freed | group)
             if self._is_right(other, key, self.along):
@@ -282,6 +295,7 @@ class Checked(Told):
 
     def compare(self, mode: str) -> None:
         """Compare first derivatives, leaf by leaf."""
+        # Rules are compared in one mode only; what is found of them holds in both.
         forward = mode == "fwd"
         compared = self.compared.get(forward)
         if compared is None:
@@ -291,6 +305,8 @@ class Checked(Told):
         for direction, slope in told.items():
             line = self.along[direction]
             verdict = compared.judge(slope, direction, line)
+            # Differences that are exactly zero where longer ones are not may have lost
+            # all to rounding: that a zero agrees with them is no evidence.
             flat = verdict.kind == RIGHT and compared.is_flat(direction, line)
             if verdict.kind == RIGHT and not flat:
                 continue
@@ -359,13 +375,13 @@ class Checked(Told):
     # What JAX says -----------------------------------------------------------------
 
     def function(
-        self, values: Values, valued: frozenset[int] = frozenset()
+        self, values: ByLeaf, valued: frozenset[int] = frozenset()
     ) -> list[Any]:
         """Run the program, its gates that are not linear left out."""
         program, reading = self.program, Reading(valued=valued)
-        declared = Declared(program.sites, reading)
+        opened = Opened(program.sites, reading)
         copies = [program.filled(values)]
-        (out,) = declared.run(program.jaxpr, program.consts, copies, {})
+        (out,) = opened.run(program.jaxpr, program.consts, copies, {})
         return program.kept(out)
 
     def each(

@@ -15,10 +15,11 @@ import stopgrad_jax._jax as _jax
 
 from .directions import FEW
 from .judge import BORDER, UNSURE, WRONG, Share, Verdict, between, judge, judge_rule
-from .measured import Program, Values, measure, rounding, weighed_sum
-from .moved_copies import EVERY, INSIDE, LEFT, NOISE, RIGHT, TOLD, Declared, Reading
+from .measured import ByLeaf, Weighed, measure, rounding, weighed_sum
+from .moved_copies import EVERY, INSIDE, LEFT, NOISE, RIGHT, TOLD
 from .near import look_near
 from .slope import Difference
+from .sought import Reading, Sought
 
 # By the size of the dtype. Powers of two: then a distance costs no rounding of its own.
 DISTANCES = {
@@ -36,11 +37,11 @@ _UNKNOWN = 4  # times its own digits: what rounding may do to a result, if not k
 _NO_NUMBERS = np.errstate(invalid="ignore")
 
 Direction = tuple[int, int]  # which leaf, and which of its directions
-Function = Callable[[Values], list[Any]]
+OfLeaves = Callable[[ByLeaf], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Measurement:
     """The program over one distance: its results (base, plus, minus), and shares.
 
     Of results with many entries there is only the weighed sum.
@@ -55,14 +56,14 @@ class Step:
 class Compared:
     """One program at one point, in one reading, and in one mode."""
 
-    def __init__(self, program: Program, reading: Reading, tol: float | None) -> None:
+    def __init__(self, program: Weighed, reading: Reading, tol: float | None) -> None:
         """Nothing is run yet."""
         self.program, self.reading = program, reading
         size = size_of(program)
         self.size, self.tol, self.eps = size, tolerance(program, tol), eps_of(program)
         self._run = measure(program, reading)
-        self._hidden = Declared(program.sites, reading).out_of_reach(program.jaxpr)
-        self._steps: dict[tuple[Direction, bool], list[Step]] = {}
+        self._hidden = Sought(program.sites, reading).out_of_reach(program.jaxpr)
+        self._steps: dict[tuple[Direction, bool], list[Measurement]] = {}
         self._noise: dict[Direction, dict[int, float]] = {}
 
     def reread(self, **changes: Any) -> Compared:
@@ -72,7 +73,7 @@ class Compared:
 
     def steps(
         self, direction: Direction, along: jax.Array, far: bool = False
-    ) -> list[Step]:
+    ) -> list[Measurement]:
         """Run it over all distances along a direction of a leaf, the widest first."""
         if (direction, far) not in self._steps:
             usual = [] if not far else self.steps(direction, along)
@@ -84,14 +85,14 @@ class Compared:
             self._steps[direction, far] = [*wider, *usual, *nearer]
         return self._steps[direction, far]
 
-    def _step(self, leaf: int, along: jax.Array, distance: float) -> Step:
+    def _step(self, leaf: int, along: jax.Array, distance: float) -> Measurement:
         sides = [self._moved(leaf, along, h) for h in (distance, -distance)]
         outs, shares = self._run(self.program.values(), *sides)
         known = [[np.asarray(x, np.float64) for x in out] for out in outs]
         sums = [_dot(self.program.weights, out) for out in known]
         few = sum(np.size(w) for w in self.program.weights) <= FEW
         rows = {k: np.asarray(x, np.float64) for k, x in shares.items()}
-        return Step(distance, sums, known if few else (), rows)
+        return Measurement(distance, sums, known if few else (), rows)
 
     def _moved(self, leaf: int, along: jax.Array, distance: float) -> list[Any]:
         leaves = list(self.program.leaves)
@@ -102,7 +103,7 @@ class Compared:
 
     def differences(
         self,
-        steps: Sequence[Step],
+        steps: Sequence[Measurement],
         told: float,
         noise: float | None,
         weights: Any = None,
@@ -122,6 +123,7 @@ class Compared:
                 step.sums if weights is None else [_dot(weights, x) for x in step.outs]
             )
             (base, size), (plus, _), (minus, _) = sums
+            # What is followed stays at the base: the differences lack its share.
             said = sum(step.shares[key][TOLD] for key in taken) / h
             digits = self.eps * abs(told) if np.isfinite(told) else 0.0
             digit = 2 * self.eps * size
@@ -133,13 +135,15 @@ class Compared:
         return found
 
     def _floor(
-        self, steps: Sequence[Step], told: float, weights: Any, last: float
+        self, steps: Sequence[Measurement], told: float, weights: Any, last: float
     ) -> float:
         """Return what counts as zero: what the digits of all cannot show."""
         widest = [s for s in steps if s.distance <= DISTANCES[self.size][0]]
         return self.differences(widest[:1], told, 0.0, weights, last)[0].noise
 
-    def shares(self, steps: Sequence[Step], key: int, noise: float) -> list[Share]:
+    def shares(
+        self, steps: Sequence[Measurement], key: int, noise: float
+    ) -> list[Share]:
         """Return those of a rule."""
         found = []
         for step in steps:
@@ -171,6 +175,8 @@ class Compared:
         """Compare a rule with its function along a direction."""
         steps = self.steps(direction, along, carefully)
         known = self.noise(direction, along) if carefully else {}
+        # The function of a `with_backward` is not in its equation: what is rounded
+        # there is known for all of them together.
         other = (_jax.gate_name(self.program.sites[key].eqn) and INSIDE) or EVERY
         noise = known.get(key, known.get(other, 0.0))
         shares = self.shares(steps, key, noise)
@@ -228,23 +234,23 @@ class Compared:
         return found[-1].central == 0 and any(moved)
 
 
-def size_of(program: Program) -> int:
+def size_of(program: Weighed) -> int:
     """Return the size of the narrowest leaf's dtype."""
     return min(program.leaves[k].dtype.itemsize for k in program.places)
 
 
-def distances_of(program: Program, far: bool = False) -> tuple[float, ...]:
+def distances_of(program: Weighed, far: bool = False) -> tuple[float, ...]:
     """Return the distances over which differences are taken, the widest first."""
     size = size_of(program)
     return (*_WIDE[size], *DISTANCES[size]) if far else DISTANCES[size]
 
 
-def tolerance(program: Program, tol: float | None) -> float:
+def tolerance(program: Weighed, tol: float | None) -> float:
     """Return the largest relative error."""
     return _TOLERANCE[size_of(program)] if tol is None else tol
 
 
-def eps_of(program: Program) -> float:
+def eps_of(program: Weighed) -> float:
     """Return the rounding unit of the narrowest leaf."""
     return float(np.finfo(np.float32 if size_of(program) == 4 else np.float64).eps)
 
@@ -270,9 +276,9 @@ def _dot(weights: Sequence[Any], outs: Sequence[Any]) -> tuple[float, float]:
 
 def slope_of(
     mode: str,
-    function: Function,
-    values: Values,
-    directions: Sequence[Values],
+    function: OfLeaves,
+    values: ByLeaf,
+    directions: Sequence[ByLeaf],
     weights: Sequence[Any],
 ) -> list[Any]:
     """Return the directional derivatives of the weighed result."""

@@ -17,7 +17,7 @@ Copies = Sequence[Copy]  # the base first
 # Scalars that the derivative is taken by as well, for what is asked at an equation.
 Tokens = dict[Any, jax.Array]
 # (jaxpr, its constants, operands of each copy, tokens) -> results of each copy
-Run = Callable[[Any, Sequence[Any], Copies, Tokens], list[list[Any]]]
+RunCopies = Callable[[Any, Sequence[Any], Copies, Tokens], list[list[Any]]]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -51,7 +51,9 @@ def _in_each(copies: Sequence[Any]) -> list[Any]:
     return [base, *(base if x is copies[0] else jnp.asarray(x) for x in copies[1:])]
 
 
-def around(run: Run, inner: Control, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+def around(
+    run: RunCopies, inner: Control, copies: Copies, tokens: Tokens
+) -> list[list[Any]]:
     """Evaluate an equation that holds programs, with `run` for these."""
     bodies = inner.bodies
     if inner.is_call:
@@ -68,6 +70,8 @@ def around(run: Run, inner: Control, copies: Copies, tokens: Tokens) -> list[lis
         results = [list(map(jnp.asarray, each)) for each in zip(*outs, strict=True)]
         for out, back in body.feedback:
             kinds = [x.dtype for x in values[back]]
+            # JAX refuses a loop whose carry comes back in another dtype, as that of a
+            # moved copy may.
             results[out] = list(map(jnp.asarray, results[out], kinds))
         return results, []
 

@@ -15,7 +15,7 @@ FEW = 8  # entries that are looked at one by one
 TRIALS = 128  # of parts of a direction
 
 
-def lines_of(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
+def directions_of(rng: Any, leaf: jax.Array) -> Iterator[jax.Array]:
     """Yield directions: each entry if they are few, else one with a part of each.
 
     An entry moves by about its size, and by that of the others if it is zero; a tiny
@@ -80,7 +80,7 @@ def apart(
     return [part(kept), *(part(np.arange(line.size) == k) for k in few)]
 
 
-def inside(
+def turned_inside(
     line: jax.Array, is_finite: Callable[[jax.Array], bool], distance: float
 ) -> jax.Array:
     """Turn a direction so that the function is finite on one side of it at least.

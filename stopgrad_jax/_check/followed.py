@@ -23,7 +23,7 @@ def push_of(eqn: Any, copies: Copies) -> Push:
         end = count + sources
 
         def push(deltas: Copy, k: int, out: Copy) -> list[Any]:
-            residuals = constant([*out, *copies[k][end:]])
+            residuals = constants([*out, *copies[k][end:]])
             pull = functools.partial(rule.pull, residuals=residuals)
             return _transposed(pull, copies[0][:count], deltas[count:end])
 
@@ -33,17 +33,18 @@ def push_of(eqn: Any, copies: Copies) -> Push:
 
     def push_custom(deltas: Copy, k: int, out: Copy) -> list[Any]:
         def function(*values: Any) -> list[Any]:
-            operands = constant(copies[k])
+            operands = constants(copies[k])
             for place, value in zip(moved, values, strict=True):
                 operands[place] = value
             return _jax.bind(eqn, *operands)
 
-        here = constant([copies[k][place] for place in moved])
+        here = constants([copies[k][place] for place in moved])
         dots = [deltas[place] for place in moved]
         if not moved:
             return [jnp.zeros_like(x) for x in out]
         if not _jax.has_own_vjp(eqn):
             return jax.jvp(function, here, dots)[1]
+        # A `custom_vjp` has no forward mode: it is the transpose of its own transpose.
         values, pull = jax.vjp(function, *here)
         return _transposed(lambda cts: list(pull(list(cts))), values, dots)
 
@@ -73,7 +74,7 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def constant(values: Sequence[Any]) -> list[Any]:
+def constants(values: Sequence[Any]) -> list[Any]:
     return [jax.lax.stop_gradient(x) if is_float(x) else x for x in values]
 
 

@@ -37,6 +37,7 @@ def without_ignored(eqn: Any, copies: Copies) -> Copies:
             alone = _jax.bind(eqn, *base[:k], y, *base[k + 1 :])
             pairs = zip(out, alone, strict=True)
             same = jnp.all(jnp.array([jnp.all(a == b) for a, b in pairs]))
+            # Both are traced: what is ignored shows only once the numbers are there.
             there[k] = jnp.where(same, x, y)
     return [base, *moved]
 

@@ -73,6 +73,7 @@ def judge(
     scale, off = max(abs(found.value), abs(told)), abs(found.value - told)
     if off <= tol * scale + floor:
         return Verdict(RIGHT, told, found)
+    # So unsure a slope cannot tell a wrong derivative from a right one.
     if found.error > 0.1 * abs(found.value) + 100 * floor:
         # Zero beside slopes that are not: where a loss is as small as it can be.
         around = max(abs(d.right - d.left) for d in differences)
@@ -116,6 +117,7 @@ def judge_rule(shares: Sequence[Share], tol: float) -> Verdict:
     broken = [s for s in moved if np.isfinite(s.true) and not np.isfinite(s.told)]
     if broken and not finite:
         last = broken[-1]
+        # Differences of an infinite slope are finite, and grow: the rule may be right.
         if any(_grows_to(last.told, own(moved), which) for which in SIDES):
             return Verdict(UNSURE, last.told, None)
         found = Slope(last.true, 0.0, last.left, last.right)

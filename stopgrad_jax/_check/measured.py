@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from .copies import Tokens
-from .moved_copies import EVERY, INSIDE, Declared, Reading
+from .moved_copies import EVERY, INSIDE, Differenced
 from .rounding import Rounding
 from .sites import Sites
+from .sought import Reading
 
-Values = dict[int, Any]  # of the leaves to differentiate by
-Shares = dict[int, np.ndarray]  # by the id of an equation: see `declared.TOLD`
+ByLeaf = dict[int, Any]  # of the leaves to differentiate by
+Shares = dict[int, np.ndarray]  # by the id of an equation: see `moved_copies.TOLD`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class Weighed:
     """A traced program, of whose floating-point results the weighed sum is taken.
 
     `places` are the numbers of the leaves to differentiate by, `outs` those of the
@@ -35,11 +36,11 @@ class Program:
     weights: Sequence[Any]
     sites: Sites
 
-    def values(self) -> Values:
+    def values(self) -> ByLeaf:
         """Return the leaves to differentiate by."""
         return {k: self.leaves[k] for k in self.places}
 
-    def filled(self, values: Values) -> list[Any]:
+    def filled(self, values: ByLeaf) -> list[Any]:
         """Put values where they belong among the leaves."""
         return [values.get(k, x) for k, x in enumerate(self.leaves)]
 
@@ -56,19 +57,19 @@ class Program:
         return [out[k] for k in self.outs]
 
 
-def measure(program: Program, reading: Reading) -> Callable[..., Any]:
+def measure(program: Weighed, reading: Reading) -> Callable[..., Any]:
     """Compile a run on three copies: (plus, minus) -> (results of each, shares)."""
-    declared = Declared(program.sites, reading)
-    hidden = declared.out_of_reach(program.jaxpr)
+    differenced = Differenced(program.sites, reading)
+    hidden = differenced.out_of_reach(program.jaxpr)
     asked = {*reading.asked, *reading.followed, *hidden}
 
-    def run(values: Values, tokens: Tokens, plus: Any, minus: Any) -> Any:
+    def run(values: ByLeaf, tokens: Tokens, plus: Any, minus: Any) -> Any:
         copies = [program.filled(values), plus, minus]
-        outs = declared.run(program.jaxpr, program.consts, copies, tokens)
+        outs = differenced.run(program.jaxpr, program.consts, copies, tokens)
         base, *moved = map(program.kept, outs)
         return base, moved
 
-    def shares(values: Values, plus: Any, minus: Any) -> Any:
+    def shares(values: ByLeaf, plus: Any, minus: Any) -> Any:
         tokens = {key: jnp.zeros(4) for key in sorted(asked)}
         if reading.quantized:
             tokens[EVERY] = jnp.zeros(())
@@ -88,20 +89,20 @@ def measure(program: Program, reading: Reading) -> Callable[..., Any]:
 
 
 def rounding(
-    program: Program, forward: bool, rules: Sequence[int]
+    program: Weighed, forward: bool, rules: Sequence[int]
 ) -> Callable[[Any], Shares | None]:
     """Compile how far rounding may change the weighed sum; None: it cannot be told.
 
-    For all of the program (`declared.EVERY`), for what is inside `with_backward`, and
-    for each of some rules; of moved leaves, to tell which values move.
+    For all of the program (`moved_copies.EVERY`), for what is inside `with_backward`,
+    and for each of some rules; of moved leaves, to tell which values move.
     """
-    declared = Rounding(program.sites, Reading(forward=forward))
+    rounded = Rounding(program.sites, Reading(forward=forward))
 
     @jax.jit
-    def sizes(values: Values, moved: Any) -> Any:
-        def function(values: Values, tokens: Tokens) -> Any:
+    def sizes(values: ByLeaf, moved: Any) -> Any:
+        def function(values: ByLeaf, tokens: Tokens) -> Any:
             copies = [program.filled(values), moved]
-            out, _ = declared.run(program.jaxpr, program.consts, copies, tokens)
+            out, _ = rounded.run(program.jaxpr, program.consts, copies, tokens)
             return program.kept(out), ()
 
         tokens = {key: jnp.zeros(()) for key in (*rules, EVERY, INSIDE)}
@@ -122,12 +123,13 @@ def derive(forward: bool) -> Callable[..., Any]:
     return _forward if forward else _reverse
 
 
-def _reverse(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any:
+def _reverse(function: Any, values: ByLeaf, tokens: Tokens, weights: Any) -> Any:
     out, pull, aux = jax.vjp(function, values, tokens, has_aux=True)
     return out, aux, pull(_like(weights, out))[1]
 
 
-def _forward(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any:
+def _forward(function: Any, values: ByLeaf, tokens: Tokens, weights: Any) -> Any:
+    """Do as `_reverse` does, by one `jax.jvp` for each entry of the tokens."""
     flat, structure = jax.tree.flatten(tokens)
     sizes = np.cumsum([0, *(x.size for x in flat)])
     still = jax.tree.map(jnp.zeros_like, values)
@@ -141,6 +143,7 @@ def _forward(function: Any, values: Values, tokens: Tokens, weights: Any) -> Any
         terms = [weighed_sum(w, s) for w, s in pairs]
         return sum(terms, jnp.zeros((), jnp.result_type(float)))
 
+    # One after the other: the primitives of `tap.py` have no batching rule.
     found = jax.lax.map(along, jnp.eye(sizes[-1]))
     parts = jnp.split(found, sizes[1:-1])
     shares = [p.reshape(x.shape) for p, x in zip(parts, flat, strict=True)]

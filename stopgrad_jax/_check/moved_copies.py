@@ -14,8 +14,7 @@ as the differences of its own function say.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,10 +26,10 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.own_stop import is_handed
 
 from .copies import Copies, Copy, Tokens, around
-from .followed import constant, followed_twice, is_float, push_of, shifted
+from .followed import constants, followed_twice, is_float, push_of, shifted
 from .ignored import without_ignored
-from .sites import Sites
-from .tap import handed, instead, last_digit, still, tap, weighed, where_moved
+from .sought import Sought, is_left_out
+from .tap import handed_on, instead, last_digit, still, tap, weighed, where_moved
 
 # What the entries of an equation's token stand for.
 TOLD, LEFT, RIGHT, NOISE = range(4)
@@ -38,45 +37,8 @@ TOLD, LEFT, RIGHT, NOISE = range(4)
 EVERY, INSIDE = -1, -2
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How a program is to be understood; equations are given by their ids.
-
-    Attributes:
-      asked: the rules that are compared with their functions.
-      followed: those that are taken at their word: what they return stays at the base,
-        and their share of the derivative is what they say.
-      opened: those whose function is itself understood as the program is.
-      freed: stops that are none: a rule takes care of them.
-      valued: those whose value at the base is that of their function.
-      held: rules that are compared by what their functions use alone.
-      quantized: where JAX's derivative is zero, values stay at the base, too.
-      forward: the derivative is taken in forward mode.
-    """
-
-    asked: frozenset[int] = frozenset()
-    followed: frozenset[int] = frozenset()
-    opened: frozenset[int] = frozenset()
-    freed: frozenset[int] = frozenset()
-    valued: frozenset[int] = frozenset()
-    held: frozenset[int] = frozenset()
-    quantized: bool = False
-    forward: bool = False
-
-
-class Declared:
-    """Evaluates programs on copies.
-
-    With one copy, the program itself is evaluated, but for gates that are not linear:
-    those are open. With two (base, moved), the moved one is differentiated: factors and
-    followed rules are those where it has moved to, and constants. With three (base,
-    plus, minus), for differences, they are those at the base, as a rule may jump.
-    """
-
-    def __init__(self, sites: Sites, reading: Reading) -> None:
-        self.sites, self.reading = sites, reading
-        self._special: dict[tuple[int, bool], bool] = {}
-        self._entered: dict[tuple[int, bool], bool] = {}
+class Interpreter(Sought):
+    """Evaluates programs on copies; a subclass says on how many, and what for."""
 
     def run(
         self, jaxpr: Any, consts: Sequence[Any], copies: Copies, tokens: Tokens
@@ -100,115 +62,31 @@ class Declared:
     def equation(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
         """Return an equation's results in each copy."""
         name = _jax.kind_of(eqn)
-        if name == "stop_gradient" and len(copies) > 1:
-            return self._stop(eqn, copies)
-        if not self._is_entered(eqn, len(copies) > 1):
-            return self._plain(eqn, copies, tokens)
-        if name == "gate":
-            return self._gate(eqn, copies, tokens)
+        if name == "stop_gradient":
+            return self.stop(eqn, copies)
+        if not self.is_entered(eqn):
+            return self.plain(eqn, copies, tokens)
+        # A `with_backward` is a rule of its user's, and compared as one.
+        if name == "gate" and _jax.gate_name(eqn) != "with_backward":
+            return self.gate(eqn, copies)
         inner = control(eqn)
         if inner is None or id(eqn) in self.sites:
-            return self._rule(eqn, copies, tokens)
+            return self.rule(eqn, copies, tokens)
         return around(self.run, inner, copies, tokens)
 
-    def out_of_reach(self, jaxpr: Any) -> set[int]:
-        """Find equations with a stop or a gate in them where nobody gets at it."""
-        found = set[int]()
-        for eqn in jaxpr.eqns:
-            inner = control(eqn)
-            if not self._is_special(eqn, True) or _jax.kind_of(eqn) in _SINGLE:
-                continue
-            if inner is None or id(eqn) in self.sites:
-                found |= {id(eqn)} if self._hides(eqn) else set()
-            else:
-                for body in inner.bodies:
-                    found |= self.out_of_reach(body.jaxpr)
-        return found
-
-    # What is more than the same equation in each copy -------------------------------
-
-    def _is_entered(self, eqn: Any, moved: bool) -> bool:
-        """Tell whether an equation is not evaluated as it is, in each copy."""
-        key = (id(eqn), moved)
-        if key not in self._entered:
-            around = moved and self._is_around(eqn)
-            self._entered[key] = around or self._is_special(eqn, moved)
-        return self._entered[key]
-
-    def _is_around(self, eqn: Any) -> bool:
-        """Tell what has to be looked into although it hides nothing.
-
-        The function of a `with_backward` does move; and to see where JAX's derivative
-        is zero, all that is nested is looked into.
-        """
-        if is_handed(eqn) or _jax.gate_name(eqn) == "with_backward":
-            return True
-        inner = control(eqn)
-        if inner is None or id(eqn) in self.sites:
-            return False
-        if self.reading.quantized:
-            return self.reading.forward or not inner.dynamic
-        below = _equations(_jax.programs_in(eqn))
-        return any(self._is_entered(e, True) for e in below)
-
-    def _is_special(self, eqn: Any, moved: bool) -> bool:
-        """Tell whether an equation is a stop, gate or asked rule, or holds one."""
-        name = _jax.kind_of(eqn)
-        if name == "stop_gradient":  # what JAX stops, its derivative passes by
-            return moved and not (is_handed(eqn) or _jax.is_of_jax(eqn))
-        # The values of a `with_backward` move as its function does, as those of a rule.
-        if name == "gate" and eqn.params["rule"].name != "with_backward":
-            return moved or _is_open(eqn.params["rule"])
-        if self._is_met(eqn, moved):
-            return True
-        if control(eqn) is None or id(eqn) in self.sites:
-            return self._hides(eqn, moved)
-        return self.holds_special(eqn, moved)
-
-    def _is_met(self, eqn: Any, moved: bool) -> bool:
-        """Tell a rule that the reading says something of."""
-        reading = self.reading
-        said = reading.asked | reading.followed | reading.opened
-        return id(eqn) in reading.valued or (moved and id(eqn) in said)
-
-    def _hides(self, eqn: Any, moved: bool = True) -> bool:
-        """Tell what holds a stop or a gate where nobody gets at it.
-
-        What is in a rule of the user is its author's own.
-        """
-        site = self.sites.get(id(eqn))
-        if site is not None and site.is_users and _jax.kind_of(eqn) in _jax.CUSTOM:
-            return False
-        return _jax.kind_of(eqn) not in _SINGLE and self.holds_special(eqn, moved)
-
-    def holds_special(self, eqn: Any, moved: bool = True) -> bool:
-        """Tell whether there is a stop, a gate or an asked rule inside an equation."""
-        key = (id(eqn), moved)
-        if key not in self._special:
-            inner = _equations(_jax.differentiated_in(eqn))
-            self._special[key] = any(self._is_special(e, moved) for e in inner) or (
-                self._holds_met(eqn, moved)
-            )
-        return self._special[key]
-
-    def _holds_met(self, eqn: Any, moved: bool) -> bool:
-        """Tell whether a rule that the reading says something of is inside another."""
-        return any(
-            self._is_met(e, moved) or self._holds_met(e, moved)
-            for e in _equations(_jax.programs_in(eqn))
-        )
-
-    def _plain(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+    def plain(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        """Evaluate an equation that is the same one in each copy."""
         outs = list[list[Any]]()
         for k, operands in enumerate(copies):
+            # What has not moved is told by identity: a second array of the same numbers
+            # would count as one that did.
             known = (outs[j] for j in range(k) if _same(copies[j], operands))
             out = next(known, None)
             outs.append(_jax.bind(eqn, *operands) if out is None else out)
-        if self.reading.quantized and len(outs) > 1:
-            outs[1:] = [_still(outs[0], out, tokens[EVERY]) for out in outs[1:]]
         return outs
 
-    def _stop(self, eqn: Any, copies: Copies) -> list[list[Any]]:
+    def stop(self, eqn: Any, copies: Copies) -> list[list[Any]]:
+        """Keep what is stopped at the base."""
         if is_handed(eqn):  # the function of a `with_backward` does move
             base = _jax.bind(eqn, *copies[0])
             return [base, *(list(c) for c in copies[1:])]
@@ -217,73 +95,115 @@ class Declared:
             return [_jax.bind(eqn, *operands) for operands in copies]
         return [_jax.bind(eqn, *copies[0])] * len(copies)
 
-    def _gate(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-        rule, (count, sources) = eqn.params["rule"], eqn.params["split"]
-        end = count + sources
-        if rule.name == "with_backward":
-            return self._rule(eqn, copies, tokens)
-        if _is_open(rule):
-            return [list(c[:count]) for c in copies]
-        outs = [_jax.bind(eqn, *copies[0])]
-        if not rule.linear:
-            return [*outs, *(list(c[:count]) for c in copies[1:])]
-        values, source, parameters = map(
-            constant, (copies[0][:count], copies[0][count:end], copies[-1][end:])
-        )
-        if len(copies) == 3:
-            parameters = constant(copies[0][end:])
-        for c in copies[1:]:
-            there = c[count:end]
-            if _same(there, copies[0][count:end]):
-                outs.append(constant(outs[0]))
-                continue
-            pulled = rule.pull(_minus(there, source), parameters)
-            outs.append(list(map(shifted, values, pulled)))
-        return outs
+    def gate(self, eqn: Any, copies: Copies) -> list[list[Any]]:
+        """Leave a gate out that is not linear; its values go on as they are."""
+        assert is_left_out(eqn.params["rule"])
+        return [_gated(eqn, c) for c in copies]
 
-    # Rules ----------------------------------------------------------------------------
+    def rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        """Evaluate an equation whose derivative somebody wrote."""
+        raise NotImplementedError
 
-    def _rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-        reading, key = self.reading, id(eqn)
-        followed = key in reading.followed or self._hides(eqn)
-        if len(copies) == 1:
-            return [self._valued(eqn, copies[0], _jax.bind(eqn, *copies[0]))]
-        if len(copies) == 2:
-            if followed:
-                base = _jax.bind(eqn, *copies[0])
-                return followed_twice(push_of(eqn, copies), copies, base)
-            return [_function(eqn, c) for c in copies]
-        if key in reading.held:
+    def valued(self, eqn: Any, base: Copy, out: list[Any]) -> list[Any]:
+        """Give a result the value of the function, and the derivative of the rule."""
+        if id(eqn) not in self.reading.valued:
+            return out
+        own = _function(eqn, constants(base))
+        pairs = zip(out, own, strict=True)
+        return [instead(x, y) if is_float(x) else y for x, y in pairs]
+
+
+class Opened(Interpreter):
+    """The program itself, in one copy, but for the gates that are left out."""
+
+    moved = False
+
+    def stop(self, eqn: Any, copies: Copies) -> list[list[Any]]:
+        """There is nothing that it would keep from moving."""
+        return [_jax.bind(eqn, *operands) for operands in copies]
+
+    def rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        """Differentiate by the rule, at the value that the reading asks for."""
+        (operands,) = copies
+        return [self.valued(eqn, operands, _jax.bind(eqn, *operands))]
+
+
+class Moved(Interpreter):
+    """Two copies (base, moved), of which the moved one is differentiated by JAX.
+
+    So factors and followed rules are those where it has moved to, and constants.
+    """
+
+    def gate(self, eqn: Any, copies: Copies) -> list[list[Any]]:
+        """Move by the factor where it has moved to."""
+        return _by_factor(eqn, copies, copies[1])
+
+    def rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        """Move as the rule says where it is followed, and as its function elsewhere."""
+        if id(eqn) in self.reading.followed or self.hides(eqn):
+            base = _jax.bind(eqn, *copies[0])
+            return followed_twice(push_of(eqn, copies), copies, base)
+        return [_function(eqn, c) for c in copies]
+
+
+class Differenced(Interpreter):
+    """Three copies (base, plus, minus), of which differences are taken.
+
+    Factors and followed rules are those at the base, as a rule may jump.
+    """
+
+    def plain(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        """Evaluate an equation; quantized, it moves only if JAX's derivative does."""
+        base, *moved = super().plain(eqn, copies, tokens)
+        return [base, *self._quantized(base, moved, tokens)]
+
+    def gate(self, eqn: Any, copies: Copies) -> list[list[Any]]:
+        """Move by the factor at the base."""
+        return _by_factor(eqn, copies, copies[0])
+
+    def rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        """Hand the equation's share on, by the rule and by its function's differences.
+
+        The base alone is differentiated: the rule is asked once, as `jax.grad` asks it.
+        """
+        key = id(eqn)
+        if key in self.reading.held:
             copies = without_ignored(eqn, copies)
         base = copies[0]
         if key in tokens:
             base = self._moved_by(tokens[key][TOLD], eqn, copies)
         out = _jax.bind(eqn, *base)
-        if followed:
-            here = constant(out)
+        if key in self.reading.followed or self.hides(eqn):
+            # Its share is what the token is told: as a difference it would count twice.
+            here = constants(out)
             return [out, here, here]
-        out = self._valued(eqn, copies[0], out)
-        here = constant(out)
-        moved = [here if _same(c, copies[0]) else _function(eqn, c) for c in copies[1:]]
-        if key in reading.opened:
-            inner = control(eqn)
-            assert inner is not None
-            (body,) = inner.bodies
-            start = [constant(copies[0]), *copies[1:]]
-            moved = self.run(body.jaxpr, body.consts, start, tokens)[1:]
-        if reading.quantized:
-            moved = [_still(out, there, tokens[EVERY]) for there in moved]
+        out = self.valued(eqn, copies[0], out)
+        here = constants(out)
+        moved = self._quantized(out, self._own(eqn, copies, here, tokens), tokens)
         if key in tokens:
             out = self._asked(tokens[key], out, here, moved)
         return [out, *moved]
 
-    def _valued(self, eqn: Any, base: Copy, out: list[Any]) -> list[Any]:
-        """Give a result the value of the function, and the derivative of the rule."""
-        if id(eqn) not in self.reading.valued:
-            return out
-        own = _function(eqn, constant(base))
-        pairs = zip(out, own, strict=True)
-        return [instead(x, y) if is_float(x) else y for x, y in pairs]
+    def _own(
+        self, eqn: Any, copies: Copies, here: list[Any], tokens: Tokens
+    ) -> list[list[Any]]:
+        """Evaluate the function of a rule where the copies have moved to."""
+        base, *moved = copies
+        if id(eqn) not in self.reading.opened:
+            return [here if _same(c, base) else _function(eqn, c) for c in moved]
+        inner = control(eqn)
+        assert inner is not None
+        (body,) = inner.bodies
+        # The base is a constant here: what it hands on is the rule's, and not this.
+        start = [constants(base), *moved]
+        return self.run(body.jaxpr, body.consts, start, tokens)[1:]
+
+    def _quantized(
+        self, out: list[Any], moved: list[list[Any]], tokens: Tokens
+    ) -> list[list[Any]]:
+        if not self.reading.quantized:
+            return moved
+        return [_still(out, there, tokens[EVERY]) for there in moved]
 
     def _moved_by(self, token: Any, eqn: Any, copies: Copies) -> list[Any]:
         """Let the operands of a rule move as the copies do, with the token."""
@@ -291,7 +211,7 @@ class Declared:
         if _jax.kind_of(eqn) == "gate":
             first = eqn.params["split"][0]
             end = first + eqn.params["split"][1]
-        by = times if self.reading.forward else handed
+        by = times if self.reading.forward else handed_on
         base = list(copies[0])
         for k, (x, plus, minus) in enumerate(zip(*copies, strict=True)):
             if first <= k < end and is_float(x) and not (plus is x and minus is x):
@@ -308,7 +228,7 @@ class Declared:
             if not is_float(x) or (right is base and left is base):
                 asked.append(x)
                 continue
-            by = times if self.reading.forward else handed
+            by = times if self.reading.forward else handed_on
             shift = by(token[LEFT], _difference(base, left))
             shift += by(token[RIGHT], _difference(right, base))
             weigh = times if self.reading.forward else weighed
@@ -318,15 +238,36 @@ class Declared:
         return asked
 
 
-def _equations(jaxprs: Sequence[Any]) -> Iterator[Any]:
-    return (eqn for jaxpr in jaxprs for eqn in _jax.opened(jaxpr)[0].eqns)
+def _by_factor(eqn: Any, copies: Copies, at: Copy) -> list[list[Any]]:
+    """Let the values of a gate move as its sources do, times the factor at a copy."""
+    rule, (count, sources) = eqn.params["rule"], eqn.params["split"]
+    if is_left_out(rule):
+        return [_gated(eqn, c) for c in copies]
+    outs = [_jax.bind(eqn, *copies[0])]
+    if not rule.linear:  # `prevent_gradient`: the base raises, should JAX get to it
+        return [*outs, *(_gated(eqn, c) for c in copies[1:])]
+    end = count + sources
+    base = copies[0][count:end]
+    values, source, factor = map(constants, (copies[0][:count], base, at[end:]))
+    for there in (c[count:end] for c in copies[1:]):
+        if _same(there, base):
+            outs.append(constants(outs[0]))
+            continue
+        # A linear gate's pull is a factor, so it moves tangents as it does cotangents.
+        pulled = rule.pull(_minus(there, source), factor)
+        outs.append(list(map(shifted, values, pulled)))
+    return outs
+
+
+def _gated(eqn: Any, operands: Copy) -> list[Any]:
+    """Return the values that a gate hands on."""
+    return list(operands[: eqn.params["split"][0]])
 
 
 def _function(eqn: Any, operands: Copy) -> list[Any]:
     """Evaluate the function that an equation's rule is for."""
-    if _jax.kind_of(eqn) == "gate":
-        return list(operands[: eqn.params["split"][0]])
-    return _jax.bind(eqn, *operands)
+    is_gate = _jax.kind_of(eqn) == "gate"
+    return _gated(eqn, operands) if is_gate else _jax.bind(eqn, *operands)
 
 
 def _still(here: Sequence[Any], there: Sequence[Any], token: Any) -> list[Any]:
@@ -336,16 +277,7 @@ def _still(here: Sequence[Any], there: Sequence[Any], token: Any) -> list[Any]:
     ]
 
 
-_SINGLE = ("stop_gradient", "gate")  # what is special by itself
-
-
 # Values -------------------------------------------------------------------------------
-
-
-def _is_open(rule: Any) -> bool:
-    """Tell a gate that is left out of the comparison: clip, norm, transform, ..."""
-    forced = rule.name in ("with_backward", "prevent_gradient")
-    return not rule.linear and not forced
 
 
 def _same(there: Copy, here: Copy) -> bool:

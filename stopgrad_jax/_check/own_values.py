@@ -16,16 +16,18 @@ import numpy as np
 import stopgrad_jax._jax as _jax
 
 from .copies import Copies, Tokens
-from .measured import Program, Values, derive
-from .moved_copies import Declared, Reading, constant, times
-from .tap import handed, tap
+from .followed import constants
+from .measured import ByLeaf, Weighed, derive
+from .moved_copies import Opened, times
+from .sought import Reading
+from .tap import handed_on, tap
 
 # What the entries of a token stand for: sums, weighed by what comes back.
 _OWN, _TOLD, _COUNT = range(3)
 
 
 def other_values(
-    program: Program, rules: Sequence[int], forward: bool
+    program: Weighed, rules: Sequence[int], forward: bool
 ) -> dict[int, tuple[float, float]]:
     """Find the rules that return another value than their function.
 
@@ -36,8 +38,8 @@ def other_values(
     beside = _Beside(program.sites, Reading(asked=frozenset(rules), forward=forward))
 
     @jax.jit
-    def rows(values: Values) -> Any:
-        def function(values: Values, tokens: Tokens) -> Any:
+    def rows(values: ByLeaf) -> Any:
+        def function(values: ByLeaf, tokens: Tokens) -> Any:
             copies = [program.filled(values)]
             (out,) = beside.run(program.jaxpr, program.consts, copies, tokens)
             return program.kept(out), ()
@@ -54,18 +56,18 @@ def other_values(
         }
 
 
-class _Beside(Declared):
+class _Beside(Opened):
     """Evaluates a program; a rule's token is for the entry that is farthest off."""
 
-    def _is_special(self, eqn: Any, moved: bool) -> bool:
-        return id(eqn) in self.reading.asked or super()._is_special(eqn, moved)
+    def is_special(self, eqn: Any) -> bool:
+        return id(eqn) in self.reading.asked or super().is_special(eqn)
 
-    def _rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
-        (out,) = super()._rule(eqn, copies, tokens)
+    def rule(self, eqn: Any, copies: Copies, tokens: Tokens) -> list[list[Any]]:
+        (out,) = super().rule(eqn, copies, tokens)
         if id(eqn) not in tokens:
             return [out]
-        by = times if self.reading.forward else handed
-        own = _jax.bind(eqn, *constant(copies[0]))
+        by = times if self.reading.forward else handed_on
+        own = _jax.bind(eqn, *constants(copies[0]))
         token, far = tokens[id(eqn)], _farthest(out, own)
         return [
             [
@@ -84,11 +86,13 @@ def _row(by: Any, token: jax.Array, where: Any, x: Any, own: Any) -> Any:
 
 def _farthest(out: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     """Mark one entry of all results, if there is one that differs."""
-    gaps = [_gap(x, y) for x, y in zip(constant(out), own, strict=True)]
+    gaps = [_gap(x, y) for x, y in zip(constants(out), own, strict=True)]
     most = jnp.asarray(0.0)
     for gap in gaps:
         if gap is not None:
             most = jnp.maximum(most, jnp.max(gap, initial=0.0))
+    # One entry of all results, or the token would stand for a sum of several; none
+    # where nothing differs.
     taken, marks = most == 0, list[Any]()
     for gap in gaps:
         if gap is None or not gap.size:

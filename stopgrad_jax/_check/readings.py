@@ -8,20 +8,21 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.own_stop import is_handed
 
-from .measured import Program
-from .sites import Site
+from .measured import Weighed
+from .sites import RuleSite
 
 
-def known_sites(program: Program) -> tuple[set[int], set[int]]:
+def known_sites(program: Weighed) -> tuple[set[int], set[int]]:
     """Return the rules of users that are met, and the samplers of JAX."""
     met = met_sites(program)
     drawn = {key for key, site in met.items() if site.draws and not site.is_users}
     return {k for k, s in met.items() if s.is_users} - drawn, drawn
 
 
-def met_sites(program: Program) -> dict[int, Site]:
+def met_sites(program: Weighed) -> dict[int, RuleSite]:
     """Return the rules that are met: what is inside another one is its own."""
-    met, seen = dict[int, Site](), set[int]()
+    # Two calls of a jitted function share one program: it is searched once.
+    met, seen = dict[int, RuleSite](), set[int]()
 
     def search(jaxpr: Any) -> None:
         if id(jaxpr) in seen:

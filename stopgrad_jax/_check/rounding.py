@@ -20,7 +20,8 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._reach.own_stop import is_handed
 
 from .copies import Copies, Copy, Tokens, around
-from .moved_copies import EVERY, INSIDE, Declared, constant, is_float, times
+from .followed import constants, is_float
+from .moved_copies import EVERY, INSIDE, Opened, times
 from .tap import last_digit, tap, weighed, where_moved
 
 # What moves values and computes none. Left out for speed: they would only count twice.
@@ -39,7 +40,7 @@ _SOLVERS = (
 )
 
 
-class Rounding(Declared):
+class Rounding(Opened):
     """Evaluates a program, and all that is in it, with the rounding of each value.
 
     The token `EVERY` is for all of it, that of a rule for what is in its function, and
@@ -57,7 +58,7 @@ class Rounding(Declared):
         if _jax.gate_name(eqn) == "with_backward":
             count = eqn.params["split"][0]
             values = operands[:count]
-            out = _jax.bind(eqn, *constant(values), *operands[count:])
+            out = _jax.bind(eqn, *constants(values), *operands[count:])
             return [list(map(tap, out, values)), list(others[:count])]
         inside = self._around or any(id(x) in self._inside for x in operands)
         known = inner is not None and (self.reading.forward or not inner.dynamic)
@@ -72,25 +73,27 @@ class Rounding(Declared):
     def _rounded(
         self, eqn: Any, copies: Copies, tokens: Tokens, inside: bool
     ) -> list[list[Any]]:
+        """Return an equation's results, each moved by the token as it is rounded."""
         (operands, others), inner = copies, control(eqn)
         by = times if self.reading.forward else weighed
         keys = [EVERY, id(eqn), *([INSIDE] if inside else ())]
         token = sum((tokens[k] for k in keys[1:] if k in tokens), tokens[EVERY])
         if _jax.kind_of(eqn) in _SOLVERS:
             operands = [
-                tap(x, by(token, last_digit(constant([x])[0]))) if is_float(x) else x
+                tap(x, by(token, last_digit(constants([x])[0]))) if is_float(x) else x
                 for x in operands
             ]
         out, there = self._both(eqn, [operands, others])
         if _jax.kind_of(eqn) in _EXACT:
             return [out, there]
         terms = self._terms(eqn, operands, out)
-        triples = zip(constant(out), there, map(_last_digit, terms), strict=True)
+        triples = zip(constants(out), there, map(_last_digit, terms), strict=True)
         sizes = [
             where_moved(x != y, size) if is_float(x) else None for x, y, size in triples
         ]
         shifts = [None if size is None else by(token, size) for size in sizes]
         if inner is not None and inner.rule:
+            # The rule is what is differentiated, and its function is what rounds.
             (body,), start = inner.bodies, [_passed_by(operands), others]
             within, _ = self.run(body.jaxpr, body.consts, start, {EVERY: token})
             pairs = zip(shifts, within, strict=True)
@@ -114,8 +117,8 @@ class Rounding(Declared):
 
     def _terms(self, eqn: Any, operands: Copy, out: Sequence[Any]) -> Sequence[Any]:
         if _jax.kind_of(eqn) in _SUMS and all(map(is_float, operands)):
-            return _jax.bind(eqn, *(jnp.abs(x) for x in constant(operands)))
-        return constant(out)
+            return _jax.bind(eqn, *(jnp.abs(x) for x in constants(operands)))
+        return constants(out)
 
 
 def _passed_by(values: Copy) -> list[Any]:

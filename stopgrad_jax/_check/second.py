@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .checked import Checked
-from .compare import Direction, Function, digit_of, distances_of, slope_of
+from .compare import Direction, OfLeaves, digit_of, distances_of, slope_of
 from .judge import RIGHT, Verdict, judge
-from .measured import Program, Values, rounding
-from .moved_copies import EVERY, Declared, Reading
+from .measured import ByLeaf, Weighed, rounding
+from .moved_copies import EVERY, Moved
 from .near import look_near
 from .sites import sites_in
 from .slope import Difference
+from .sought import Reading
 
 
 def compare_second(checked: Checked, mode: str) -> None:
@@ -46,21 +47,21 @@ class _Second:
         self._run = functools.partial(jax.jit(self._slope), program.leaves)
         self._base = float(self._run(program.values()))
 
-    def _slope(self, point: Sequence[Any], values: Values) -> Any:
+    def _slope(self, point: Sequence[Any], values: ByLeaf) -> Any:
         # The point is an operand, so that XLA rounds at it as where JAX's derivative is
         # computed: of constants a rounding that is a tie may come out otherwise.
         return self._first(functools.partial(self._moved, point), values)
 
-    def _moved(self, point: Sequence[Any], values: Values) -> list[Any]:
+    def _moved(self, point: Sequence[Any], values: ByLeaf) -> list[Any]:
         """Run what is declared at the point, where the values have moved to."""
         program, checked = self._program, self._checked
         reading = Reading(followed=checked.followed(), freed=checked.freed)
-        declared = Declared(program.sites, reading)
+        moved = Moved(program.sites, reading)
         copies = [point, program.filled(values)]
-        outs = declared.run(program.jaxpr, program.consts, copies, {})
+        outs = moved.run(program.jaxpr, program.consts, copies, {})
         return program.kept(outs[1])
 
-    def _first(self, function: Function, values: Values) -> Any:
+    def _first(self, function: OfLeaves, values: ByLeaf) -> Any:
         weights = self._program.weights
         return slope_of(self._mode, function, values, [self.every], weights)[0]
 
@@ -68,8 +69,8 @@ class _Second:
         """Return the second derivatives, as JAX says."""
         function = functools.partial(self._first, self._checked.function)
 
-        def second(values: Values, directions: Sequence[Values], weights: Any) -> Any:
-            def again(values: Values) -> list[Any]:
+        def second(values: ByLeaf, directions: Sequence[ByLeaf], weights: Any) -> Any:
+            def again(values: ByLeaf) -> list[Any]:
                 return [function(values)]
 
             return slope_of(self._mode, again, values, directions, weights)
@@ -130,5 +131,5 @@ class _Second:
         closed = jax.make_jaxpr(moved)(*leaves)
         places, sites = list(range(len(leaves))), sites_in(closed.jaxpr)
         one = [jnp.ones(())]
-        program = Program(closed.jaxpr, closed.consts, leaves, places, [0], one, sites)
+        program = Weighed(closed.jaxpr, closed.consts, leaves, places, [0], one, sites)
         return rounding(program, self._mode == "fwd", [])

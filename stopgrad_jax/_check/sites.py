@@ -19,7 +19,7 @@ _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", *_
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Site:
+class RuleSite:
     """One such equation.
 
     Attributes:
@@ -53,12 +53,12 @@ class Site:
         return bool(names & {self.shown, *self.names})
 
 
-Sites = Mapping[int, Site]  # by the id of the equation
+Sites = Mapping[int, RuleSite]  # by the id of the equation
 
 
-def sites_in(jaxpr: Any) -> dict[int, Site]:
+def sites_in(jaxpr: Any) -> dict[int, RuleSite]:
     """Find them in a program and in all that is nested in it."""
-    found, seen, labels = dict[int, Site](), set[int](), Labels()
+    found, seen, labels = dict[int, RuleSite](), set[int](), Labels()
 
     def search(jaxpr: Any) -> None:
         if id(jaxpr) in seen:
@@ -74,18 +74,18 @@ def sites_in(jaxpr: Any) -> dict[int, Site]:
     return found
 
 
-def best_name(site: Site, sites: Sites) -> str:
+def best_name(site: RuleSite, sites: Sites) -> str:
     """Return what to write for a site: its name, if no other one answers to it."""
     others = {s.shown for s in sites.values() if site.key in s.names} - {site.shown}
     return site.key if site.key.isidentifier() and not others else site.shown
 
 
-def _site(eqn: Any, labels: Labels) -> Site | None:
+def _site(eqn: Any, labels: Labels) -> RuleSite | None:
     primitive, line = _jax.kind_of(eqn), _jax.line_of(eqn)
     if _jax.gate_name(eqn) == "with_backward":
         of = eqn.params["rule"].of
         names = frozenset({of, "with_backward"})
-        return Site(eqn, f"with_backward({of})", of, line, names, True, False, True)
+        return RuleSite(eqn, f"with_backward({of})", of, line, names, True, False, True)
     draws, users, place = primitive in _DRAWN, primitive not in _DRAWN, ""
     if primitive in _jax.CUSTOM:
         names, place, users = _custom(eqn, labels)
@@ -99,7 +99,9 @@ def _site(eqn: Any, labels: Labels) -> Site | None:
     if not place or _jax.is_own(place):  # a function of JAX with a rule of the user
         place = line
     name, reverse_only = names[0] if names else "", _jax.has_own_vjp(eqn)
-    return Site(eqn, name, name, place, frozenset(names), users, draws, reverse_only)
+    return RuleSite(
+        eqn, name, name, place, frozenset(names), users, draws, reverse_only
+    )
 
 
 def _custom(eqn: Any, labels: Labels) -> tuple[list[str], str, bool]:

@@ -73,6 +73,8 @@ def slope(differences: Sequence[Difference]) -> Slope | None:
     finite = [d for d in differences if np.isfinite(d.left + d.right)]
     best = None
     for k, (wide, near) in enumerate(itertools.pairwise(finite)):
+        # Central differences are off by the square of the distance, those of one side,
+        # further down, by the distance itself.
         ratio = (wide.distance / near.distance) ** 2
         value = near.central + (near.central - wide.central) / (ratio - 1)
         nearer = (_still_off(value, near, finite, j) for j in range(k + 2, len(finite)))

@@ -51,7 +51,7 @@ def weighed(token: Any, sizes: Any) -> jax.Array:
     return gate([token.astype(sizes.dtype) * sizes], [token], [sizes], _MAGNITUDES)[0]
 
 
-def handed(token: Any, x: Any) -> jax.Array:
+def handed_on(token: Any, x: Any) -> jax.Array:
     """Return `token * x`, in reverse mode; zero times what is not finite is zero.
 
     It is of an entry that does not move, or of one that does not count.
@@ -88,6 +88,7 @@ _MAGNITUDES = Rule("magnitudes", _pull, forward="magnitudes: in reverse mode onl
 
 
 def _tap_jvp(primals: Any, tangents: Any) -> Any:
+    # JAX does not differentiate through this value, and the shift must not make it.
     if type(tangents[0]) is ad.Zero:
         return primals[0], tangents[0]
     return primals[0], ad.add_tangents(*tangents)
@@ -95,6 +96,7 @@ def _tap_jvp(primals: Any, tangents: Any) -> Any:
 
 def _still_jvp(primals: Any, tangents: Any) -> Any:
     value, moved, _ = primals
+    # Only whether a tangent comes is asked: what has moved is not differentiated.
     held = type(tangents[0]) is ad.Zero
     return (value if held else moved), ad.Zero(jax.typeof(moved).to_tangent_aval())
 

@@ -14,19 +14,19 @@ from stopgrad_jax._errors import quoted, wrong
 from .compare import Direction
 from .directions import FEW
 from .judge import BORDER, WRONG, Verdict
-from .measured import Program
+from .measured import Weighed
 from .sites import best_name
 
 _KINDS = {4: "float32", 8: "float64"}
 
 
-class Told:
+class Teller:
     """Says what is found along the directions of a program's leaves."""
 
     called: str
     name: str
     places: Mapping[int, str]
-    program: Program
+    program: Weighed
     along: dict[Direction, Any]
 
     def wrong_leaf(

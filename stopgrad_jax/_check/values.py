@@ -44,6 +44,7 @@ def whose_value(
     if not order or not settles(other.reading.valued):
         return None
     alone = (key for key in order if len(order) == 1 or settles(frozenset({key})))
+    # Where it takes several of them, the one that is farthest off is named.
     key = next(alone, order[0])
     return key, found.get(key, (np.nan, np.nan))
 

@@ -60,12 +60,14 @@ class Look:
         kept = base if base is not None and base.ys == ys else None
         beside = kept.xs or () if kept else ()
         program = look_up(traced, [*by, *beside, *(ys or ())], called, by)
+        # A view of a flow has no argument that is called `xs`.
         what = "what is looked at" if (told := called.startswith("flow.")) else "xs"
         refuse_outputs(program, by, called, what, ys=not told)
         self._program = program
         self._ends = list(self._outputs_asked(program))
         asked = list(self._asked(program))
         self._bits = {place: bit for _, _, place, bit, *_ in asked}
+        # To unfold a program is dear: views of one flow share its graph where they can.
         if base is not None and base.serves(self):
             self.graph, same = base.graph, True
         else:

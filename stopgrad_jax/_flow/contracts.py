@@ -173,6 +173,8 @@ def _contract(
         _require_one_output(look, called, asked)
         _require_leaves(look, called, wanted)
         if broken(look):
+            # A contract that holds needs one look; one that is broken is explained in
+            # the terms that the whole function has.
             whole = looked_at(traced, labels, None, asked, called)
             look = looked_at(traced, labels, wanted, asked, called, base=whole)
             rows = broken(look)
@@ -191,6 +193,7 @@ def _asked(contract: Check[Any], args: Any, kwargs: Any) -> Any:
     if args is None and kwargs is None:
         return contract
     if not isinstance(args, tuple | list | None):
+        # It is not to warn that it was never called.
         contract.drop()
         called = f"{function_name(contract)}: args={shown(args)}"
         expected = "args is a tuple of the function's arguments"

@@ -22,8 +22,8 @@ from .theme import (
     caption,
     check,
     clean,
-    lines_of,
-    shortened,
+    fitted,
+    node_lines,
     width_of,
 )
 
@@ -77,7 +77,7 @@ def _wrapped(text: str, most: int) -> list[str]:
         if lines[-1] and len(lines[-1]) + len(word) >= most:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-    return [shortened(line, most) for line in lines[:3]]
+    return [fitted(line, most) for line in lines[:3]]
 
 
 def _quoted(*lines: str) -> str:
@@ -115,7 +115,7 @@ def _frame(box: Box, look: Theme) -> str:
 
 
 def _node(step: Step, look: Theme) -> str:
-    lines = lines_of(step)
+    lines = node_lines(step)
     sizes = [NAME_SIZE] + [DETAIL_SIZE] * (len(lines) - 1)
     widths = [
         width_of(line, size, bold=size == NAME_SIZE)
@@ -257,7 +257,7 @@ _FORMS = {
 
 
 def _mermaid_node(step: Step) -> str:
-    text = "<br/>".join(_entities(line) for line in lines_of(step))
+    text = "<br/>".join(_entities(line) for line in node_lines(step))
     opening, closing = _FORMS.get(step.kind, ("(", ")"))
     return f's{step.id}{opening}"{text}"{closing}:::{_class(step)}'
 
@@ -265,6 +265,7 @@ def _mermaid_node(step: Step) -> str:
 def _mermaid_styles(
     steps: tuple[Step, ...], edges: tuple[Edge, ...], look: Theme
 ) -> Iterator[str]:
+    """Yield how each kind of node, and the edges of each status, are to look."""
     for kind in dict.fromkeys(_class(step) for step in steps):
         line, fill, text = _paint(kind, look)
         dashes = ",stroke-dasharray:6 3" if kind == "cut" else ""
@@ -274,6 +275,7 @@ def _mermaid_styles(
         )
     gaps = {"dashed": ",stroke-dasharray:6 4", "dotted": ",stroke-dasharray:1 4"}
     for status, (style, width, _, _) in LINES.items():
+        # Mermaid styles edges by their numbers, in the order in which they are written.
         which = [str(i) for i, edge in enumerate(edges) if edge.status == status]
         color = getattr(look, status, look.line)
         stroke = f"stroke:{color},stroke-width:{width}px{gaps.get(style, '')}"

@@ -106,6 +106,7 @@ def _placed(op: Operation) -> str:
 def _row(
     look: Look, row: Folded, with_cuts: bool, passing: Passing
 ) -> Iterator[list[Part]]:
+    """Yield what there is to say of one input: verdict, way, cuts and what to write."""
     head, _, rest = verdict(look, row).partition(": ")
     word = look.verdict(row.bits) if row.bits else "unused"
     style = {"flows": "flow", "cut": "cut"}.get(word, "bold")

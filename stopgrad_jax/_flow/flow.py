@@ -202,6 +202,7 @@ class Flow(Drawing):
     def _at(
         self, xs: Sequence[Address], ys: Sequence[Address] | None, called: str
     ) -> Look:
+        """Look again, at some inputs and outputs of the same program."""
         old = self._look
         if old is None:
             known = quoted(path for path in self._stored if isinstance(path, str))
@@ -217,6 +218,7 @@ class Flow(Drawing):
         try:
             return looked_at(old.traced, old.labels, xs, *rest)
         except AddressError:
+            # It may be the name of a row of the table, which is not always an address.
             rows = [self._as_row(old, x) for x in xs]
             if rows == xs:
                 raise
@@ -335,6 +337,7 @@ def _as_variable(address: Address, traced: Traced) -> Address:
 
 
 def _made(look: Look, fun: Any) -> Flow:
+    """Put what a look found into plain values."""
     layout = look.layout
     inputs = []
     names = [name for name, _ in look.terms]
@@ -344,6 +347,7 @@ def _made(look: Look, fun: Any) -> Flow:
         inputs.append(Input(row.path, row.size, row.count, status, cells))
     cuts = []
     for cut in look.cuts:
+        # A cut in another library has two places: the user's call, and the line there.
         inside = site_of(cut.path.inside, "library") if cut.path.inside else None
         site = site_of(cut.spot, "library" if inside else "user") if cut.spot else None
         lost = tuple(row.path for row in look.rows if row.bits & look.told(cut))

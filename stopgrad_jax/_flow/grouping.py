@@ -107,6 +107,7 @@ class Grouping:
         for k, op in enumerate(self.analysis.graph.ops):
             if not self._used[k]:
                 continue
+            # Most operations share their path with others: each path is placed once.
             if id(op.path) not in places:
                 places[id(op.path)] = self._key(op.path)
             key, group = places[id(op.path)]
@@ -121,6 +122,7 @@ class Grouping:
             self.groups[numbers[key]].ops.append(k)
 
     def _key(self, path: Path) -> tuple[Any, Group]:
+        """Return what tells the step of a path apart, and that step, still empty."""
         if not path.spots[self.root :]:
             return None, Group((), None)
         prefix, spot = self.place(path)
@@ -132,6 +134,8 @@ class Grouping:
         ]
         if not inside:
             return key, Group(prefix, spot)
+        # One may hold another, as `stop_gradient(jnp.round(x))` does: it is the inner
+        # one's.
         part, special = min(inside, key=lambda pair: _extent(pair[0]))
         if spot.statement is not None and spot.statement.value == part.position:
             return key, Group(prefix, part, special=special)

@@ -3,45 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from .analysis import Look
-from .model import Picture
+from .model import Picture, Step
+from .steps import Layout
 
 
 def reached(look: Look, title: str) -> Picture:
     """Only what the inputs that were asked for reach, and what is used."""
-    layout, analysis = look.layout, look.analysis
-    reached = {
-        layout.step_of[v] for v in range(len(layout.step_of)) if analysis.value[v]
-    }
-    before: dict[int, list[int]] = {}
+    layout, value = look.layout, look.analysis.value
+    shown = {step for v, step in enumerate(layout.step_of) if value[v]}
+    shown |= _ends(layout)
+    steps = [s for s in layout.steps if s.id in shown and not s.data]
+    return keep(Picture(title, layout.steps, layout.edges, layout.boxes), steps)
+
+
+def _ends(layout: Layout) -> set[int]:
+    """The outputs, but for a value inside that is asked for: it is its own end."""
+    before: dict[int, list[str]] = {}
     for edge in layout.edges:
-        before.setdefault(edge.target, []).append(edge.source)
-    outputs = {s.id for s in layout.steps if s.kind == "output"}
-    for step in layout.steps:  # a value inside that is asked for is its own end
-        labels = [layout.steps[k].label for k in before.get(step.id, ())]
-        if step.id in outputs and labels == [step.label]:
-            outputs.discard(step.id)
-    kept = [s for s in layout.steps if s.id in reached or s.id in outputs]
-    kept = [s for s in kept if not s.data]
-    number = {s.id: k for k, s in enumerate(kept)}
-    boxes = {s.box for s in kept if s.box is not None}
-    parents = {box.id: box.parent for box in layout.boxes}
-    for box in list(boxes):
-        while (box := parents[box]) is not None:
-            boxes.add(box)
-    shown = [box for box in layout.boxes if box.id in boxes]
-    renamed: dict[int | None, int] = {box.id: k for k, box in enumerate(shown)}
-    steps = [
-        dataclasses.replace(s, id=number[s.id], box=renamed.get(s.box)) for s in kept
-    ]
-    edges = [
-        dataclasses.replace(e, source=number[e.source], target=number[e.target])
-        for e in layout.edges
-        if e.source in number and e.target in number
-    ]
-    frames = [
-        dataclasses.replace(b, id=renamed[b.id], parent=renamed.get(b.parent))
-        for b in shown
-    ]
-    return Picture(title, tuple(steps), tuple(edges), tuple(frames))
+        label = layout.steps[edge.source].label
+        before.setdefault(edge.target, []).append(label)
+    outputs = (s for s in layout.steps if s.kind == "output")
+    return {s.id for s in outputs if before.get(s.id) != [s.label]}
+
+
+def keep(picture: Picture, steps: Sequence[Step]) -> Picture:
+    """Keep some steps, the edges between them, and the boxes that they lie in."""
+    parents, around = {box.id: box.parent for box in picture.boxes}, set[int]()
+    for box in {step.box for step in steps}:
+        while box is not None:
+            around.add(box)
+            box = parents[box]
+    boxes = tuple(box for box in picture.boxes if box.id in around)
+    return renumber(dataclasses.replace(picture, steps=tuple(steps), boxes=boxes))
+
+
+def renumber(picture: Picture) -> Picture:
+    """Number steps and boxes from zero, and leave out edges of what is not there."""
+    # An id is the index of its step: with gaps, it would be that of another one.
+    step = {s.id: k for k, s in enumerate(picture.steps)}
+    box: dict[int | None, int] = {b.id: k for k, b in enumerate(picture.boxes)}
+    return dataclasses.replace(
+        picture,
+        steps=tuple(
+            dataclasses.replace(s, id=step[s.id], box=box.get(s.box))
+            for s in picture.steps
+        ),
+        edges=tuple(
+            dataclasses.replace(e, source=step[e.source], target=step[e.target])
+            for e in picture.edges
+            if e.source in step and e.target in step
+        ),
+        boxes=tuple(
+            dataclasses.replace(b, id=box[b.id], parent=box.get(b.parent))
+            for b in picture.boxes
+        ),
+    )

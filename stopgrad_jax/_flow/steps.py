@@ -129,47 +129,66 @@ def short(function: str) -> str:
 def _step(
     number: int, group: Group, analysis: Analysis, grouping: Grouping, boxes: _Boxes
 ) -> Step:
-    graph = analysis.graph
-    values = [v for k in group.ops for v in graph.ops[k].values]
-    mine = set(group.ops)
-    sinks = set(analysis.sinks)
-    leaving = [
-        v
-        for v in values
-        if v in sinks
-        or any(r not in mine and grouping.group_of[r] >= 0 for r in graph.readers[v])
-    ]
-    kinds = {
-        type_of(graph.avals[v]) for v in leaving if hasattr(graph.avals[v], "dtype")
-    }
-    special = group.special
-    own = [op for op in map(graph.ops.__getitem__, group.ops) if not op.copies]
-    own = own or [graph.ops[k] for k in group.ops]
-    last = own[-1]
-    kind = special.kind if special and special.kind != "name" else "step"
-    label, detail = _label(group, grouping.root, last)
-    if special:
-        detail = special.detail or detail
-        if special.cut:
-            detail = _of_cut(special.cut, callee_of(graph.ops[special.cut.op]), label)
-    elif all(op.join and not op.copies for op in own):
-        inner = control(last.eqn)
-        branch = inner is not None and inner.decides == "branch"
-        detail = "one of the branches" if branch else "carried by the loop"
-    repeat = _repeats(own, group)
-    return Step(
-        number,
-        kind,
-        label,
-        kinds.pop() if len(kinds) == 1 else "",
-        _callee(group, [graph.ops[k].path for k in group.ops], kind),
-        detail,
-        _site(group, last.path),
-        repeat if group.statement else 1,
-        boxes.inside(group.prefix, group, grouping.root),
-        special.cut.reason if special and special.cut else "",
-        any(analysis.arrives[v] and analysis.tangent[v] for v in values),
+    """Describe a group: what the user calls it, what happens there, and where."""
+    every = [analysis.graph.ops[k] for k in group.ops]
+    # The joint at which a found value leaves a loop is not what the user wrote.
+    own = [op for op in every if not op.copies] or every
+    last, cut = own[-1], group.special.cut if group.special else None
+    passes = (
+        analysis.arrives[v] and analysis.tangent[v] for op in every for v in op.values
     )
+    kind = _kind(group)
+    label, detail = _label(group, grouping.root, last)
+    return Step(
+        id=number,
+        kind=kind,
+        label=label,
+        type=_type(group, analysis, grouping),
+        callee=_callee(group, [op.path for op in every], kind),
+        detail=_detail(group, analysis, own, label) or detail,
+        site=_site(group, last.path),
+        repeat=_repeats(own, group) if group.statement else 1,
+        box=boxes.inside(group.prefix, group, grouping.root),
+        reason=cut.reason if cut else "",
+        flows=any(passes),
+    )
+
+
+def _kind(group: Group) -> str:
+    """A name changes nothing: to who reads the picture it is a step like any other."""
+    special = group.special
+    return special.kind if special and special.kind != "name" else "step"
+
+
+def _type(group: Group, analysis: Analysis, grouping: Grouping) -> str:
+    """Return the type of what leaves a group, or "" if it has several."""
+    graph, mine, sinks = analysis.graph, set(group.ops), set(analysis.sinks)
+
+    def leaves(value: Node) -> bool:
+        readers = (k for k in graph.readers[value] if k not in mine)
+        return value in sinks or any(grouping.group_of[k] >= 0 for k in readers)
+
+    values = [v for k in group.ops for v in graph.ops[k].values if leaves(v)]
+    avals = (graph.avals[v] for v in values)
+    kinds = {type_of(aval) for aval in avals if hasattr(aval, "dtype")}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _detail(
+    group: Group, analysis: Analysis, own: Sequence[Operation], label: str
+) -> str:
+    """Say in a word what happens in a group, or "" where its name says it all."""
+    special = group.special
+    if special and special.cut:
+        cut = special.cut
+        return _of_cut(cut, callee_of(analysis.graph.ops[cut.op]), label)
+    if special:
+        return special.detail
+    if not all(op.join and not op.copies for op in own):
+        return ""
+    inner = control(own[-1].eqn)
+    branch = inner is not None and inner.decides == "branch"
+    return "one of the branches" if branch else "carried by the loop"
 
 
 def _repeats(ops: Sequence[Operation], group: Group) -> int:
@@ -285,15 +304,17 @@ def _edges(
     steps: Sequence[Step],
     step_of: Sequence[int],
 ) -> dict[tuple[int, int], str]:
+    """Return the edges between steps, each with the first of its statuses.
+
+    Two steps may share many values: a gradient through one of them is a gradient.
+    """
     graph, out = analysis.graph, dict[tuple[int, int], str]()
-    cut_ops = {k for s in grouping.specials if s.cut for k in (s.cut.op,)}
+    cut_ops = {s.cut.op for s in grouping.specials if s.cut}
     for k, op in enumerate(graph.ops):
         if grouping.group_of[k] < 0:
             continue
         target = step_of[op.values[0]]
-        for value in op.values:
-            if not analysis.used[value]:
-                continue
+        for value in filter(analysis.used.__getitem__, op.values):
             tangents = set(graph.grads[value])
             for source in graph.feeds[value]:
                 origin = step_of[source]
@@ -303,9 +324,9 @@ def _edges(
                     analysis,
                     source,
                     value,
-                    source in tangents,
-                    k in cut_ops,
-                    steps[target].kind,
+                    passes=source in tangents,
+                    cut=k in cut_ops,
+                    kind=steps[target].kind,
                 )
                 old = out.get((origin, target), "value")
                 out[origin, target] = min(old, status, key=STATUSES.index)

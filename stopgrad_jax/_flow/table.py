@@ -52,6 +52,7 @@ def _many(count: int, noun: str) -> str:
 
 
 def _rows(look: Look) -> Iterator[list[Part]]:
+    """Yield a row for each input, in columns that are as wide as their words."""
     if not look.rows:
         yield [(f"  {_words.NO_INPUTS.format(inputs=_untraced(look))}", "bold")]
         return
@@ -93,6 +94,7 @@ def _article(noun: str) -> str:
 
 
 def _cuts(look: Look) -> Iterator[list[Part]]:
+    """Yield a line for each cut; those that would read alike are one."""
     lines = []
     for cut in look.cuts:
         group = look.grouping.groups[look.grouping.group_of[cut.op]]

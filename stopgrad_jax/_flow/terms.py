@@ -25,7 +25,7 @@ _ADDS = {"add", "sub", "add_any"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Term:
     """One part of a sum: its value, its name, and whether a variable gave it."""
 
     value: Node
@@ -47,7 +47,7 @@ def terms(
     parts = _told_apart(graph, list(_Sum(analysis, inputs).parts(sink)))
     shape = graph.avals[sink].shape
 
-    def is_alike(part: Part) -> bool:
+    def is_alike(part: Term) -> bool:
         return part.named and graph.avals[part.value].shape == shape
 
     parts = [
@@ -76,13 +76,13 @@ class _Sum:
         self._inputs = inputs
         self._linear: dict[Operation, bool] = {}
 
-    def parts(self, sink: Node) -> Iterator[Part]:
+    def parts(self, sink: Node) -> Iterator[Term]:
         """Yield the parts of the output; itself, if it is no sum."""
         yield from self._parts(sink, None, frozenset())
 
     def _parts(
         self, value: Node, reader: Operation | None, sums: frozenset[str]
-    ) -> Iterator[Part]:
+    ) -> Iterator[Term]:
         """Yield the parts of a value that `reader` adds up.
 
         `sums` holds the names of the sum itself, as in `loss += ...`.
@@ -92,7 +92,7 @@ class _Sum:
         while True:
             name = self._name(end, after)
             if reader is not None and name and name[0] not in sums:
-                yield Part(end, name[0], True, name[1])
+                yield Term(end, name[0], True, name[1])
                 return
             names |= {name[0]} if name else set()
             operands = self._summands(end)
@@ -179,19 +179,19 @@ class _Sum:
                 return True
         return is_linear(op.eqn, moved)
 
-    def _whole(self, value: Node, reader: Operation | None) -> Part:
+    def _whole(self, value: Node, reader: Operation | None) -> Term:
         """A part that no variable has: named by its expression."""
         op = self._maker(value)
         if op is None:
             path = self._inputs.get(value) or self._inputs.get(
                 self._graph.original(value), ""
             )
-            return Part(value, path, True, path)
+            return Term(value, path, True, path)
         spot = _apart(op, reader) or op.spot
         text = spot.expression if spot else op.name
         if spot and _is_pulled(op, spot):
             text = self._read(value, reader) or text
-        return Part(value, _shortened(text) or op.name, False, spot or op.name)
+        return Term(value, _shortened(text) or op.name, False, spot or op.name)
 
     def _name(self, value: Node, reader: Operation | None) -> tuple[str, Any] | None:
         """Return the variable or the point that a value is, and where that is."""
@@ -247,9 +247,9 @@ def _is_pulled(op: Operation, spot: Spot) -> bool:
     return any(spot.frame.code in _jax.linearized_in(eqn) for eqn in eqns)
 
 
-def _told_apart(graph: Graph, parts: Sequence[Part]) -> list[Part]:
+def _told_apart(graph: Graph, parts: Sequence[Term]) -> list[Term]:
     """Name what came out of one container by where in it each part was made."""
-    groups: dict[Any, list[Part]] = {}
+    groups: dict[Any, list[Term]] = {}
     for part in parts:
         groups.setdefault((part.label, part.site), []).append(part)
     out = []
@@ -267,7 +267,7 @@ def _told_apart(graph: Graph, parts: Sequence[Part]) -> list[Part]:
     return out
 
 
-def _spots(graph: Graph, part: Part) -> tuple[Spot, ...]:
+def _spots(graph: Graph, part: Term) -> tuple[Spot, ...]:
     number = graph.maker[part.value]
     return () if number < 0 else graph.ops[number].path.spots
 
@@ -321,13 +321,13 @@ def _returned_name(op: Operation, spot: Spot) -> tuple[str, Any] | None:
     return None
 
 
-def _is_of_another(graph: Graph, part: Part, parts: Sequence[Part]) -> bool:
+def _is_of_another(graph: Graph, part: Term, parts: Sequence[Term]) -> bool:
     """Tell whether a part is another one's value, as in `x + stop_gradient(q - x)`."""
     before = graph.backward([part.value], graph.feeds)
     return any(before[p.value] for p in parts if p.value != part.value)
 
 
-def _independent(analysis: Analysis, parts: Sequence[Part]) -> bool:
+def _independent(analysis: Analysis, parts: Sequence[Term]) -> bool:
     """Tell whether none of the parts is computed from another one."""
     graph, values = analysis.graph, {part.value for part in parts}
     if len(values) < 2:

@@ -119,7 +119,7 @@ def clean(text: str) -> str:
     )
 
 
-def shortened(text: str, most: int, *, keep_end: bool = False) -> str:
+def fitted(text: str, most: int, *, keep_end: bool = False) -> str:
     """Cut a long text down to `most` characters, at its front if `keep_end`."""
     text = clean(text)
     if len(text) <= most:
@@ -127,11 +127,11 @@ def shortened(text: str, most: int, *, keep_end: bool = False) -> str:
     return "..." + text[3 - most :] if keep_end else text[: most - 3] + "..."
 
 
-def lines_of(step: Step) -> list[str]:
+def node_lines(step: Step) -> list[str]:
     """Return the at most three lines of a node: name, what happens there, where."""
-    lines = [shortened(step.label, 36) or "?", shortened(_what(step), 48)]
+    lines = [fitted(step.label, 36) or "?", fitted(_what(step), 48)]
     if step.site is not None:
-        lines.append(shortened(step.site.place, 40, keep_end=True))
+        lines.append(fitted(step.site.place, 40, keep_end=True))
     elif step.kind == "input":
         still = "data" if step.data else "no gradient"
         lines.append("can get a gradient" if step.flows else still)
@@ -156,8 +156,8 @@ def _what(step: Step) -> str:
 
 def caption(box: Box) -> str:
     """Return the one line over a box: what is called, and where."""
-    place = "" if box.site is None else shortened(box.site.place, 40, keep_end=True)
-    return f"{shortened(box.label, 36)}   {place}".strip() or "?"
+    place = "" if box.site is None else fitted(box.site.place, 40, keep_end=True)
+    return f"{fitted(box.label, 36)}   {place}".strip() or "?"
 
 
 def width_of(text: str, size: float, *, bold: bool = False) -> float:

@@ -22,9 +22,9 @@ import stopgrad_jax._jax as _jax
 from stopgrad_jax._program.control import control
 
 from .chosen import choosers
-from .entries import Index, count, is_bad, is_nan, known
-from .levels import Level, Op
-from .stepper import Runner
+from .entries import Index, count_nonfinite, is_bad, is_nan, known
+from .levels import Executed, Level
+from .stepper import Stepper
 from .suspects import Entry, Suspects, cleaned, first_entry
 
 
@@ -40,7 +40,7 @@ class Frame:
     after: dict[Entry, Entry]
 
     @property
-    def op(self) -> Op:
+    def op(self) -> Executed:
         """The operation that the birth is in, or is."""
         return self.level.ops[self.level.maker[self.entry.value]]
 
@@ -66,7 +66,7 @@ class Birth:
     constant: Any = None
 
     @property
-    def op(self) -> Op:
+    def op(self) -> Executed:
         """The operation."""
         return self.frames[-1].op
 
@@ -103,57 +103,79 @@ def _entry(shape: Index, result: Index, index: Index) -> Index | None:
     return tuple(k if n > 1 else 0 for k, n in zip(index, shape, strict=True))
 
 
-def find(runner: Runner, level: Level, targets: Sequence[Entry]) -> Birth:
+def find(stepper: Stepper, level: Level, targets: Sequence[Entry]) -> Birth:
     """Find what makes entries of a level nonfinite: the first birth, if there is one.
 
     An infinity that a nested program puts in on purpose is no birth, unless nothing
     else explains the targets.
     """
-    way = find_way(runner, level, targets)
-    put_in: list[Birth] = []
-    for entry in sorted(way.born, key=lambda e: level.maker[e.value]):
-        if other := _chosen(runner, level, {entry: []}):
-            return other
-        birth = _inside(runner, way, entry, "birth")
+    way = find_way(stepper, level, targets)
+    birth, put_in = _first_birth(stepper, way)
+    return (
+        birth
+        or _first_harm(stepper, way)
+        or _chosen(stepper, level, way.before)
+        or put_in
+        or _first_taker(stepper, way)
+    )
+
+
+def _first_birth(stepper: Stepper, way: Way) -> tuple[Birth | None, Birth | None]:
+    """Return the first birth on a way, and the first infinity that was put in.
+
+    Which of the two an operation is, is seen only inside of it: it is born of nothing
+    nonfinite both where it overflows and where a mask is made in it.
+    """
+    put_in = None
+    for entry in way.in_order(way.born):
+        if other := _chosen(stepper, way.level, {entry: []}):
+            return other, put_in
+        birth = _inside(stepper, way, entry, "birth")
         if birth.kind != "taken":
-            return birth
-        put_in.append(birth)
-    # A birth that turned out to be put in is one more source of a given infinity.
-    harm = [e for e in way.before if way.makes_nan(level, e)]
-    if harm:
-        entry = min(harm, key=lambda e: level.maker[e.value])
-        return _inside(runner, way, entry, "harm")
-    if other := _chosen(runner, level, way.before):
-        return other
-    if put_in:
-        return put_in[0]
-    takers = [way.after[e] for e in way.given if e in way.after]
+            return birth, put_in
+        put_in = put_in or birth
+    return None, put_in
+
+
+def _first_harm(stepper: Stepper, way: Way) -> Birth | None:
+    """Return the first operation that makes nan of infinities.
+
+    A birth that turned out to be put in is one more source of such an infinity.
+    """
+    harm = way.in_order(e for e in way.before if way.makes_nan(e))
+    return _inside(stepper, way, harm[0], "harm") if harm else None
+
+
+def _first_taker(stepper: Stepper, way: Way) -> Birth:
+    """Return the first operation that takes on what was there before."""
+    level = way.level
+    takers = way.in_order(way.after[e] for e in way.given if e in way.after)
     if not takers:  # a result that is an operand itself
         entry = next(iter(way.given))
         shown = known(level.values[entry.value])
         return Birth("taken", (), (), shown, *_source(level, entry.value))
-    entry = min(takers, key=lambda e: level.maker[e.value])
-    while entry in way.after and _hands_on(runner, level, entry):
+    entry = takers[0]
+    while entry in way.after and _hands_on(stepper, level, entry):
         entry = way.after[entry]
-    return _inside(runner, way, entry, "taken")
+    return _inside(stepper, way, entry, "taken")
 
 
 def _chosen(
-    runner: Runner, level: Level, before: dict[Entry, list[Entry]]
+    stepper: Stepper, level: Level, before: dict[Entry, list[Entry]]
 ) -> Birth | None:
     """Return the birth of another nan because of which one was chosen, if it is one."""
     nans = choosers(level, before)
-    birth = find(runner, level, nans) if nans else None
+    birth = find(stepper, level, nans) if nans else None
     return birth if birth is not None and birth.kind == "birth" else None
 
 
-def _hands_on(runner: Runner, level: Level, entry: Entry) -> bool:
+def _hands_on(stepper: Stepper, level: Level, entry: Entry) -> bool:
     """Whether it leaves an operation as it came in: then a later one is the first.
 
     JAX 0.10 has a `cond` return what its derivative will read.
     """
     op = level.ops[level.maker[entry.value]]
-    inner = runner.enter(level, op, level.read(op), entry.index)
+    inner = stepper.enter(level, op, level.read(op), entry.index)
     if inner is None or op.body is not None:
         return False
     targets = inner_targets(level, op, inner, entry)
@@ -179,16 +201,20 @@ class Way:
     born: list[Entry] = dataclasses.field(default_factory=list)
     given: dict[Entry, None] = dataclasses.field(default_factory=dict)
 
-    def makes_nan(self, level: Level, entry: Entry) -> bool:
+    def in_order(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Sort entries by the operations that made them, the first to run first."""
+        return sorted(entries, key=lambda e: self.level.maker[e.value])
+
+    def makes_nan(self, entry: Entry) -> bool:
         """Whether an entry is nan and was made so by infinities."""
-        made_by = self.before[entry]
-        values = level.values
+        made_by, values = self.before[entry], self.level.values
         if not made_by or not is_nan(values[entry.value], entry.index):
             return False
         return not any(is_nan(values[e.value], e.index) for e in made_by)
 
 
-def find_way(runner: Runner, level: Level, targets: Iterable[Entry]) -> Way:
+def find_way(stepper: Stepper, level: Level, targets: Iterable[Entry]) -> Way:
+    """Go back from nonfinite entries to where each was born, or was given."""
     way, waiting = Way(level), list(targets)
     while waiting:
         entry = waiting.pop()
@@ -197,31 +223,36 @@ def find_way(runner: Runner, level: Level, targets: Iterable[Entry]) -> Way:
         if entry.value not in level.maker:
             way.given[entry] = None
             continue
-        op = level.ops[level.maker[entry.value]]
-        guilty = Suspects(level, op, entry).guilty()
-        guilty = guilty or _came_in(runner, level, op, entry)
+        guilty = _guilty(stepper, level, entry)
         way.before[entry] = guilty
         if not guilty:
             way.born.append(entry)
         for earlier in guilty:
+            # It may have made others nonfinite as well: one way on is enough.
             way.after.setdefault(earlier, entry)
         waiting += guilty
     return way
 
 
-def _came_in(runner: Runner, level: Level, op: Op, entry: Entry) -> list[Entry]:
+def _guilty(stepper: Stepper, level: Level, entry: Entry) -> list[Entry]:
+    """Return the entries of operands that made one nonfinite; none: it is born."""
+    op = level.ops[level.maker[entry.value]]
+    return Suspects(level, op, entry).guilty() or _came_in(stepper, level, op, entry)
+
+
+def _came_in(stepper: Stepper, level: Level, op: Executed, entry: Entry) -> list[Entry]:
     """Return the operands that a program inside of an operation only takes on.
 
     Every ordinary number in their place may be outside of its domain.
     """
     operands = level.read(op)
-    if not any(map(count, operands)):
+    if not any(map(count_nonfinite, operands)):
         return []
-    inner = runner.enter(level, op, operands, entry.index)
+    inner = stepper.enter(level, op, operands, entry.index)
     targets = inner_targets(level, op, inner, entry) if inner else []
     if inner is None or not targets:
         return []
-    way, found = find_way(runner, inner, targets), dict[Entry, None]()
+    way, found = find_way(stepper, inner, targets), dict[Entry, None]()
     for given in () if way.born else way.given:
         if given.value not in inner.given:  # an infinity that it puts in on purpose
             continue
@@ -238,23 +269,23 @@ def _came_in(runner: Runner, level: Level, op: Op, entry: Entry) -> list[Entry]:
 # Inside an operation --------------------------------------------------------------
 
 
-def _inside(runner: Runner, way: Way, entry: Entry, kind: str) -> Birth:
+def _inside(stepper: Stepper, way: Way, entry: Entry, kind: str) -> Birth:
     """Look into an operation for what of it a birth is."""
     level = way.level
     op = level.ops[level.maker[entry.value]]
     frame = Frame(level, entry, way.after)
     operands = level.read(op)
-    if kind == "birth" and any(map(count, operands)):
+    if kind == "birth" and any(map(count_nonfinite, operands)):
         operands = cleaned(level, op, {})
     source = constant = None
     if kind == "taken":
         taken = next((e.value for e in _before(way, entry) if e in way.given), None)
         source, constant = _source(level, taken)
     birth = None
-    inner = runner.enter(level, op, operands, entry.index)
+    inner = stepper.enter(level, op, operands, entry.index)
     if inner is not None:
         targets = inner_targets(level, op, inner, entry)
-        birth = find(runner, inner, targets) if targets else None
+        birth = find(stepper, inner, targets) if targets else None
     if birth is not None and birth.frames and (kind, birth.kind) != ("harm", "taken"):
         constant = birth.constant if constant is None else constant
         frames = (frame, *birth.frames)
@@ -284,7 +315,9 @@ def _source(level: Level, value: int | None) -> tuple[int | None, Any]:
     return None, known(level.values[value])
 
 
-def inner_targets(level: Level, op: Op, inner: Level, entry: Entry) -> list[Entry]:
+def inner_targets(
+    level: Level, op: Executed, inner: Level, entry: Entry
+) -> list[Entry]:
     """Return the entry inside of an operation that one of its results comes from."""
     position, index = op.writes.index(entry.value), entry.index
     opened = control(op.eqn) if op.body is None else None

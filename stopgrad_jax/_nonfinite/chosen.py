@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .entries import FILLS, has_nan, is_inexact, is_nan, ordinary
-from .levels import Level, Op
+from .levels import Executed, Level
 from .suspects import Entry, first_entry
 
 
@@ -34,7 +34,7 @@ def choosers(level: Level, before: Mapping[Entry, Sequence[Entry]]) -> list[Entr
     return []
 
 
-def _compared(level: Level, op: Op) -> tuple[list[int], list[Op]]:
+def _compared(level: Level, op: Executed) -> tuple[list[int], list[Executed]]:
     """The last nans behind what an operation reads exactly, and what is between."""
     nans, between = dict[int, None](), dict[int, None]()
     waiting = [k for k in op.reads if not is_inexact(level.values[k])]
@@ -54,9 +54,9 @@ def _compared(level: Level, op: Op) -> tuple[list[int], list[Op]]:
 
 def _run(
     level: Level,
-    op: Op,
+    op: Executed,
     nans: list[int],
-    between: list[Op],
+    between: list[Executed],
     same: set[int],
     fill: str,
 ) -> list[Any]:

@@ -17,11 +17,11 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._source.labels import Labels, Path, Spot
 from stopgrad_jax._source.roles import is_backward
 
-from .entries import count, nonfinite, wide
+from .entries import count_nonfinite, nonfinite, wide
 from .programs import Program
-from .trial import Change, Guarded, evaluate
+from .trial import Change, Guarded, run_changed
 
-FEW = 1000  # entries: of these one sample may not hold all that another holds
+SMALL = 1000  # entries: of these one sample may not hold all that another holds
 MOST = 4  # edits that are tried out: each compiles the program once more
 
 
@@ -73,6 +73,8 @@ def first_that_does(
         calls = set(
             _calls_of(program.source[0], labels, labels.nowhere, first.spots[-1])
         )
+        # The text is that of every call: one that this change is not for would change,
+        # too.
         if {c.spots for c in group} != calls:
             continue
         number = tried(program, [c.change for c in group], first.numbers)
@@ -102,7 +104,7 @@ def tried(
     """
 
     def run(number: Any, spread: Any, *operands: Any) -> list[Any]:
-        changed = functools.partial(evaluate, changes, number, spread)
+        changed = functools.partial(run_changed, changes, number, spread)
         return program.remade(changed)(*operands)
 
     compiled = jax.jit(run)
@@ -110,7 +112,7 @@ def tried(
     try:
         for number in numbers:
             one, two = (compiled(number, s, *program.operands) for s in (0.0, 0.25))
-            finite = not any(count(one[k]) for k in program.results)
+            finite = not any(count_nonfinite(one[k]) for k in program.results)
             same = finite and all(map(_agree, before, one))
             if same and all(map(_agree, one, two)):
                 keep = functools.partial(compiled, number, 0.0)
@@ -150,7 +152,7 @@ def _samples(program: Program) -> Iterator[list[Any]]:
     count = len(program.operands) - program.cotangents
     ranges = ((-2.0, 2.0, 0.2), (0.05, 1.5, 0.0), (0.5, 4.0, 0.4))
     size = sum(np.size(x) for x in program.operands[:count] if _is_float(x))
-    for low, high, zeros in ranges * (4 if size < FEW else 1):
+    for low, high, zeros in ranges * (4 if size < SMALL else 1):
         operands = list(program.operands)
         for k, x in enumerate(operands[:count]):
             if _is_float(x):
@@ -174,7 +176,7 @@ def _agree(x: Any, y: Any, rtol: float = 1e-4) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Body:
+class Labeled:
     """A jaxpr of a program, and the user's calls that made its equations.
 
     `blamed` holds the variables that depend on the operand that is to blame; `mapped`
@@ -194,13 +196,13 @@ class Body:
 
 def bodies(
     jaxpr: Any, labels: Labels, outer: Path, blamed: set[Any], mapped: bool = False
-) -> Iterator[Body]:
+) -> Iterator[Labeled]:
     """Yield a jaxpr and all that are inside it and can be changed."""
     paths = [labels.path(eqn, outer) for eqn in jaxpr.eqns]
     for eqn in jaxpr.eqns:
         if blamed.intersection(variables(eqn.invars)):
             blamed.update(eqn.outvars)
-    yield Body(jaxpr, paths, frozenset(blamed), mapped)
+    yield Labeled(jaxpr, paths, frozenset(blamed), mapped)
     for eqn, path in zip(jaxpr.eqns, paths, strict=True):
         inner = control(eqn)
         for body in inner.bodies if inner and not inner.rule else ():
@@ -270,7 +272,7 @@ def guards(
             operands = list(program.operands)
             for k, x in zip(floats, values, strict=True):
                 operands[k] = x
-            changed = functools.partial(evaluate, changes, number, 0.0)
+            changed = functools.partial(run_changed, changes, number, 0.0)
             out = program.remade(changed)(*operands)
             sums = [jax.numpy.sum(x.real) for x in out if _is_float(x)]
             return sum(sums), out
@@ -283,7 +285,7 @@ def guards(
     except Exception:  # it has no gradient
         return True
     # What is nonfinite for another reason too does not tell whether this one is mended.
-    return not any(map(count, [*out, *grads]))
+    return not any(map(count_nonfinite, [*out, *grads]))
 
 
 def _is_float(x: Any) -> bool:

@@ -21,7 +21,7 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def count(x: Any) -> int:
+def count_nonfinite(x: Any) -> int:
     """Count the nan and inf of a value."""
     return int(nonfinite(x).sum()) if is_inexact(x) else 0
 
@@ -71,6 +71,7 @@ def ordinary(x: Any, kept: np.ndarray | None = None, fill: str = "small") -> Any
     They are neither zero, one, nor alike, so that no product, difference or comparison
     of them is special.
     """
+    # A copy: NumPy's view of a JAX array cannot be written to.
     array = np.array(np.asarray(x))
     where = nonfinite(array)
     if kept is not None:

@@ -16,12 +16,20 @@ from stopgrad_jax._program.control import control
 from stopgrad_jax._source.roles import COTANGENT, VALUE
 
 from .blame import Birth, Entry, Frame, find_way, inner_targets
-from .entries import FILLS, count, is_bad, is_inexact, nonfinite, ordinary, wide
-from .levels import Level, Op
-from .stepper import Runner
+from .entries import (
+    FILLS,
+    count_nonfinite,
+    is_bad,
+    is_inexact,
+    nonfinite,
+    ordinary,
+    wide,
+)
+from .levels import Executed, Level
+from .stepper import Stepper
 
 
-def located(runner: Runner, birth: Birth) -> tuple[Frame, ...] | None:
+def located(stepper: Stepper, birth: Birth) -> tuple[Frame, ...] | None:
     """Return where in the function's own value a birth is; None: it is not part of it.
 
     What a backward pass computes once more (`jax.checkpoint`) is looked up in the
@@ -33,15 +41,15 @@ def located(runner: Runner, birth: Birth) -> tuple[Frame, ...] | None:
         return birth.frames
     if birth.op.role == COTANGENT or birth.op.body is not None:
         return None
-    seen = _Seen(runner, birth)
+    seen = _Seen(stepper, birth)
     return next(seen.frames(birth.frames[0].level, ()), None)
 
 
 class _Seen:
     """The operations of the value that are the same as one that was found."""
 
-    def __init__(self, runner: Runner, birth: Birth) -> None:
-        self._runner, self._birth = runner, birth
+    def __init__(self, stepper: Stepper, birth: Birth) -> None:
+        self._stepper, self._birth = stepper, birth
         self._operands = birth.operands
 
     def frames(self, level: Level, outer: tuple[Frame, ...]) -> Iterator:
@@ -55,12 +63,12 @@ class _Seen:
                 if is_bad(level.values[value], birth.index):
                     yield (*outer, Frame(level, Entry(value, birth.index), {}))
             elif self._may_hold(op):
-                inner = self._runner.enter(level, op, level.read(op), birth.index)
+                inner = self._stepper.enter(level, op, level.read(op), birth.index)
                 if inner is not None:
                     entry = Entry(op.writes[0], ())
                     yield from self.frames(inner, (*outer, Frame(level, entry, {})))
 
-    def _is_same(self, level: Level, op: Op) -> bool:
+    def _is_same(self, level: Level, op: Executed) -> bool:
         mine = self._birth.op
         if op.eqn.primitive is not mine.eqn.primitive or op.body is not None:
             return False
@@ -69,7 +77,7 @@ class _Seen:
             return False
         return all(map(_equal, level.read(op), self._operands))
 
-    def _may_hold(self, op: Op) -> bool:
+    def _may_hold(self, op: Executed) -> bool:
         return op.body is not None or self._holds(op.eqn)
 
     def _holds(self, eqn: Any) -> bool:
@@ -82,7 +90,7 @@ class _Seen:
 
 
 def read_at(
-    runner: Runner, level: Level, constant: Any, outer: tuple[Frame, ...] = ()
+    stepper: Stepper, level: Level, constant: Any, outer: tuple[Frame, ...] = ()
 ) -> tuple[Frame, ...] | None:
     """Return where the function's own value reads a constant first, if it does.
 
@@ -99,10 +107,10 @@ def read_at(
         bodies = [op.body] if op.body else inner.bodies if inner else []
         if not any(_holds_constant(body, constant) for body in bodies):
             continue
-        opened = runner.enter(level, op, level.read(op))
+        opened = stepper.enter(level, op, level.read(op))
         if opened is not None:
             around = Frame(level, Entry(op.writes[0], ()), {})
-            found = read_at(runner, opened, constant, (*outer, around))
+            found = read_at(stepper, opened, constant, (*outer, around))
             if found:
                 return found
     return None
@@ -133,18 +141,18 @@ def _equal(a: Any, b: Any) -> bool:
 # Forward: what hides it -----------------------------------------------------------
 
 
-def hiders(runner: Runner, frames: Sequence[Frame]) -> tuple[list[Op], bool]:
+def hiders(stepper: Stepper, frames: Sequence[Frame]) -> tuple[list[Executed], bool]:
     """Return the operations of the value at which a nonfinite value is seen no more.
 
     And whether it is seen nowhere in the end.
     """
-    found: list[Op] = []
+    found: list[Executed] = []
     tainted = {frames[-1].entry.value}
     for depth in range(len(frames) - 1, -1, -1):
         level = frames[depth].level
         if not tainted:
             break
-        tainted = _follow(runner, level, tainted, found)
+        tainted = _follow(stepper, level, tainted, found)
         if depth:  # what leaves it is a result of the operation around
             leaves = [any(k in tainted for k in ks) for ks in level.outputs]
             op = frames[depth - 1].op  # a result for the backward pass only is no value
@@ -155,12 +163,15 @@ def hiders(runner: Runner, frames: Sequence[Frame]) -> tuple[list[Op], bool]:
     return found, tainted <= read
 
 
-def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> set[int]:
+def _follow(
+    stepper: Stepper, level: Level, start: set[int], found: list[Executed]
+) -> set[int]:
     """Follow values through a level; return all that they make nonfinite."""
     tainted = set(start)
     for op in level.ops:
         if op.role != VALUE or not tainted.intersection(op.reads):
             continue
+        # It is where the value that is followed comes from.
         if set(op.writes) & tainted:
             continue
         # What is handed to the backward pass only is not seen in the value.
@@ -170,16 +181,16 @@ def _follow(runner: Runner, level: Level, start: set[int], found: list[Op]) -> s
         tainted |= reached
         shown = any(not nonfinite(level.values[k]).all() for k in live)
         if shown and not reached:
-            found += _inner(runner, level, op, tainted)
+            found += _inner(stepper, level, op, tainted)
     return tainted
 
 
-def _reached(level: Level, op: Op, tainted: set[int], live: set[int]) -> set[int]:
+def _reached(level: Level, op: Executed, tainted: set[int], live: set[int]) -> set[int]:
     """The results of an operation that tainted operands make nonfinite.
 
     With some ordinary numbers in their place entries of them are finite.
     """
-    reached, bad = set[int](), {k for k in live if count(level.values[k])}
+    reached, bad = set[int](), {k for k in live if count_nonfinite(level.values[k])}
     for fill in FILLS if bad else ():
         operands = [
             ordinary(level.values[k], fill=fill) if k in tainted else level.values[k]
@@ -197,19 +208,21 @@ def _cleared(x: Any, without: Any) -> bool:
     return bool((nonfinite(x) & ~nonfinite(without)).any())
 
 
-def _inner(runner: Runner, level: Level, op: Op, tainted: set[int]) -> list[Op]:
+def _inner(
+    stepper: Stepper, level: Level, op: Executed, tainted: set[int]
+) -> list[Executed]:
     """Return what inside an operation hides it, if that has a line of its own.
 
     Else it is the operation. It is none if step by step nothing inside hides it: as it
     is compiled, a product with zero may be a selection.
     """
-    inner = runner.enter(level, op, level.read(op))
+    inner = stepper.enter(level, op, level.read(op))
     if inner is None:
         return [op]
     start = {n for n, k in inner.given.items() if op.reads[k] in tainted}
-    start = {n for n in start if count(inner.values[n])}
-    found: list[Op] = []
-    _follow(runner, inner, start, found)
+    start = {n for n in start if count_nonfinite(inner.values[n])}
+    found: list[Executed] = []
+    _follow(stepper, inner, start, found)
     own = op.path.spots
     lines = [x for x in found if len(x.path.spots) > len(own) or x.step is not None]
     return lines or [op][: len(found)]
@@ -218,7 +231,7 @@ def _inner(runner: Runner, level: Level, op: Op, tainted: set[int]) -> list[Op]:
 # Backward: what has it as a factor ------------------------------------------------
 
 
-def factor_of(runner: Runner, frames: Sequence[Frame]) -> Op | None:
+def factor_of(stepper: Stepper, frames: Sequence[Frame]) -> Executed | None:
     """Return the operation of the backward pass that a nonfinite value comes into."""
     for frame in reversed(frames):
         entry = frame.entry
@@ -226,19 +239,19 @@ def factor_of(runner: Runner, frames: Sequence[Frame]) -> Op | None:
             entry = frame.after[entry]
             op = frame.level.ops[frame.level.maker[entry.value]]
             if op.role == COTANGENT:
-                return _reader(runner, frame.level, op, entry)
+                return _reader(stepper, frame.level, op, entry)
     return None
 
 
-def _reader(runner: Runner, level: Level, op: Op, entry: Entry) -> Op:
+def _reader(stepper: Stepper, level: Level, op: Executed, entry: Entry) -> Executed:
     """Return the operation inside of another that reads what comes from outside."""
-    inner = runner.enter(level, op, level.read(op), entry.index)
+    inner = stepper.enter(level, op, level.read(op), entry.index)
     if inner is None:
         return op
-    way = find_way(runner, inner, inner_targets(level, op, inner, entry))
+    way = find_way(stepper, inner, inner_targets(level, op, inner, entry))
     for given in way.given:
         if given.value in inner.given and given in way.after:
             after = way.after[given]
             reader = inner.ops[inner.maker[after.value]]
-            return _reader(runner, inner, reader, after)
+            return _reader(stepper, inner, reader, after)
     return op

@@ -25,14 +25,14 @@ from stopgrad_jax._source.written import (
 from .blame import Birth
 from .edited import guards
 from .entries import has_nan, wide
-from .infinities import large_number, subtracts_largest
-from .masking import double_where
-from .search import Found
+from .infinities import find_large_number, subtracts_largest
+from .masking import find_double_where
+from .search import Finding
 from .settled import binds, is_plain
 from .zeros import comes_back, depends
 
 
-def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
+def hint(found: Finding, labels: Labels, fun: Callable[..., Any]) -> str:
     """Return the remedy, where one is known to do, or else the cause."""
     birth = found.birth
     if birth is None:
@@ -43,6 +43,7 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
         return _words.BEFORE if found.given else ""
     if found.by_steps:  # compiled, as edits are tried out, it is finite anyway
         return _why(found, birth, labels)
+    # An edit that was tried out says more than any cause.
     edited = _edited(found, birth, labels, fun)
     if edited:
         return edited
@@ -59,10 +60,10 @@ def hint(found: Found, labels: Labels, fun: Callable[..., Any]) -> str:
     return "; ".join(filter(None, [cause, _guard(found, birth, labels, fun)]))
 
 
-def _edited(found: Found, birth: Birth, labels: Labels, fun: Any) -> str:
+def _edited(found: Finding, birth: Birth, labels: Labels, fun: Any) -> str:
     """Return an edit of the user's source that was found to do, or ""."""
     if birth.kind == "harm" and not found.given:
-        edit = large_number(found.program, labels, fun)
+        edit = find_large_number(found.program, labels, fun)
         if edit is not None:
             row = subtracts_largest(birth.frames[-1].level, birth.op)
             cause = _words.MASKED_ROW if row else _cause(birth)
@@ -74,14 +75,14 @@ def _edited(found: Found, birth: Birth, labels: Labels, fun: Any) -> str:
     operand = found.given.operand if found.given else None
     ops = [birth.op] if found.factor is None else [birth.op, found.factor]
     for path in dict.fromkeys(op.path for op in ops):
-        edit = double_where(found.program, labels, path, operand, fun)
+        edit = find_double_where(found.program, labels, path, operand, fun)
         if edit is not None:
             where, side = edit.where, found.side
             return _words.double_where(where, edit.old, edit.new, side)
     return ""
 
 
-def _kind(found: Found, birth: Birth) -> str:
+def _kind(found: Finding, birth: Birth) -> str:
     x = birth.result
     if found.given:
         x = found.given.value
@@ -102,7 +103,7 @@ def _entries(birth: Birth) -> list[Any]:
     return found
 
 
-def _why(found: Found, birth: Birth, labels: Labels) -> str:
+def _why(found: Finding, birth: Birth, labels: Labels) -> str:
     if found.side != "backward":
         return _cause(birth)
     if birth.op.role != COTANGENT:
@@ -120,6 +121,7 @@ def _why(found: Found, birth: Birth, labels: Labels) -> str:
 
 
 def _cause(birth: Birth) -> str:
+    """Say why an operation gives nan or inf, by what it is and what it was given."""
     name, result = birth.op.eqn.primitive.name, birth.result
     entries = _entries(birth)
     dtype = str(result.dtype)
@@ -193,7 +195,9 @@ _TESTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _guard(found: Found, birth: Birth, labels: Labels, fun: Callable[..., Any]) -> str:
+def _guard(
+    found: Finding, birth: Birth, labels: Labels, fun: Callable[..., Any]
+) -> str:
     """Say in the user's own words how to give an operation a value everywhere."""
     op = birth.op
     name, spot = op.eqn.primitive.name, op.path.spots[-1] if op.path.spots else None

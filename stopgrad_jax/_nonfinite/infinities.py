@@ -15,13 +15,13 @@ from stopgrad_jax._source.labels import Labels, Path
 from stopgrad_jax._source.roles import is_backward
 from stopgrad_jax._source.written import replaced, scopes, with_finfo, written
 
-from .edited import Body, Candidate, Edit, bodies, first_that_does, is_in
-from .levels import Level, Op
+from .edited import Candidate, Edit, Labeled, bodies, first_that_does, is_in
+from .levels import Executed, Level
 from .programs import Program
 from .trial import Replaced
 
 
-def large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
+def find_large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
     """Return the edit that puts in the lowest finite number for -inf."""
     jaxpr, _ = program.source
     found = (
@@ -33,7 +33,8 @@ def large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
     return first_that_does(program, labels, found)
 
 
-def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
+def _infinities(body: Labeled, fun: Any) -> Iterator[Candidate]:
+    """Yield an edit for each -inf that is an argument of a `where` or a `full`."""
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots, literals = body.paths[index].spots, map(_literal, eqn.invars)
         if -np.inf not in literals or not spots:
@@ -51,7 +52,10 @@ def _infinities(body: Body, fun: Any) -> Iterator[Candidate]:
         module = with_finfo(node.func.value, scopes(spots[-1], fun))
         if not module:
             continue
+        # Of this very dtype: -1e30 is infinite in float16.
         new = f"{module}.finfo({module}.{aval.dtype}).min"
+        # `finfo` gives a scalar with a dtype, which promotes where a Python float does
+        # not.
         if aval.weak_type:
             new = f"float({new})"
         text = replaced(node, every[0], new)
@@ -82,7 +86,7 @@ _AS_IT_IS = frozenset(
 )
 
 
-def subtracts_largest(level: Level, op: Op, alone: bool = False) -> bool:
+def subtracts_largest(level: Level, op: Executed, alone: bool = False) -> bool:
     """Tell whether an operation takes the largest of some numbers off them.
 
     `alone`: of them and of no others, as the largest of all the rows before is one.
@@ -152,10 +156,12 @@ class Tests:
     def _through(
         self, eqn: Any, inner: Any, path: Path, read: list[bool]
     ) -> list[bool]:
+        """Return which results of nested programs come from the number."""
         out = [False] * len(eqn.outvars)
         for body in inner.bodies:
             given, before = [read[k] for k in body.operands], list[bool]()
             results = list[bool]()
+            # A loop hands the number on to itself: until it gets no farther.
             while before != given:
                 before = list(given)
                 results = self._follow(body.jaxpr, path, given)

@@ -22,7 +22,7 @@ from .shards import Shards
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Op:
+class Executed:
     """One equation that ran, or one round of the loop that it is.
 
     Attributes:
@@ -67,7 +67,7 @@ class Context:
 class Failed(Exception):
     """An operation raised: which one, and what."""
 
-    def __init__(self, level: Level, op: Op, error: Exception) -> None:
+    def __init__(self, level: Level, op: Executed, error: Exception) -> None:
         """Keep what is needed to look inside the operation."""
         super().__init__(level, op, error)
         self.level, self.op, self.error = level, op, error
@@ -89,7 +89,7 @@ class Level:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.values: list[Any] = []
-        self.ops: list[Op] = []
+        self.ops: list[Executed] = []
         self.maker: dict[int, int] = {}
         self.outputs: list[list[int]] = []
         self.given: dict[int, int] = {}
@@ -101,7 +101,7 @@ class Level:
         self.values.append(value)
         return len(self.values) - 1
 
-    def read(self, op: Op) -> list[Any]:
+    def read(self, op: Executed) -> list[Any]:
         """Operands of an operation."""
         return [self.values[k] for k in op.reads]
 
@@ -118,9 +118,10 @@ class Level:
     ) -> list[int]:
         """Run an operation and keep its results."""
         writes: list[int] = []
-        made = Op(reads=reads, writes=writes, run=run, **op)
+        made = Executed(reads=reads, writes=writes, run=run, **op)
         try:
             results = run(*self.read(made))
+            # JAX runs ahead: what a callback raises would come up at a later operation.
             if self.context.careful:
                 jax.block_until_ready(results)
         except Failed:
@@ -134,14 +135,14 @@ class Level:
         self.ops.append(made)
         return writes
 
-    def flags(self, op: Op) -> list[bool]:
+    def flags(self, op: Executed) -> list[bool]:
         """Tell which operands depend on what comes back in a backward pass.
 
         A literal may be the cotangent of the whole program.
         """
         return [k in self.cotangents or k in self.literals for k in op.reads]
 
-    def context_of(self, op: Op) -> Context:
+    def context_of(self, op: Executed) -> Context:
         """What is around the inside of an operation."""
         around = self.context
         return dataclasses.replace(

@@ -16,9 +16,9 @@ from stopgrad_jax._source.text import is_within
 from stopgrad_jax._source.written import names_in, place, replaced, scopes, written
 
 from .edited import (
-    Body,
     Candidate,
     Edit,
+    Labeled,
     bodies,
     first_that_does,
     is_in,
@@ -34,7 +34,7 @@ from .settled import binds, is_plain, is_settled
 from .trial import Masked
 
 
-def double_where(
+def find_double_where(
     program: Program, labels: Labels, path: Path, operand: int | None, fun: Any
 ) -> Edit | None:
     """Return the edit that masks the operand of an expression as its result is masked.
@@ -54,18 +54,20 @@ def double_where(
 
 
 def _maskings(
-    body: Body,
+    body: Labeled,
     path: Path,
     numbers: Sequence[float],
     labels: Labels,
     fun: Any,
     source: Any,
 ) -> Iterator[Candidate]:
+    """Yield what to try for each `where` that masks an expression on the path."""
     for index, eqn in enumerate(body.jaxpr.eqns):
         spots = body.paths[index].spots
         if not is_where(eqn) or not spots:
             continue
         again = [k for k in body.at(spots) if is_where(body.jaxpr.eqns[k])]
+        # Of two `where` of one expression it is not known which of them is written.
         function = written(spots[-1]) if again == [index] else None
         where = function.expression(spots[-1]) if function else None
         if function is None or not is_where_call(where):
@@ -93,7 +95,7 @@ class _Masking:
     def __init__(
         self,
         reading: Reading,
-        body: Body,
+        body: Labeled,
         where: int,
         function: Any,
         node: Any,
@@ -117,6 +119,7 @@ class _Masking:
         inline = is_within(place(node), place(written_there))
         known = self._is_known(node, inline)
         pairs = list(self._operands(node))
+        # What depends on the argument that was nonfinite is the likeliest to be masked.
         pairs.sort(key=lambda pair: pair[0] not in self._body.blamed)
         for variable, operand in pairs:
             whole = inline and isinstance(operand, ast.Name)

@@ -21,8 +21,8 @@ from .levels import Failed
 from .programs import Program, backward, forward
 from .raised import raised
 from .report import Nonfinite, report
-from .search import Found, search
-from .stepper import Runner
+from .search import Finding, search
+from .stepper import Stepper
 
 P = ParamSpec("P")
 
@@ -84,31 +84,34 @@ def find_nonfinite(
         require_known(jax.tree.leaves((args, kwargs)), called, "find_nonfinite")
         traced = trace(fun, args, kwargs)
         labels = Labels(fun)
+        # JAX's own checks raise at the first nan, also at one that is masked later.
         with jax.debug_nans(False), jax.debug_infs(False):
             value = program = forward(traced)
             found = _search(program, labels, called)
             if found is None and wanted != []:
                 program = backward(traced, wanted, asked, called) or program
                 found = _search(program, labels, called)
+            # XLA may fuse operations to a finite value that are not finite one by one:
+            # no gradient is blamed, and nothing found, before that is ruled out.
             later = found is None or found.side == "backward"
             if later and program is not value and value.wrong_by_steps:
-                found = search(value, Runner(labels), by_steps=True)
+                found = search(value, Stepper(labels), by_steps=True)
             elif found is None and program.wrong_by_steps:
-                found = search(program, Runner(labels), by_steps=True)
+                found = search(program, Stepper(labels), by_steps=True)
             return None if found is None else report(found, labels, fun)
 
     return find_in
 
 
-def _search(program: Program, labels: Labels, called: str) -> Found | None:
-    runner = Runner(labels)
+def _search(program: Program, labels: Labels, called: str) -> Finding | None:
+    stepper = Stepper(labels)
     try:
         with _jax_errors.quiet_callbacks():  # what raises is told once
             wrong = program.wrong
     except Exception as error:
-        raise _of_function(program, runner, called) or error from None
+        raise _of_function(program, stepper, called) or error from None
     try:
-        return search(program, runner) if wrong else None
+        return search(program, stepper) if wrong else None
     except Failed as failed:  # it runs as compiled
         raise _of_operation(failed, called) from failed.error
 
@@ -121,10 +124,10 @@ def _of_operation(failed: Failed, called: str) -> Exception:
     return wrong(RuntimeError, called, _words.RUNS_APART, came, _words.AS_COMPILED)
 
 
-def _of_function(program: Program, runner: Runner, called: str) -> Exception | None:
+def _of_function(program: Program, stepper: Stepper, called: str) -> Exception | None:
     """Return the error for a function that raises by itself, if it is one that does."""
     with _jax_errors.quiet_callbacks():
-        found = raised(runner, program.jaxpr, program.consts, program.operands)
+        found = raised(stepper, program.jaxpr, program.consts, program.operands)
     if found is None:
         return None
     spot, error = found

@@ -27,7 +27,7 @@ from stopgrad_jax._reach.differentiate import inside_a_closure
 from .entries import (
     FILLS,
     Index,
-    count,
+    count_nonfinite,
     critical,
     has_nan,
     index_of,
@@ -41,7 +41,7 @@ Evaluate = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Culprit:
     """An entry of an operand that makes a program's results nonfinite.
 
     Attributes:
@@ -97,7 +97,7 @@ class Program:
     def bad(self, operands: Sequence[Any]) -> list[int]:
         """Run it, and return which of its results are nonfinite."""
         out = self._run(*operands)
-        return [k for k, x in zip(self.results, out, strict=True) if count(x)]
+        return [k for k, x in zip(self.results, out, strict=True) if count_nonfinite(x)]
 
     @functools.cached_property
     def wrong(self) -> list[int]:
@@ -119,7 +119,7 @@ class Program:
         if self.jaxpr.effects or self._held > MOST_HELD:
             return []
         out = _jax.evaluate(self.jaxpr, self.consts, self.operands)
-        return [k for k in self.results if count(out[k])]
+        return [k for k in self.results if count_nonfinite(out[k])]
 
     @property
     def _held(self) -> int:
@@ -141,12 +141,14 @@ class Program:
     def _run_all(self) -> Callable[..., list[Any]]:
         return jax.jit(self.remade(_jax.evaluate))
 
-    def given(self) -> Given | None:
+    def given(self) -> Culprit | None:
         """Return which operand is to blame, if the results are finite without.
 
         Of several nonfinite entries it is the first without which all is well.
         """
-        numbers = {k: places(x) for k, x in enumerate(self.operands) if count(x)}
+        numbers = {
+            k: places(x) for k, x in enumerate(self.operands) if count_nonfinite(x)
+        }
         if not numbers:
             return None
         total = sum(map(len, numbers.values()))
@@ -154,6 +156,8 @@ class Program:
         def kept(first: int, fill: str) -> list[Any]:
             operands = list(self.operands)
             for k, mine in numbers.items():
+                # `first` counts through all operands: what is left of it is for the
+                # next.
                 mask = only(np.shape(operands[k]), mine[: max(first, 0)])
                 operands[k] = ordinary(operands[k], mask, fill)
                 first -= len(mine)
@@ -169,7 +173,7 @@ class Program:
                 x = self.operands[k]
                 index = index_of(mine[last], np.shape(x))
                 value = np.asarray(x)[index]
-                return Given(k, index, value, len(mine) - 1, operands)
+                return Culprit(k, index, value, len(mine) - 1, operands)
             last -= len(mine)
         return None
 
@@ -231,7 +235,10 @@ def backward(
         return evaluate(*source, leaves)
 
     def remade(evaluate: Evaluate) -> Callable[..., list[Any]]:
+        # The derivative is taken anew of whatever runs the function: an edit of it has
+        # a gradient of its own.
         def gradients(*operands: Any) -> list[Any]:
+            """Return the gradients and, of the same run, the results."""
             given, cts = operands[:count], operands[count:]
 
             def run(*values: Any) -> tuple[list[Any], list[Any]]:

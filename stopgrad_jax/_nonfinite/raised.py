@@ -10,11 +10,11 @@ import jax
 from stopgrad_jax._source.labels import Spot
 
 from .levels import Failed
-from .stepper import Runner
+from .stepper import Stepper
 
 
 def raised(
-    runner: Runner, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
+    stepper: Stepper, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
 ) -> tuple[Spot | None, Exception] | None:
     """Run a program step by step up to the operation that raises.
 
@@ -22,7 +22,7 @@ def raised(
     raises, step by step.
     """
     try:
-        runner.top(jaxpr, consts, operands, careful=True)
+        stepper.top(jaxpr, consts, operands, careful=True)
         jax.effects_barrier()
         return None
     except Failed as failed:
@@ -30,7 +30,7 @@ def raised(
     while True:
         level, op = inner.level, inner.op
         try:
-            runner.inside(level, op, level.read(op))
+            stepper.inside(level, op, level.read(op))
         except Failed as failed:
             inner = failed
         else:

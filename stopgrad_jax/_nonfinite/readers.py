@@ -19,11 +19,11 @@ from stopgrad_jax._source.roles import is_backward
 from stopgrad_jax._source.text import is_within
 from stopgrad_jax._source.written import Position, bound, names_in, place
 
-from .edited import Body, is_in, is_where, variables
+from .edited import Labeled, is_in, is_where, variables
 from .reads import is_of_its_type
 
 
-def is_hidden(body: Body, users: Collection[int], where: Any, branch: int) -> bool:
+def is_hidden(body: Labeled, users: Collection[int], where: Any, branch: int) -> bool:
     """Tell whether what some equations compute is read in a branch of a `where` alone.
 
     Another `where` with the same condition hides it as well.
@@ -56,6 +56,7 @@ def is_equal(a: Any, b: Any, makers: dict[Any, tuple[Any, int]]) -> bool:
     if a not in makers or b not in makers:
         return False
     (one, i), (two, j) = makers[a], makers[b]
+    # What has an effect may be another value the second time.
     if one.primitive is not two.primitive or i != j or one.effects or two.effects:
         return False
     if str(one.params) != str(two.params) or len(one.invars) != len(two.invars):

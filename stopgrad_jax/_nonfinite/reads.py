@@ -30,7 +30,7 @@ from stopgrad_jax._source.written import (
     written,
 )
 
-from .edited import Body, bodies, is_in, is_where, is_where_call, variables
+from .edited import Labeled, bodies, is_in, is_where, is_where_call, variables
 
 # These take lists or trees of arrays as well: a name there need not be an array.
 _OF_MANY = frozenset(
@@ -48,7 +48,7 @@ _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 class Reading:
     """A body of a program beside the source that it was traced from."""
 
-    def __init__(self, body: Body, labels: Labels, fun: Any) -> None:
+    def __init__(self, body: Labeled, labels: Labels, fun: Any) -> None:
         """Read a body of the program of `fun`."""
         self._body, self._labels, self._fun = body, labels, fun
         self._makers = {v: k for k, e in enumerate(body.jaxpr.eqns) for v in e.outvars}
@@ -119,6 +119,7 @@ class Reading:
         from_ = {v: self._made_in(v, path, depth, operands) for v in outside}
         if from_[variable] is not None:
             return _alike([from_[variable]])
+        # By elimination: one variable is left, and so is one operand.
         rest = [x for x in operands if all(x is not y for y in from_.values())]
         alone = [v for v in outside if from_[v] is None] == [variable]
         return _alike(rest) if alone else []

@@ -20,8 +20,8 @@ from stopgrad_jax._source.written import variables_of
 from .blame import Birth
 from .entries import is_nan, wide
 from .hints import hint
-from .levels import Op
-from .search import Found
+from .levels import Executed
+from .search import Finding
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -87,7 +87,7 @@ class Nonfinite:
         return self.page.html
 
 
-def report(found: Found, labels: Labels, fun: Callable[..., Any]) -> Nonfinite:
+def report(found: Finding, labels: Labels, fun: Callable[..., Any]) -> Nonfinite:
     """Report what was found."""
     birth, given = found.birth, found.given
     at = birth if birth is not None and birth.frames else None
@@ -122,12 +122,13 @@ def _function(spot: Spot | None) -> str:
 
 
 def _lines(
-    found: Found,
+    found: Finding,
     at: Birth | None,
     spot: Spot | None,
     words: str,
     fun: Callable[..., Any],
 ) -> Iterator[list[Part]]:
+    """Yield the report: what and where, the numbers, what hides it, what to do."""
     names = ", ".join(found.reaches[:4]) + (", ..." if found.reaches[4:] else "")
     derived = found.program.direction == "backward"
     what = f"the gradient of {names}" if derived else names
@@ -158,7 +159,8 @@ def _index(index: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, index))}]" if index else ""
 
 
-def _headline(found: Found, at: Birth | None, fun: Callable[..., Any]) -> str:
+def _headline(found: Finding, at: Birth | None, fun: Callable[..., Any]) -> str:
+    """Say in half a sentence where the nonfinite value comes from."""
     birth, given = found.birth, found.given
     if given is not None:
         address = found.program.names[given.operand]
@@ -190,7 +192,7 @@ def _sign(value: Any) -> str:
     return "-inf" if not np.iscomplexobj(number) and number < 0 else "inf"
 
 
-def _under(found: Found, at: Birth | None) -> str:
+def _under(found: Finding, at: Birth | None) -> str:
     """Words under the expression."""
     assert at is not None
     kind = _kind(at)
@@ -226,7 +228,7 @@ def _example(at: Birth | None) -> int | None:
     return at.index[0] if np.shape(at.result)[:1] > (1,) else None
 
 
-def _placed(ops: Sequence[Op]) -> str:
+def _placed(ops: Sequence[Executed]) -> str:
     """Name the expressions of operations, each of them once, three at most."""
     spots = [op.path.spots[-1] for op in ops if op.path.spots]
     texts = [f"{spot.expression} ({spot.place})" for spot in dict.fromkeys(spots)]

@@ -11,9 +11,9 @@ import numpy as np
 from .blame import Birth, Entry, Frame, find, targets_of
 from .entries import Index, index_of, known, places
 from .hiding import factor_of, hiders, located, read_at
-from .levels import Level, Op
-from .programs import Given, Program
-from .stepper import Runner
+from .levels import Executed, Level
+from .programs import Culprit, Program
+from .stepper import Stepper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Finding:
     """What makes results of a program nonfinite.
 
     Attributes:
@@ -42,31 +42,31 @@ class Found:
 
     program: Program
     reaches: tuple[str, ...]
-    given: Given | None = None
+    given: Culprit | None = None
     constant: Constant | None = None
     birth: Birth | None = None
     side: str = "forward"
-    hidden: tuple[Op, ...] = ()
-    factor: Op | None = None
+    hidden: tuple[Executed, ...] = ()
+    factor: Executed | None = None
     by_steps: bool = False
 
 
-def search(program: Program, runner: Runner, by_steps: bool = False) -> Found:
+def search(program: Program, stepper: Stepper, by_steps: bool = False) -> Finding:
     """Find out why results of a program are nonfinite, as compiled or step by step."""
     wrong = program.wrong_by_steps if by_steps else program.wrong
     reaches = tuple(program.results[k] for k in wrong)
     given = None if by_steps else program.given()
     operands = given.operands if given else program.operands
-    level = runner.top(
+    level = stepper.top(
         program.jaxpr, program.consts, operands, cotangents=program.cotangents
     )
     targets = targets_of(level, wrong)
     if not targets:  # it is so only as it is compiled
-        return Found(program, reaches, given)
-    birth = find(runner, level, targets)
+        return Finding(program, reaches, given)
+    birth = find(stepper, level, targets)
     if given is None and birth.kind != "birth" and birth.source in program.names:
         given = _given(program, birth.source)
-    frames = located(runner, birth)
+    frames = located(stepper, birth)
     start, constant = birth.frames, None
     if given:
         (value,) = (n for n, k in level.given.items() if k == given.operand)
@@ -75,27 +75,28 @@ def search(program: Program, runner: Runner, by_steps: bool = False) -> Found:
         constant, entry = _constant(level, birth)
         if entry and constant:
             start = (_where_read(level, birth, entry),)
-            frames = read_at(runner, level, constant.value)
+            frames = read_at(stepper, level, constant.value)
     came_in = given or constant or not birth.frames
     side = "forward" if came_in or frames else "backward"
-    factor = factor_of(runner, start)
-    hidden: Sequence[Op] = ()
+    factor = factor_of(stepper, start)
+    hidden: Sequence[Executed] = ()
     if factor is not None and frames:
-        hidden, everywhere = hiders(runner, frames)
+        hidden, everywhere = hiders(stepper, frames)
+        # Seen in one result it is not hidden, whatever hides it in another.
         hidden = hidden if everywhere else ()
     hidden = tuple(hidden)
-    return Found(
+    return Finding(
         program, reaches, given, constant, birth, side, hidden, factor, by_steps
     )
 
 
-def _given(program: Program, operand: int) -> Given:
+def _given(program: Program, operand: int) -> Culprit:
     """Describe an operand that is nonfinite, and is not the only cause."""
     x = program.operands[operand]
     numbers = places(x)
     index = tuple(map(int, np.unravel_index(numbers[0], np.shape(x))))
     value = np.asarray(x)[index]
-    return Given(operand, index, value, len(numbers) - 1, program.operands)
+    return Culprit(operand, index, value, len(numbers) - 1, program.operands)
 
 
 def _where_read(level: Level, birth: Birth, exact: Entry) -> Frame:

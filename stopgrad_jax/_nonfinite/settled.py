@@ -69,7 +69,7 @@ def is_settled(
       names: what names of the module mean.
     """
     used = names_in(condition)
-    after = [n for n in ast.walk(function) if place_of(n) >= place(before)[:2]]
+    after = [n for n in ast.walk(function) if start_of(n) >= place(before)[:2]]
     if used.intersection(*[set().union(*map(bound, after))]):
         return False
     declared = (
@@ -87,12 +87,12 @@ def is_settled(
     stores = [*after, *inside]
     if any(_is_stored(n) for n in stores):
         return False
-    between = [n for n in after if place_of(n) < place(where)[:2]]
+    between = [n for n in after if start_of(n) < place(where)[:2]]
     calls = [n for n in between if isinstance(n, ast.Call) and not _is_pure(n, names)]
     return not any(used & names_in(call) for call in calls)
 
 
-def place_of(node: ast.AST) -> tuple[int, int]:
+def start_of(node: ast.AST) -> tuple[int, int]:
     """Return where a node begins; those without a place are nowhere."""
     return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 

@@ -132,6 +132,7 @@ class Shards:
             return [x.reshape(*(1,) * count, *x.shape) for x in run(*shards)]
 
         def stacked(*operands: Any) -> list[Any]:
+            """Hand each device its part, and stack what they return."""
             given = []
             for x, aval in zip(operands, reads, strict=True):
                 x = x if jnp.ndim(x) >= count else self.everywhere(x)

@@ -18,11 +18,11 @@ from stopgrad_jax._source.roles import COTANGENT, VALUE, is_backward, value_equa
 
 from .devices import gathered
 from .entries import Index
-from .levels import Context, Failed, Level, Op
+from .levels import Context, Executed, Failed, Level
 from .shards import Shards
 
 
-class Runner:
+class Stepper:
     """Runs programs level by level, with the user's words for each operation."""
 
     def __init__(self, labels: Labels) -> None:
@@ -53,6 +53,7 @@ class Runner:
         live: Sequence[bool],
         cotangents: Sequence[bool],
     ) -> Level:
+        """Run a program; `live` tells which of its results are a part of the value."""
         level, shards = Level(context), context.shards
         if shards:
             consts = [shards.everywhere(x) for x in consts]
@@ -102,7 +103,7 @@ class Runner:
     # Opening ------------------------------------------------------------------------
 
     def enter(
-        self, level: Level, op: Op, operands: Sequence[Any], near: Index = ()
+        self, level: Level, op: Executed, operands: Sequence[Any], near: Index = ()
     ) -> Level | None:
         """Open an operation of a level; None if there is nothing that can be opened.
 
@@ -115,7 +116,7 @@ class Runner:
             return None
 
     def inside(
-        self, level: Level, op: Op, operands: Sequence[Any], near: Index = ()
+        self, level: Level, op: Executed, operands: Sequence[Any], near: Index = ()
     ) -> Level | None:
         """Open it as `enter` does, but raise `Failed` where an operation raises."""
         inner, context = control(op.eqn), level.context_of(op)
@@ -135,13 +136,14 @@ class Runner:
         def lead(x: Any) -> Any:
             return _here(x, context, near)
 
+        # What is no loop has one round.
         once = next(inner.rounds(operands, lambda x, _: x, lead))
         return self._body(level, op, inner.bodies[once.body], operands, context)
 
     def _body(
         self,
         level: Level,
-        op: Op,
+        op: Executed,
         body: Body,
         operands: Sequence[Any],
         context: Context | None = None,
@@ -163,7 +165,7 @@ class Runner:
     def _loop(
         self,
         level: Level,
-        op: Op,
+        op: Executed,
         loop: Control,
         operands: Sequence[Any],
         near: Index,
@@ -199,7 +201,12 @@ class Runner:
 
     @staticmethod
     def _round(
-        level: Level, op: Op, run: Any, body: Body, reads: Sequence[int], step: int
+        level: Level,
+        op: Executed,
+        run: Any,
+        body: Body,
+        reads: Sequence[int],
+        step: int,
     ) -> list[int]:
         back = level.context.backward and any(k in level.cotangents for k in reads)
         same = {"eqn": op.eqn, "path": op.path, "transforms": op.transforms}
@@ -210,6 +217,7 @@ class Runner:
     @staticmethod
     def _jitted(body: Body, shards: Shards | None) -> Callable[..., list[Any]]:
         jaxpr, consts = body.jaxpr, body.consts
+        # Compiled once for all rounds, however many there are.
         run = jax.jit(lambda *operands: _jax.evaluate(jaxpr, consts, operands))
         types = [[v.aval for v in vs] for vs in (jaxpr.invars, jaxpr.outvars)]
         return shards.lifted(run, *types) if shards else run

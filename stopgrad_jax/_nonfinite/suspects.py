@@ -9,7 +9,7 @@ import numpy as np
 from .entries import (
     FILLS,
     Index,
-    count,
+    count_nonfinite,
     critical,
     index_of,
     is_bad,
@@ -19,7 +19,7 @@ from .entries import (
     places,
     wide,
 )
-from .levels import Level, Op
+from .levels import Executed, Level
 
 
 class Entry(NamedTuple):
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 def first_entry(level: Level, value: int) -> Entry | None:
     """Return the first nan of a value, or else the first inf."""
     x = level.values[value]
-    if not count(x):
+    if not count_nonfinite(x):
         return None
     nan = np.flatnonzero(np.isnan(wide(x)))
     number = nan[0] if len(nan) else places(x)[0]
@@ -42,18 +42,22 @@ def first_entry(level: Level, value: int) -> Entry | None:
 class Suspects:
     """The nonfinite operands of an operation of which one result is nonfinite."""
 
-    def __init__(self, level: Level, op: Op, entry: Entry) -> None:
+    def __init__(self, level: Level, op: Executed, entry: Entry) -> None:
         self._level, self._op = level, op
         self._value, self._index = entry
         self._position = op.writes.index(entry.value)
         self._shape = np.shape(level.values[entry.value])
-        self._bad = [k for k in dict.fromkeys(op.reads) if count(level.values[k])]
+        self._bad = [
+            k for k in dict.fromkeys(op.reads) if count_nonfinite(level.values[k])
+        ]
         self._fill = ""
 
     def guilty(self) -> list[Entry]:
         """Return an entry of each operand that is to blame; none: it is born here."""
         if not self._bad:
             return []
+        # Some fill may be outside of the operation's domain: that it fails proves
+        # nothing.
         fills = (fill for fill in FILLS if not self._fails({}, fill))
         self._fill = next(fills, "")
         if not self._fill:
@@ -114,6 +118,7 @@ class Suspects:
                 masks[k] = only(shape, mine[chosen])
             return self._fails(masks)
 
+        # The last entry that is needed, and then the one that it needs beside it.
         last = critical(lambda n: fails(n, -1), int(ends[-1]))
         found = [last]
         if not fails(0, last):
@@ -128,11 +133,13 @@ class Suspects:
         return entries
 
 
-def cleaned(level: Level, op: Op, kept: dict[int, Any], fill: str = "small") -> list:
+def cleaned(
+    level: Level, op: Executed, kept: dict[int, Any], fill: str = "small"
+) -> list:
     """Return the operands with ordinary numbers for their nan and inf."""
     return [
         ordinary(level.values[k], kept.get(k), fill)
-        if count(level.values[k])
+        if count_nonfinite(level.values[k])
         else level.values[k]
         for k in op.reads
     ]

@@ -109,7 +109,7 @@ class Guarded:
 Change = Masked | Replaced | Guarded
 
 
-def evaluate(
+def run_changed(
     changes: Sequence[Change],
     number: Any,
     spread: Any,
@@ -146,13 +146,14 @@ def _around(
     eqn: Any,
     operands: Sequence[Any],
 ) -> list[Any]:
+    """Make an equation anew, with the changes in the programs that it holds."""
     inner = control(eqn)
     assert inner is not None
     bodies = inner.bodies
 
     def call(k: int, operands: Any, *_: Any) -> tuple[list[Any], list[Any]]:
         jaxpr, consts = bodies[k].jaxpr, bodies[k].consts
-        return evaluate(changes, number, spread, jaxpr, consts, operands), []
+        return run_changed(changes, number, spread, jaxpr, consts, operands), []
 
     return list(inner.run(call, operands)[0])
 

@@ -17,7 +17,7 @@ from stopgrad_jax._source.roles import COTANGENT, is_backward
 
 from .blame import Birth
 from .entries import Index, wide
-from .levels import Level, Op
+from .levels import Executed, Level
 from .programs import Program
 
 
@@ -57,7 +57,7 @@ def _dependent(level: Level) -> set[int]:
 
 def _back(
     levels: Sequence[Level],
-    outer: Sequence[Op],
+    outer: Sequence[Executed],
     value: int,
     index: Index | None,
     calls: _Calls,
