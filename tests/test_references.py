@@ -126,3 +126,20 @@ def test_a_reference_that_a_while_loop_writes_is_differentiated_by_jax_in_any_ca
     assert np.all(jax.grad(jitted, 1)(x, w) == 48.0)
     assert sg.flow(jitted, xs="w")(x, w).inputs[0].status == "flows"
     sg.assert_gradient(jitted, "w")(x, w)
+
+
+def read_by_a_condition(x):
+    """A while loop whose condition, and no round, reads a reference."""
+    ref = jax.new_ref(x)
+    goes_on = lambda carry: carry[0] < ref[...]
+    step = lambda carry: (carry[0] + 1.0, carry[1] * 2.0)
+    rounds = jax.lax.while_loop(goes_on, step, (0.0, 1.0))
+    return jax.lax.stop_gradient(rounds[1]) * ref[...]
+
+
+def test_a_reference_that_a_condition_reads_is_what_it_was():
+    """At 2.5 there are three rounds: 8 x, and the loop itself is behind the stop."""
+    assert jax.grad(read_by_a_condition)(2.5) == 8.0
+    assert sg.gradients(read_by_a_condition, 0)(2.5) == 8.0
+    (row,) = sg.flow(read_by_a_condition)(2.5).inputs
+    assert row.status == "flows"

@@ -52,7 +52,7 @@ class Step:
       repeat: how often the statement ran (a Python loop).
       box: the number of the box it lies in, or None.
       reason: for a cut, one of "stop_gradient", "zero_derivative", "integer",
-        "comparison", "sampled", "zero_rule", "overwritten"; or "".
+        "comparison", "sampled", "zero_rule", "overwritten", "held"; or "".
       flows: a gradient passes here: it comes from the output and goes on to an input.
       data: an input that nobody wants the gradient of.
     """

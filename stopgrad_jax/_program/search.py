@@ -132,13 +132,14 @@ class Search:
     def _peek(self, eqn: Any, context: _Context) -> None:
         """Note a program that cannot be opened, and the wanted names in it."""
         line = _jax.line_of(eqn)
+        at = f" at {line}" if line else ""
         programs = [_jax.opened(jaxpr) for jaxpr in _jax.inner_jaxprs(eqn)]
         # Apart for so long: names in there are known from those that can be addressed.
         outside, self.names = self.names, {}
         for jaxpr in programs:
             names = self._plan(*jaxpr, dataclasses.replace(context, ops=frozenset()))
             for found in names.found:
-                self.unreachable[found.name] = f'"{eqn.primitive.name}" at {line}'
+                self.unreachable[found.name] = f'"{eqn.primitive.name}"{at}'
         if self.names or not all(_is_one_operation(jaxpr) for jaxpr, _ in programs):
             self.opaque[eqn.primitive.name] = line
         self.buried |= self.names

@@ -280,7 +280,9 @@ class _Unfolding:
                 if k is not None and not inner.is_empty:
                     sources[k].append(value)
             for back, value in zip(refs_of(body.jaxpr), spelled.refs, strict=True):
-                start = [joints[back]] if inner.may_run_no_round else []
+                # A condition carries nothing of its own: no joint stands for its ref.
+                before = joints.get(back, inputs[body.operands[back]])
+                start = [before] if inner.may_run_no_round else []
                 left.setdefault(body.operands[back], []).extend([value, *start])
             for out, back in body.feedback if inner.may_run_no_round else ():
                 if (k := body.results[out]) is not None:
