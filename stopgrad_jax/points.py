@@ -268,6 +268,7 @@ def perturb(
             pairs = ((x, given.get(Place(kind, k))) for k, x in enumerate(values))
             return [x if p is None else shift(x, p) for x, p in pairs]
 
+        # An argument is shifted where it comes in, a value inside where it is made.
         leaves = perturbed_at("argument", traced.leaves)
         inside = [given.get(Place("point", k)) for k in range(len(program.plan.found))]
         run = Rewriter(Actions(once=False)).run

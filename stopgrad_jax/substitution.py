@@ -104,6 +104,7 @@ def straight_through(
     @public
     @functools.wraps(forward)
     def composed(*xs: P.args, **kwargs: P.kwargs) -> Any:
+        # Without `backward` the derivative is that of the identity.
         if backward is not None:
             source, name = backward(*xs, **kwargs), "backward's result"
         elif xs:
@@ -186,6 +187,7 @@ def with_backward(fun: Callable[P, T], backward: Callable[..., Any]) -> Callable
 def _replaced(
     x: Any, value: Any, called: str, names: tuple[str, str], rule: Rule
 ) -> Any:
+    """Put a tree of values in place of another, leaf by leaf, under a rule."""
     leaves, structure = jax.tree.flatten(x)
     require_gradient(leaves, called)
     if jax.tree.structure(value) != structure:
@@ -207,6 +209,7 @@ def _replaced(
 
 
 def _fitting(new: Any, source: jax.Array, called: str, names: Any) -> jax.Array:
+    """Return a value that can stand for another, or refuse its shape or dtype."""
     value = jnp.asarray(new)
     if value.shape != source.shape:
         raise wrong(

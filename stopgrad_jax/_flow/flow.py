@@ -50,8 +50,8 @@ class CutSite:
     """A place at which gradients end: why, in words, where, and those of which inputs.
 
     `reason` is "stop_gradient", "zero_derivative", "integer", "comparison", "sampled",
-    "zero_rule", "overwritten" or "held". `site` is the user's own expression; where that calls
-    another library, `inside` is the library's own at which they end.
+    "zero_rule", "overwritten" or "held". `site` is the user's own expression; where
+    that calls another library, `inside` is the library's own at which they end.
     """
 
     reason: str

@@ -313,11 +313,9 @@ def addresses_in(addresses: Any, called: str, what: str) -> list[Address]:
 
 def _target(address: Address) -> Target | None:
     """What to look for in the program, if it can be there."""
-    if isinstance(address, Target):
-        return address
     if isinstance(address, int):
         return None
-    return Point(address)
+    return address if isinstance(address, Target) else Point(address)
 
 
 class _Finder:
@@ -367,9 +365,8 @@ class _Finder:
         if self._edge is None:
             self._edge = dict(self._edges(self._traced.roots))
         known = self._edge
-        # An argument has two paths, by name and by position, and a pattern is to mean
-        # it once. Results are meant where it begins with them: `**` is all that goes
-        # in.
+        # An argument has two paths, by name and by position; a pattern means it once.
+        # Results are meant where it begins with them: `**` is all that goes in.
         if has_wildcard(text):
             outputs = text.startswith(RETURN)
             known = dict(self._edges(self._traced.named, outputs))
@@ -393,9 +390,8 @@ class _Finder:
         for k, found in enumerate(self._plan.found):
             for hit in found.hits:
                 if hit.target == number:
-                    root = hit.root
-                    if isinstance(target, Op):  # several names are one address
-                        root = ", ".join(target.names)
+                    one = isinstance(target, Op)  # several names are one address
+                    root = ", ".join(target.names) if one else hit.root
                     groups.setdefault(root, []).append((k, found, hit))
         places = {}
         for root, group in groups.items():

@@ -156,6 +156,7 @@ def _two_valued(x: Any, derivative: Any, low: int, at_zero: Any, name: str) -> A
 
 
 def _slopes(derivative: Any, x: jax.Array, called: str) -> jax.Array:
+    """Ask a derivative for its slopes at x, or refuse it: one for each entry."""
     slopes = derivative(x) if callable(derivative) else derivative
     if callable(slopes) or not callable(derivative):
         came = "one that returns a function" if callable(slopes) else f"{derivative!r}"

@@ -145,6 +145,7 @@ class Runner:
         return programs[which]
 
     def _traced(self, batch: Any) -> Program:
+        """Trace one step on a batch: what all steps of a chunk are."""
         metrics: list[Any] = []
         batch = jax.tree.map(lambda x: x.first if isinstance(x, _Row) else x, batch)
 
@@ -245,6 +246,7 @@ def _compiled(program: Program, length: int | None, layouts: Any) -> Any:
         data: Any,
         key: Any,
     ) -> tuple[Any, Any]:
+        # `fixed` is no part of the carry: a scan would hold it twice.
         if length is None:
             return once(changing, fixed, consts, number, data, key)
 

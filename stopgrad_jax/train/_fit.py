@@ -215,6 +215,7 @@ def _refuse_leaf(batches: Any) -> None:
 
 
 def _check_arrays(batches: Any, steps: int) -> None:
+    """Refuse arrays that are no row of batches, or too few of them."""
     flat = list(zip(leaf_paths(batches), jax.tree.leaves(batches), strict=True))
     scalars = [path for path, x in flat if not x.ndim]
     sizes = {path: x.shape[0] for path, x in flat if x.ndim}
@@ -258,6 +259,7 @@ def _next(source: Iterator[Any], runner: Runner, steps: int) -> Any:
 
 
 def _check(step: Any, steps: int, log_every: int) -> None:
+    """Refuse what is no step, no count, or a call that is traced."""
     if not callable(step):
         raise wrong(
             TypeError,

@@ -82,6 +82,7 @@ def refuse_lost(states: Sequence[Stateful], examined: Examined, called: str) -> 
 
 
 def _by_type(params: Any) -> Iterator[Stateful]:
+    """Yield what libraries mark by its type as state, and not as a parameter."""
     nnx, eqx = (sys.modules.get(name) for name in ("flax.nnx", "equinox"))
     types = (nnx.BatchStat, nnx.RngCount) if nnx else ()
     types += (eqx.nn.State,) if eqx else ()

@@ -95,6 +95,7 @@ class Loss:
         return out[0], out[1]
 
     def _scalar(self, out: Any, is_pair: bool) -> jax.Array:
+        """Return what the loss gave as the number that is differentiated."""
         instead = "jnp.mean(...) of it"
         if self.weighted:
             instead = "jnp.sum(...) of it"

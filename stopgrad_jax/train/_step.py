@@ -205,6 +205,7 @@ class Step:
         return optax.GradientTransformation(init, inner.update)
 
     def _arguments(self, state: State, batch: Any, key: Any) -> tuple[Layout, Any]:
+        """Take a state apart into what a compiled step is given, or refuse it."""
         if not isinstance(state, State):
             raise wrong(
                 TypeError,
