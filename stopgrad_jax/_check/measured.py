@@ -157,9 +157,6 @@ def _like(weights: Sequence[Any], out: Sequence[Any]) -> list[Any]:
 
 def weighed_sum(weights: Any, x: jax.Array) -> jax.Array:
     """Return a weighed sum, without what has weight zero, though it is infinite."""
-    return wide(jnp.sum(jnp.where(weights == 0, jnp.zeros_like(x), weights * x)))
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """Return a number in JAX's usual precision."""
-    return x.astype(jnp.result_type(float))
+    total = jnp.sum(jnp.where(weights == 0, jnp.zeros_like(x), weights * x))
+    # In JAX's usual precision, whatever the result's: the sums of several are added.
+    return total.astype(jnp.result_type(float))

@@ -18,7 +18,7 @@ from stopgrad_jax._source.labels import Labels, Path, Spot
 from stopgrad_jax._source.roles import is_backward
 
 from .entries import count_nonfinite, nonfinite, wide
-from .programs import Program
+from .programs import Examined
 from .trial import Change, Guarded, run_changed
 
 SMALL = 1000  # entries: of these one sample may not hold all that another holds
@@ -58,7 +58,7 @@ class Candidate:
 
 
 def first_that_does(
-    program: Program, labels: Labels, candidates: Iterable[Candidate]
+    program: Examined, labels: Labels, candidates: Iterable[Candidate]
 ) -> Edit | None:
     """Return the first edit that makes all results finite, tried out.
 
@@ -95,7 +95,7 @@ def _calls_of(
 
 
 def tried(
-    program: Program, changes: Sequence[Change], numbers: Sequence[float]
+    program: Examined, changes: Sequence[Change], numbers: Sequence[float]
 ) -> float | None:
     """Return the first number with which changes make all results finite.
 
@@ -122,7 +122,7 @@ def tried(
     return None
 
 
-def _keeps(program: Program, changed: Callable[..., list[Any]]) -> bool:
+def _keeps(program: Examined, changed: Callable[..., list[Any]]) -> bool:
     """Tell whether a change leaves what is finite of other samples as it is.
 
     Not looked at where other numbers might never end, or be called back with.
@@ -146,7 +146,7 @@ def _is_open(jaxpr: Any) -> bool:
     )
 
 
-def _samples(program: Program) -> Iterator[list[Any]]:
+def _samples(program: Examined) -> Iterator[list[Any]]:
     """Yield other operands: some entries as they are, others anew or zero."""
     rng = np.random.default_rng(0)
     count = len(program.operands) - program.cotangents
@@ -244,7 +244,7 @@ def is_in(atom: Any, variables: Any) -> bool:
 
 
 def guards(
-    program: Program,
+    program: Examined,
     labels: Labels,
     eqn: Any,
     operand: Any,

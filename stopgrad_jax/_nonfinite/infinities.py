@@ -17,11 +17,11 @@ from stopgrad_jax._source.written import replaced, scopes, with_finfo, written
 
 from .edited import Candidate, Edit, Labeled, bodies, first_that_does, is_in
 from .levels import Executed, Level
-from .programs import Program
+from .programs import Examined
 from .trial import Replaced
 
 
-def find_large_number(program: Program, labels: Labels, fun: Any) -> Edit | None:
+def find_large_number(program: Examined, labels: Labels, fun: Any) -> Edit | None:
     """Return the edit that puts in the lowest finite number for -inf."""
     jaxpr, _ = program.source
     found = (

@@ -27,7 +27,7 @@ from .edited import (
     is_where_call,
     variables,
 )
-from .programs import Program
+from .programs import Examined
 from .readers import all_ran, is_hidden, spots_of
 from .reads import Reading, is_of_its_type, is_same, occurrences
 from .settled import binds, is_plain, is_settled
@@ -35,7 +35,7 @@ from .trial import Masked
 
 
 def find_double_where(
-    program: Program, labels: Labels, path: Path, operand: int | None, fun: Any
+    program: Examined, labels: Labels, path: Path, operand: int | None, fun: Any
 ) -> Edit | None:
     """Return the edit that masks the operand of an expression as its result is masked.
 

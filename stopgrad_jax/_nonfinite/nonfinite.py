@@ -18,7 +18,7 @@ from stopgrad_jax._program.trace import require_known, trace
 from stopgrad_jax._source.labels import Labels
 
 from .levels import Failed
-from .programs import Program, backward, forward
+from .programs import Examined, backward, forward
 from .raised import raised
 from .report import Nonfinite, report
 from .search import Finding, search
@@ -103,7 +103,7 @@ def find_nonfinite(
     return find_in
 
 
-def _search(program: Program, labels: Labels, called: str) -> Finding | None:
+def _search(program: Examined, labels: Labels, called: str) -> Finding | None:
     stepper = Stepper(labels)
     try:
         with _jax_errors.quiet_callbacks():  # what raises is told once
@@ -124,7 +124,7 @@ def _of_operation(failed: Failed, called: str) -> Exception:
     return wrong(RuntimeError, called, _words.RUNS_APART, came, _words.AS_COMPILED)
 
 
-def _of_function(program: Program, stepper: Stepper, called: str) -> Exception | None:
+def _of_function(program: Examined, stepper: Stepper, called: str) -> Exception | None:
     """Return the error for a function that raises by itself, if it is one that does."""
     with _jax_errors.quiet_callbacks():
         found = raised(stepper, program.jaxpr, program.consts, program.operands)

@@ -61,7 +61,7 @@ MOST_HELD = 2**28  # bytes: 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Examined:
     """A program, its operands, and what these and its results are called.
 
     `direction` is "forward" or "backward". The last `cotangents` operands are what the
@@ -178,7 +178,7 @@ class Program:
         return None
 
 
-def forward(traced: Traced) -> Program:
+def forward(traced: Traced) -> Examined:
     """Return the program of the function itself."""
     names, results = traced.paths(), dict(_outputs(traced))
     source = traced.jaxpr, traced.consts
@@ -186,12 +186,12 @@ def forward(traced: Traced) -> Program:
     def remade(evaluate: Evaluate) -> Callable[..., list[Any]]:
         return lambda *operands: evaluate(*source, operands)
 
-    return Program("forward", *source, traced.leaves, names, results, source, remade)
+    return Examined("forward", *source, traced.leaves, names, results, source, remade)
 
 
 def backward(
     traced: Traced, xs: list[Any] | None, ys: Any, called: str
-) -> Program | None:
+) -> Examined | None:
     """Return the program of the gradients; None if there is nothing to differentiate.
 
     The value is among its results, too: so it is known what leads to it.
@@ -271,7 +271,7 @@ def backward(
         raise TypeError(not_compiled(called))
     names = traced.paths()
     results = {k: names[place.index] for k, place in enumerate(by)}
-    return Program(
+    return Examined(
         "backward", *opened, operands, names, results, source, remade, len(pairs)
     )
 
@@ -320,7 +320,7 @@ def _carrying(program: LookedUp, tree: Any) -> list[Place]:
     return [v for v in places if _jax.is_differentiable(program.types[v])]
 
 
-def _no_arguments(program: LookedUp, xs: Any, called: str) -> TypeError:
+def _no_arguments(program: Program, xs: Any, called: str) -> TypeError:
     arguments = program.traced.arguments
     carry = [name for name, tree in arguments.items() if _carrying(program, tree)]
     return wrong(

@@ -12,7 +12,7 @@ from .blame import Birth, Entry, Frame, find, targets_of
 from .entries import Index, index_of, known, places
 from .hiding import factor_of, hiders, located, read_at
 from .levels import Executed, Level
-from .programs import Culprit, Program
+from .programs import Culprit, Examined
 from .stepper import Stepper
 
 
@@ -40,7 +40,7 @@ class Finding:
       by_steps: it is so only where the operations run one by one.
     """
 
-    program: Program
+    program: Examined
     reaches: tuple[str, ...]
     given: Culprit | None = None
     constant: Constant | None = None
@@ -51,7 +51,7 @@ class Finding:
     by_steps: bool = False
 
 
-def search(program: Program, stepper: Stepper, by_steps: bool = False) -> Finding:
+def search(program: Examined, stepper: Stepper, by_steps: bool = False) -> Finding:
     """Find out why results of a program are nonfinite, as compiled or step by step."""
     wrong = program.wrong_by_steps if by_steps else program.wrong
     reaches = tuple(program.results[k] for k in wrong)
@@ -90,7 +90,7 @@ def search(program: Program, stepper: Stepper, by_steps: bool = False) -> Findin
     )
 
 
-def _given(program: Program, operand: int) -> Culprit:
+def _given(program: Examined, operand: int) -> Culprit:
     """Describe an operand that is nonfinite, and is not the only cause."""
     x = program.operands[operand]
     numbers = places(x)

@@ -18,10 +18,10 @@ from stopgrad_jax._source.roles import COTANGENT, is_backward
 from .blame import Birth
 from .entries import Index, wide
 from .levels import Executed, Level
-from .programs import Program
+from .programs import Examined
 
 
-def comes_back(birth: Birth, program: Program, labels: Labels) -> bool:
+def comes_back(birth: Birth, program: Examined, labels: Labels) -> bool:
     """Tell whether a division by zero divides a zero that comes back to its call.
 
     Told only where nothing in between is zero by itself.
@@ -131,7 +131,7 @@ class _Calls:
         return {spot.frame.code for spot in path.spots} - self._forward
 
 
-def _codes(program: Program, labels: Labels) -> set[Any]:
+def _codes(program: Examined, labels: Labels) -> set[Any]:
     """Return the code of all functions that run forward."""
     jaxpr, _ = program.source
     paths = _paths(_jax.opened(jaxpr)[0], labels, labels.nowhere)
