@@ -320,7 +320,7 @@ def _carrying(program: LookedUp, tree: Any) -> list[Place]:
     return [v for v in places if _jax.is_differentiable(program.types[v])]
 
 
-def _no_arguments(program: Program, xs: Any, called: str) -> TypeError:
+def _no_arguments(program: LookedUp, xs: Any, called: str) -> TypeError:
     arguments = program.traced.arguments
     carry = [name for name, tree in arguments.items() if _carrying(program, tree)]
     return wrong(
