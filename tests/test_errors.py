@@ -211,7 +211,7 @@ def test_inside_a_custom_rule():
 def test_unknown_choice():
     raises(
         ValueError,
-        "got:   'zeros'",
+        "got:   unconnected_gradients='zeros'",
         lambda: sg.gradients(f, 0, unconnected_gradients="zeros")(*ARGS),
     )
 

@@ -336,7 +336,7 @@ def test_nothing_of_it_is_in_the_compiled_step(accumulate):
 
 
 def test_options_are_checked():
-    match = r'one of "warn", "error", "freeze", "ignore"[\s\S]*\'drop\'[\s\S]*write: '
+    match = r'is "warn", "error", "freeze" or "ignore"[\s\S]*\'drop\'[\s\S]*write: '
     with pytest.raises(ValueError, match=match):
         make_step(base, ADAMW, untrained="drop")
 
