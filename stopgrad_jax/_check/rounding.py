@@ -102,6 +102,11 @@ class Rounding(Opened):
         return [[x if shift is None else tap(x, shift) for x, shift in taps], there]
 
     @functools.cached_property
+    def _opened(self) -> Opened:
+        """The same without rounding: what is inside has one copy as well."""
+        return Opened(self.sites, self.reading)
+
+    @functools.cached_property
     def _inside(self) -> dict[int, Any]:
         """Values in functions of `with_backward`; kept, for their ids to be theirs."""
         return {}
@@ -112,8 +117,7 @@ class Rounding(Opened):
 
     def _both(self, eqn: Any, copies: Copies) -> list[list[Any]]:
         """Evaluate an equation, its gates that are not linear left out."""
-        one = (super(Rounding, self).equation(eqn, [c], {})[0] for c in copies)
-        return list(one)
+        return [self._opened.equation(eqn, [c], {})[0] for c in copies]
 
     def _terms(self, eqn: Any, operands: Copy, out: Sequence[Any]) -> Sequence[Any]:
         if _jax.kind_of(eqn) in _SUMS and all(map(is_float, operands)):
