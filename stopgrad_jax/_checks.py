@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -107,6 +108,20 @@ def require_call(fun: Callable[..., Any], args: tuple[Any, ...], called: str) ->
         ) from None
 
 
+def require_same_tree(
+    new: Any,
+    old: Any,
+    called: str,
+    expected: str = "the function returns a tree like its argument",
+    instead: str = "jax.tree.map(function_of_a_leaf, tree)",
+    kind: type[Exception] = TypeError,
+) -> None:
+    """Refuse a tree of another structure; most often what a user's function made."""
+    structure, came = jax.tree.structure(old), jax.tree.structure(new)
+    if came != structure:
+        raise wrong(kind, called, f"{expected}, {structure}", str(came), instead)
+
+
 # Numbers and arrays -------------------------------------------------------------------
 
 
@@ -125,9 +140,13 @@ def whole(
     instead: str = "",
 ) -> int:
     """Return a Python int between two bounds, or refuse it."""
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if is_int and least <= value <= most:
-        return int(value)
+    is_int = not isinstance(value, bool) and not _jax.is_traced(value)
+    try:  # of an array that holds one, too
+        number = operator.index(value) if is_int else 0
+    except TypeError:
+        number, is_int = 0, False
+    if is_int and least <= number <= most:
+        return number
     expected = f"{name} is an int, at least {least}"
     if most != UNBOUNDED:
         expected = f"{name} is an int from {least} to {most}"
@@ -143,7 +162,7 @@ def option(
     value: Any, name: str, options: Sequence[Any], called: str, instead: str = ""
 ) -> None:
     """Refuse a word that is none of an argument's."""
-    if any(value is x or (isinstance(x, str) and value == x) for x in options):
+    if (value is None or isinstance(value, str)) and value in options:
         return
     words = [f'"{x}"' if isinstance(x, str) else repr(x) for x in options]
     expected = f"{name} is {', '.join(words[:-1])} or {words[-1]}"

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 import stopgrad_jax._jax as _jax
 
 from ._address import Address, leaf_paths, op, point, var
-from ._checks import require_function, shown
+from ._checks import require_function, require_same_tree, shown
 from ._edge import public
 from ._errors import function_name, wrong
 from ._program.arguments import perturbations_by_place, require_keys
@@ -318,14 +318,7 @@ def _edit_places(
         old = arrays_at(tree, {kind: values})
         with _jax.at_width_of(*jax.tree.leaves(old)):
             new = function(old)
-        if jax.tree.structure(new) != jax.tree.structure(old):
-            raise wrong(
-                TypeError,
-                f'edit of "{path}"',
-                f"the function must return a tree like {jax.tree.structure(old)}",
-                str(jax.tree.structure(new)),
-                "jax.tree.map(function_of_a_leaf, tree)",
-            )
+        require_same_tree(new, old, f'edit of "{path}"')
         for place, x in zip(jax.tree.leaves(tree), jax.tree.leaves(new), strict=True):
             if isinstance(place, Place):
                 values[place.index] = same_type(x, values[place.index], path, "")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
 
-from ._checks import require_call, require_function
+from ._checks import require_call, require_function, require_same_tree
 from ._edge import public
 from ._errors import function_name, type_of, wrong
 from ._gate.backward import attached
@@ -190,14 +190,9 @@ def _replaced(
     """Put a tree of values in place of another, leaf by leaf, under a rule."""
     leaves, structure = jax.tree.flatten(x)
     require_gradient(leaves, called)
-    if jax.tree.structure(value) != structure:
-        raise wrong(
-            ValueError,
-            called,
-            f"{names[1]} has the structure of {names[0]}, {structure}",
-            str(jax.tree.structure(value)),
-            "jax.tree.map(forward, tree)",
-        )
+    expected = f"{names[1]} has the structure of {names[0]}"
+    write = "jax.tree.map(forward, tree)"
+    require_same_tree(value, x, called, expected, write, ValueError)
     out = []
     for leaf, new in zip(leaves, jax.tree.leaves(value), strict=True):
         if not _jax.carries_gradient(leaf):

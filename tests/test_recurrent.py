@@ -88,6 +88,12 @@ def test_closed_form():
             assert grad(length, every) == sum(range(last, length))
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.array, jnp.int32])
+def test_a_period_is_anything_that_is_one_int(integer):
+    run = lambda every: scan(cell(1.0), start(), XS, every=every)
+    jax.tree.map(np.testing.assert_array_equal, run(integer(2)), run(2))
+
+
 def test_only_the_carry_is_stopped():
     """Parameters, inputs and the first carry learn; at 1 nothing passes in between."""
 

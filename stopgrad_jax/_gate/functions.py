@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stopgrad_jax._checks import require_same_tree
 from stopgrad_jax._errors import shortened, type_of, wrong
 
 
@@ -49,15 +50,8 @@ def same_types(ct: Any, out: Any, called: str) -> list[Any]:
     Of another shape or dtype JAX would refuse it in the backward pass, in words that
     name neither the gate nor the function.
     """
-    leaves, structure = jax.tree.flatten(ct)
-    if jax.tree.structure(out) != structure:
-        raise wrong(
-            TypeError,
-            called,
-            f"the function returns a tree like its argument, {structure}",
-            str(jax.tree.structure(out)),
-            "jax.tree.map(function_of_a_leaf, ct)",
-        )
+    require_same_tree(out, ct, called)
+    leaves = jax.tree.leaves(ct)
     results = [jnp.asarray(x) for x in jax.tree.leaves(out)]
     for old, new in zip(leaves, results, strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):

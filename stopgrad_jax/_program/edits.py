@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import stopgrad_jax._jax as _jax
+from stopgrad_jax._checks import require_same_tree
 from stopgrad_jax._errors import quoted, type_of, wrong
 
 from .operations import Group
@@ -234,21 +235,14 @@ class NamedEdits:
             out = self._edits[hit.target](old)
         if hit.tree is None:
             leaves = [out]
-        elif jax.tree.structure(out) == jax.tree.structure(old):
+        else:
+            require_same_tree(out, old, f'edit of "{hit.root}" ({found.line})')
             trio = map(jax.tree.leaves, (hit.tree, old, out))
             leaves = [
                 x
                 for leaf, value, x in zip(*trio, strict=True)
                 if isinstance(leaf, NamedLeaf) or kept(value, x, hit.root)
             ]
-        else:
-            raise wrong(
-                TypeError,
-                f'edit of "{hit.root}" ({found.line})',
-                f"the function must return a tree like {jax.tree.structure(old)}",
-                str(jax.tree.structure(out)),
-                "jax.tree.map(function_of_a_leaf, tree)",
-            )
         pairs = zip(values, leaves, strict=True)
         return {v: same_type(x, v.aval, hit.root, found.line) for v, x in pairs}
 

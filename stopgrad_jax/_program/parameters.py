@@ -338,8 +338,7 @@ class Parameters:
     def _named(self, jaxpr: Any, eqns: list[Any], namings: list[_Naming]) -> Any:
         """Return a jaxpr in which the functions read names of what they are handed."""
         # A function inside another one reads the name of what the outer one was handed.
-        inner = lambda n: (n.start, not n.own, -len(n.indices))  # noqa: E731
-        order = sorted(namings, key=inner)
+        order = sorted(namings, key=lambda n: (n.start, not n.own, -len(n.indices)))
         new: list[Any] = []
         names: dict[int, Any] = {}
 

@@ -143,9 +143,8 @@ class _Unfolding:
             if inner is not None and not inner.rule:
                 plans = (match.plans if match else ()) or (None,) * len(inner.bodies)
                 own = None if moved is None else moved[start : start + split]
-                results, refs = self._nested(
-                    eqn, path, inputs, inner, plans, (moving, own)
-                )
+                bodies = self._bodies(eqn, path, inputs, inner, plans, (moving, own))
+                results, refs = self._nested(eqn, path, inputs, inner, bodies)
                 env.update((eqn.invars[k], value) for k, value in refs.items())
             elif is_about_refs(eqn):
                 results = self._reference(eqn, path, inputs, env)
@@ -262,17 +261,16 @@ class _Unfolding:
         path: Path,
         inputs: Sequence[Any],
         inner: Control,
-        plans: Sequence[Plan | None],
-        moving: tuple[Sequence[Bits] | None, Sequence[Bits] | None],
+        bodies: Iterable[_Spelled],
     ) -> tuple[list[Node | None], dict[int, Node | None]]:
-        """Add the bodies of an equation; return its results, and what refs hold.
+        """Return the results of an equation, and what references hold after it.
 
         Each is the value that a body returns; where it may be one of several, a joint.
         """
         sources: list[list[Node | None]] = [[] for _ in eqn.outvars]
         left: dict[int, list[Node | None]] = {}
         steering = [inputs[0]] if inner.decides == "branch" else []
-        for spelled in self._bodies(eqn, path, inputs, inner, plans, moving):
+        for spelled in bodies:
             body, joints = spelled.body, spelled.joints
             if body.is_condition:
                 steering += spelled.results

@@ -220,10 +220,8 @@ def dice(
       and Variance in Any-Order Score Function Gradient Estimators".
     """
     called = "dice(log_probs, costs)"
-    log, cost = (
-        real_floats(log_probs, "log_probs", called),
-        _costs(costs, "costs", called),
-    )
+    log = real_floats(log_probs, "log_probs", called)
+    cost = _costs(costs, "costs", called)
     _same_shape(cost, log, "costs", "log_probs", called)
     if not log.ndim:
         expected, instead = "a time axis, [time, ...]", "sg.score.score_loss"
